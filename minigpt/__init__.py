@@ -1,0 +1,51 @@
+"""minigpt: train a small GPT on your own text, sample from it, study how it works.
+
+    import minigpt
+
+    run = minigpt.load("runs/NAME")
+    sampler = minigpt.Sampler(run.model, run.tokenizer)
+    print(sampler.generate("Once upon a time")[0][0].text)
+
+The public names are resolved when they are first used: `import minigpt` loads neither torch nor lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GPT": "minigpt.model.gpt",
+    "GPTConfig": "minigpt.model.config",
+    "MinigptError": "minigpt.errors",
+    "Run": "minigpt.checkpoint",
+    "Sampler": "minigpt.sampling.sampler",
+    "SamplingConfig": "minigpt.sampling.config",
+    "TrainConfig": "minigpt.training.config",
+    "load": "minigpt.checkpoint",
+    "train": "minigpt.training.launch",
+}
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from minigpt.checkpoint import Run as Run
+    from minigpt.checkpoint import load as load
+    from minigpt.errors import MinigptError as MinigptError
+    from minigpt.model.config import GPTConfig as GPTConfig
+    from minigpt.model.gpt import GPT as GPT
+    from minigpt.sampling.config import SamplingConfig as SamplingConfig
+    from minigpt.sampling.sampler import Sampler as Sampler
+    from minigpt.training.config import TrainConfig as TrainConfig
+    from minigpt.training.launch import train as train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minigpt' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,367 @@
+"""The command line: one verb a function. Each imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from minigpt.errors import ConfigError, MinigptError
+
+PROG = "minigpt"
+
+
+def shipped(name: str) -> Path | None:
+    """A file that comes with minigpt (configs/NAME): from the repository, or from the wheel."""
+    package = Path(__file__).parent
+    for root in (package.parent, package / "_shipped"):
+        for path in (root / "configs" / name, root / "configs" / f"{name}.yaml"):
+            if path.is_file():
+                return path
+    return None
+
+
+# Parsing.
+
+
+def make_parser(verb: str, positional: str = "") -> Any:
+    """A jsonargparse parser for a verb; our dataclasses' attribute docstrings become its help."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    doc = VERBS[verb].__doc__ or ""
+    parser = jsonargparse.ArgumentParser(
+        prog=f"{PROG} {verb}",
+        usage=f"{PROG} {verb}{' ' + positional if positional else ''} [--config FILE] [--name VALUE ...]",
+        description=re.sub(r"\s+", " ", doc),
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file of values; may be repeated")
+    return parser
+
+
+def add_training_settings(parser: Any) -> None:
+    """Every field of TrainConfig, with the model's derived ones left open until preset and sizes are known."""
+    from minigpt.model.config import GPTConfig
+    from minigpt.training.config import TrainConfig
+
+    parser.add_class_arguments(TrainConfig)
+    parser.set_defaults({f"model.{f.name}": f.default for f in fields(GPTConfig)})
+
+
+def parse(parser: Any, argv: list[str]) -> Any:
+    """Parse, and turn jsonargparse's errors into one line that names the nearest field."""
+    import argparse
+
+    argv = [_shipped_config(previous, item) for previous, item in zip(["", *argv], argv, strict=False)]
+    try:
+        return parser.instantiate(parser.parse_args(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(_explain(parser, str(error))) from error
+
+
+def _shipped_config(previous: str, item: str) -> str:
+    """--config NAME may name a shipped config where no file of that name is there."""
+    flag, _, value = item.partition("=")
+    if previous == "--config" and not Path(item).exists():
+        return str(shipped(Path(item).name) or item)
+    if flag == "--config" and value and not Path(value).exists():
+        return f"--config={shipped(Path(value).name) or value}"
+    return item
+
+
+def _explain(parser: Any, message: str) -> str:
+    message = re.sub(r"\s+", " ", message).strip()
+    message = message.replace("typing.Literal", "one of ").replace("<class 'int'>", "whole number")
+    message = message.replace("<class 'float'>", "number").replace("<class 'str'>", "text").replace("Parser key ", "")
+    message = re.sub(r"(typing\.)?Optional\[(.*?)\]", r"\2 or null", message)
+    unknown = (
+        re.search(r"unrecognized arguments: --?([\w.]+)", message)
+        or re.search(r"[Oo]ption '([\w.]+)' is not accepted", message)
+        or re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>\w+)'", message)
+    )
+    if unknown:
+        name = ".".join(unknown.groups())
+        known = [key for key in parser.get_defaults().keys() if key != "config"]  # noqa: SIM118 - a Namespace
+        near = get_close_matches(name, known, n=1, cutoff=0.5) or get_close_matches(
+            name.rpartition(".")[2], [key.rpartition(".")[2] for key in known], n=1
+        )
+        hint = next((key for key in known if near and (key == near[0] or key.endswith(f".{near[0]}"))), None)
+        return f"--{name}: no such setting" + (f"; did you mean --{hint}?" if hint else f"; see {parser.prog} --help")
+    return message
+
+
+def latest_run(folder: str = "runs") -> Path:
+    """The run trained last in `folder`: what a person means who names none."""
+    runs = [path for path in Path(folder).glob("*") if (path / "checkpoints").is_dir()]
+    if not runs:
+        raise ConfigError(f"no run given, and {folder}/ holds none; train one first, or give a run or checkpoint folder")
+    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+
+
+def split_positional(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The first argument where it is no flag, and the rest."""
+    return (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+
+
+# The verbs.
+
+
+def train(argv: list[str]) -> None:
+    """Train a model on text: minigpt train --config configs/NAME.yaml --data.source FILE. Without arguments it trains the
+    default model on text that every Python installation carries.
+    """
+    from minigpt.training.config import TrainConfig
+
+    parser = make_parser("train")
+    add_training_settings(parser)
+    config = TrainConfig(**_fields(parse(parser, [*_stored_config(argv), *argv]), TrainConfig))
+    from minigpt.training.launch import train as run_training
+
+    run = run_training(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _summarise(run)
+
+
+def _fields(values: Any, kind: Any) -> dict[str, Any]:
+    return {field.name: getattr(values, field.name) for field in fields(kind)}
+
+
+def _stored_config(argv: list[str]) -> list[str]:
+    """A run that goes on starts from its own stored config; what is given on the command line is laid over it."""
+    found = {"run_name": "", "runs_dir": "runs", "resume": "auto"}
+    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if flag.startswith("--") and name in found:
+            found[name] = value if equals else following
+    stored = Path(found["runs_dir"]) / found["run_name"] / "config.yaml"
+    return ["--config", str(stored)] if found["run_name"] and found["resume"] != "never" and stored.is_file() else []
+
+
+def _summarise(run: Path) -> None:
+    """What a person wants to see of a run that is done: its losses, a sample, and how to go on."""
+    from minigpt.training.metrics import read_metrics
+
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row.get("val/loss") is not None]
+    samples = sorted((run / "samples").glob("step-*.txt"))
+    if samples:
+        print(f"\n--- sample ---\n{samples[-1].read_text(encoding='utf-8').strip()}\n--- end of sample ---")
+    if rows:
+        first, last = rows[0], rows[-1]
+        print(
+            f"\nvalidation loss {first['val/loss']:.3f} (step {first['step']}) -> {last['val/loss']:.3f} "
+            f"(step {last['step']}), {last['val/bpb']:.3f} bits a byte, {last['seconds']:.0f} s of training"
+        )
+    print(f"run: {run}\nsample from it: python sample.py {run} --prompt 'your text'")
+
+
+def sample(argv: list[str]) -> None:
+    """Continue a prompt: minigpt sample RUN --prompt TEXT. RUN is a run, a checkpoint folder or a Hugging Face GPT-2 or
+    Llama folder; without it the run trained last.
+    """
+    from minigpt.sampling.config import SamplingConfig
+
+    path, rest = split_positional(argv)
+    parser = make_parser("sample", "[RUN]")
+    parser.add_argument("--prompt", action="append", help="text to continue; repeat it for several (default: empty)")
+    parser.add_argument("--prompt_file", type=str, help="file whose text is continued; '-' is standard input")
+    parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
+    parser.add_class_arguments(SamplingConfig)
+    parse(parser, rest)  # a mistake is told before anything is loaded
+
+    from minigpt.checkpoint import load
+    from minigpt.sampling.sampler import Sampler
+
+    run = load(path or latest_run(), device=_device("cpu"))
+    parser.set_defaults(_fields(SamplingConfig.from_dict(run.sampling), SamplingConfig))
+    values = parse(parser, rest)
+    config = SamplingConfig(**_fields(values, SamplingConfig))
+    config.validate()
+    prompts = _prompts(values)
+    sampler = Sampler(run.model.to(_device(values.device)), run.tokenizer, config)
+    if values.json:
+        for prompt, completions in zip(prompts, sampler.generate(prompts), strict=True):
+            for completion in completions:
+                print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=False), flush=True)
+    elif len(prompts) * config.num_return_sequences == 1:
+        print(prompts[0], end="", flush=True)
+        for event in sampler.stream(prompts):
+            print(event.text, end="", flush=True)
+        print()
+    else:
+        for prompt, completions in zip(prompts, sampler.generate(prompts), strict=True):
+            for number, completion in enumerate(completions, 1):
+                print(f"--- {number} of {len(completions)} (seed {completion.seed}) ---\n{prompt}{completion.text}")
+
+
+def _prompts(values: Any) -> list[str]:
+    if values.prompt and values.prompt_file:
+        raise ConfigError("--prompt and --prompt_file: give one of them")
+    if values.prompt_file == "-":
+        return [sys.stdin.read()]
+    if values.prompt_file:
+        try:
+            return [Path(values.prompt_file).read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompt_file {values.prompt_file}: cannot be read as UTF-8 text ({error})") from error
+    return values.prompt or [""]
+
+
+def _device(name: str) -> str:
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name.partition(":")[0], False):
+        raise ConfigError(f"--device {name}: not here; there is {', '.join(kind for kind, here in there.items() if here)}")
+    return name
+
+
+def prepare(argv: list[str]) -> None:
+    """Tokenize a corpus into memory-mapped shards: minigpt prepare --data.source FILE --tokenizer.kind bpe. Training does
+    this by itself; here it can be done before, and looked at.
+    """
+    from minigpt.training.config import TrainConfig
+
+    parser = make_parser("prepare")
+    parser.add_class_arguments(TrainConfig, skip=set(_fields(TrainConfig(), TrainConfig)) - {"data", "tokenizer"})
+    values = parse(parser, argv)
+    from minigpt.data.shards import prepare as prepare_corpus
+
+    corpus = prepare_corpus(values.data, values.tokenizer)
+    for split, stream in (("train", corpus.train), ("val", corpus.val)):
+        counts = corpus.manifest["splits"][split]
+        bytes_a_token = counts["bytes"] / max(1, len(stream))
+        print(f"{split:5}  {counts['documents']:,} documents  {counts['bytes']:,} bytes  {len(stream):,} tokens "
+              f"({bytes_a_token:.2f} bytes a token)")
+    print(f"vocabulary {corpus.tokenizer.vocab_size:,}  folder {corpus.folder}")
+
+
+def evaluate(argv: list[str]) -> None:
+    """Measure a model on held-out text: minigpt eval RUN. By default on the validation split of the corpus that it was
+    trained on; --data.source takes another text, whole.
+    """
+    from minigpt.data.config import DataConfig
+
+    path, rest = split_positional(argv)
+    parser = make_parser("eval", "[RUN]")
+    parser.add_argument("--data", type=DataConfig, default=DataConfig(source=""))
+    parser.add_argument("--block_size", type=int, default=0, help="tokens a window; 0: the model's block_size")
+    parser.add_argument("--tokens", type=int, default=0, help="evenly spaced tokens to measure on; 0: all")
+    parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    values = parse(parser, rest)
+
+    from minigpt.checkpoint import load
+    from minigpt.evaluation.text import evaluate_run
+
+    run = load(path or latest_run(), device=_device(values.device))
+    data = values.data if values.data.source else None
+    result, what = evaluate_run(run, data, values.block_size or None, values.tokens or None)
+    figures = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
+               "tokens": result.tokens, "bytes": result.bytes}
+    if values.json:
+        print(json.dumps({"checkpoint": str(run.path), "text": what, **figures}))
+    else:
+        print(f"{run.path} on {what}: {result.tokens:,} tokens, {result.bytes:,} bytes")
+        print(f"loss {result.loss:.4f} nats a token  perplexity {result.perplexity:.3f}  {result.bits_per_byte:.4f} bits a byte")
+
+
+def info(argv: list[str]) -> None:
+    """Say what a model is and costs: minigpt info RUN, or minigpt info --model.preset llama --model.n_layer 4 for one
+    that is yet to be trained.
+    """
+    from minigpt.terminal import readable
+
+    path, rest = split_positional(argv)
+    parser = make_parser("info", "[RUN]")
+    add_training_settings(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    values = parse(parser, rest)
+
+    from minigpt.checkpoint import find_checkpoint, read_config
+    from minigpt.model.cost import cost_of
+
+    if path:
+        model = read_config(find_checkpoint(path))
+    else:
+        vocabulary = {"byte": 257, "gpt2": 50257, "cl100k": 100277, "o200k": 200019, "bpe": values.tokenizer.vocab_size}
+        guess = vocabulary.get(values.tokenizer.kind)
+        if not (values.model.vocab_size or guess):
+            raise ConfigError("model.vocab_size: follows from the corpus with this tokenizer; give it to see the cost")
+        model = values.model if values.model.vocab_size else replace(values.model, vocab_size=guess)
+    cost = cost_of(model)
+    tokens = values.batch.micro_batch_size * model.block_size if values.batch.micro_batch_size else values.batch.tokens
+    cache = cost.cache_bytes_per_token * model.block_size
+    if values.json:
+        figures = {**asdict(cost), "activation_bytes": cost.activation_bytes(model, tokens), "cache_bytes_per_row": cache}
+        print(json.dumps({"model": model.to_dict(), **figures}))
+        return
+    for name, value in model.to_dict().items():
+        print(f"{name:16} {value}")
+    print(f"\nparameters       {cost.parameters:,} ({cost.embedding_parameters:,} of them embeddings)")
+    print(f"FLOPs a token    {readable(cost.forward_flops)} forward, {readable(cost.training_flops)} training")
+    print(f"training memory  {readable(cost.state_bytes)}B weights, gradients and AdamW (float32), "
+          f"about {readable(cost.activation_bytes(model, tokens))}B activations for {tokens:,} tokens a forward")
+    print(f"cache            {readable(cost.cache_bytes_per_token)}B a token, {readable(cache)}B a full row (float32)")
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "sample": sample,
+    "prepare": prepare,
+    "eval": evaluate,
+    "info": info,
+}
+
+
+def usage() -> str:
+    """What `minigpt --help` prints."""
+    lines = [f"usage: {PROG} VERB ...   ({PROG} VERB --help tells what a verb takes)", ""]
+    for name, verb in VERBS.items():
+        summary = re.sub(r"\s+", " ", verb.__doc__ or "").split(": ", 1)[0]
+        lines.append(f"  {name:8} {summary}")
+    return "\n".join(lines)
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    """Run one verb; returns the exit code (see errors.py). `--debug` shows the traceback of an error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [item for item in arguments if item != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from minigpt import __version__
+
+        print(f"{PROG} {__version__}")
+        return 0
+    try:
+        verb = VERBS.get(arguments[0])
+        if verb is None:
+            near = get_close_matches(arguments[0], VERBS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
+            raise ConfigError(f"{arguments[0]}: no such verb; {hint}")
+        verb(arguments[1:])
+    except MinigptError as error:
+        if debug:
+            raise
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"\n{PROG}: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output has gone (| head): not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0

@@ -1,0 +1,196 @@
+"""Step number -> batch. What is in batch s follows from (seed, s, batch size) alone, so there is no order to save.
+
+An epoch cuts the stream into windows of block_size tokens, beginning at an offset of its own, and visits each window
+once in an order of its own. The order is a keyed permutation that is computed, never stored: a Feistel network over the
+next power of two above the number of windows, applied again wherever it lands outside ("cycle walking").
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from minigpt.data.stream import TokenStream
+from minigpt.errors import ConfigError, DataError
+
+ROUNDS = 6  # of the Feistel network: even, so that its halves end where they began; four would do where they are wide
+AHEAD = 4096  # samples whose places are computed at once, which spreads numpy's cost per call over many steps
+_OFFSET = np.uint64(1 << 63)  # keeps an epoch's offset apart from its permutation keys
+IGNORED = -100  # target of padding, as torch.nn.functional.cross_entropy ignores it
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64-bit words that lets every bit reach every other (the finalizer of splitmix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _keys(seed: int, epochs: np.ndarray) -> np.ndarray:
+    """One 64-bit key an epoch: (n,) uint64."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    start = _mix(np.array([seed % (1 << 64)], dtype=np.uint64) + golden)
+    return _mix(start + (epochs.astype(np.uint64) + np.uint64(1)) * golden)
+
+
+def permute(x: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where each x goes under the permutation of 0 .. size-1 that its key selects.
+
+    Args:
+        x: (n,) integers below `size`.
+        size: how many things are permuted.
+        keys: (n,) uint64; elements with the same key belong to the same permutation.
+
+    Returns:
+        (n,) int64.
+    """
+    bits = max(2, (size - 1).bit_length())
+    right_bits = bits // 2
+    left_bits = bits - right_bits
+    out = x.astype(np.uint64)
+    walking = np.arange(len(out))
+    while len(walking):
+        out[walking] = _feistel(out[walking], left_bits, right_bits, keys[walking])
+        walking = walking[out[walking] >= size]
+    return out.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, left_bits: int, right_bits: int, keys: np.ndarray) -> np.ndarray:
+    left, right = x >> np.uint64(right_bits), x & np.uint64((1 << right_bits) - 1)
+    for number in range(ROUNDS):
+        # The halves swap sides, so with an odd number of bits they also swap widths.
+        word = _mix(keys + np.uint64(number * 0xD1342543DE82EF95 % (1 << 64)) + right)
+        left, right = right, left ^ (word >> np.uint64(64 - left_bits))
+        left_bits, right_bits = right_bits, left_bits
+    return (left << np.uint64(right_bits)) | right
+
+
+class Batches:
+    """The training batches of a stream, by number.
+
+    Args:
+        stream: the tokens.
+        block_size: T, tokens in a row.
+        batch_size: rows in a step, counted over all processes and micro-batches.
+        seed: of the order.
+        order: "shuffled" (every window once an epoch) or "random" (windows drawn anywhere, with replacement).
+
+    Raises:
+        DataError: the stream is shorter than one row and its last target.
+        ConfigError: a size or the order cannot be used.
+
+    Attributes:
+        windows: rows in an epoch.
+    """
+
+    def __init__(
+        self, stream: TokenStream, block_size: int, batch_size: int, seed: int, order: str = "shuffled"
+    ) -> None:
+        for name, value in (("block_size", block_size), ("batch_size", batch_size)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if order not in ("shuffled", "random"):
+            raise ConfigError(f"data.order is {order!r}; choose shuffled or random")
+        if len(stream) < block_size + 1:
+            raise DataError(
+                f"{stream.name} has {len(stream)} tokens, but one row needs block_size + 1 = {block_size} + 1 = "
+                f"{block_size + 1}; use a longer text or a block_size of at most {max(len(stream) - 1, 0)}"
+            )
+        self.stream, self.block_size, self.batch_size = stream, block_size, batch_size
+        self.seed, self.order = seed, order
+        # Every offset must leave the same number of windows, or epochs would differ in length.
+        self.windows = max(1, (len(stream) - block_size) // block_size)
+        self._offsets = min(block_size, len(stream) - self.windows * block_size)
+        self._computed: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.int64))
+
+    def starts(self, step: int) -> np.ndarray:
+        """Where the rows of batch `step` begin in the stream: (batch_size,) int64."""
+        if self.order == "random":
+            words = np.random.Philox(key=np.array([self.seed % (1 << 64), step], dtype=np.uint64))
+            return (words.random_raw(self.batch_size) % (len(self.stream) - self.block_size)).astype(np.int64)
+        first = step * self.batch_size
+        begin, starts = self._computed
+        if not begin <= first <= begin + len(starts) - self.batch_size:
+            begin, starts = first, self._shuffled(first, max(AHEAD, self.batch_size))
+            self._computed = begin, starts
+        return starts[first - begin : first - begin + self.batch_size]
+
+    def read(self, step: int, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of batch `step`: a process takes its slice of the batch, a micro-batch a slice of that.
+
+        Returns:
+            ids and targets, (rows, T) int64 each; targets are the ids one place further on.
+        """
+        tokens = torch.from_numpy(self.stream.read(self.starts(step)[rows], self.block_size + 1))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def epoch(self, step: int) -> float:
+        """Epochs passed before batch `step`."""
+        return step * self.batch_size / self.windows
+
+    def _shuffled(self, first: int, count: int) -> np.ndarray:
+        samples = np.arange(first, first + count, dtype=np.int64)
+        keys = _keys(self.seed, samples // self.windows)
+        offsets = (_mix(keys + _OFFSET) % np.uint64(self._offsets)).astype(np.int64)
+        return offsets + self.block_size * permute(samples % self.windows, self.windows, keys)
+
+
+class ValidationWindows:
+    """Neighbouring windows of block_size tokens over a whole stream, in order; the last one may be shorter.
+
+    Unlimited, every token but the first is a target exactly once. With a limit, windows evenly spaced over the stream
+    stand for it, the same ones every time.
+    """
+
+    def __init__(self, stream: TokenStream, block_size: int, limit_tokens: int | None = None) -> None:
+        if block_size < 1:
+            raise ConfigError(f"block_size is {block_size}; it must be at least 1")
+        if len(stream) < 2:
+            raise DataError(
+                f"{stream.name} has {len(stream)} tokens, too few to predict one of them; raise --data.val_fraction, "
+                "use a longer text, or switch validation off"
+            )
+        self.stream, self.block_size = stream, block_size
+        whole = -(-(len(stream) - 1) // block_size)
+        kept = whole if limit_tokens is None else min(whole, max(1, limit_tokens // block_size))
+        self._starts = np.arange(kept, dtype=np.int64) * whole // kept * block_size
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def tokens(self) -> int:
+        """Targets in all windows together."""
+        return int(np.minimum(self.block_size, len(self.stream) - 1 - self._starts).sum())
+
+    def read(self, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """A slice of the windows.
+
+        Returns:
+            ids and targets, (rows, T) int64 each. Past the end of the stream ids are 0 and targets -100 (ignored).
+        """
+        starts, block_size = self._starts[rows], self.block_size
+        ids = np.zeros((len(starts), block_size), dtype=np.int64)
+        targets = np.full((len(starts), block_size), IGNORED, dtype=np.int64)
+        whole = starts + block_size < len(self.stream)
+        tokens = self.stream.read(starts[whole], block_size + 1)
+        ids[whole], targets[whole] = tokens[:, :-1], tokens[:, 1:]
+        for row in np.flatnonzero(~whole):
+            left = len(self.stream) - int(starts[row])
+            tail = self.stream.read(starts[row : row + 1], left)[0]
+            ids[row, : left - 1], targets[row, : left - 1] = tail[:-1], tail[1:]
+        return torch.from_numpy(ids), torch.from_numpy(targets)
+
+
+def validation_windows(stream: TokenStream, block_size: int, limit_tokens: int | None = None) -> ValidationWindows:
+    """The windows a split is evaluated on.
+
+    Args:
+        stream: the held-out tokens.
+        block_size: T, tokens in a window.
+        limit_tokens: evaluate at most about this many targets (at least one window); None evaluates all of them.
+
+    Raises:
+        DataError: the stream holds fewer than two tokens.
+    """
+    return ValidationWindows(stream, block_size, limit_tokens)

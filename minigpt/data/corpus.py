@@ -1,0 +1,176 @@
+"""A config's `source` -> documents, streamed, with a fingerprint that tells whether the text has changed unread."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from minigpt.data.catalogue import catalogue, check_copy, download, file_sha256, python_topics, topic_pieces
+from minigpt.data.config import DataConfig
+from minigpt.data.reading import BLOCK, COMPRESSED, Piece, ReadingLog, looks_binary, read_documents
+from minigpt.errors import ConfigError, DataError, DiskError
+from minigpt.tokenizer.base import canonical_json
+
+_NAME = re.compile(r"[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from, settled but not yet read."""
+
+    name: str
+    """Names the folder of the prepared corpus."""
+    fingerprint: dict[str, Any]
+    """Changes when the text may have changed: paths, sizes and modification times, or a known sha256."""
+    bytes: int
+    """Bytes to read from disk (0 where that is not known), for the progress bar."""
+    documents: Callable[[ReadingLog], Iterator[Piece]]
+    """A fresh stream of the documents; it may be read again and again."""
+    settle: Callable[[bool], None] = lambda show: None
+    """Fetches and checks the text before it is first read; the argument says whether to show progress."""
+
+
+def find_source(data: DataConfig) -> Source:
+    """What `data.source` names; standard input is read to its end.
+
+    Raises:
+        ConfigError: `source` is neither known nor found, or `file` does not go with it.
+        DataError: the text cannot be read.
+    """
+    named = catalogue()
+    if data.source in named:
+        return _named(data.source, named[data.source], data)
+    if data.file is not None:
+        raise ConfigError(
+            f"data.file {data.file!r} is a local copy of a named corpus, but data.source {data.source!r} is none; "
+            f"use --data.source {data.file}, or name one of: {', '.join(named)}"
+        )
+    if data.source == "-":
+        return _standard_input(data)
+    path = Path(data.source).expanduser()
+    if path.is_dir():
+        files = _files_below(path, Path(data.folder))
+        if not files:
+            raise DataError(f"data.source {data.source!r} is a folder without files; put text files into it")
+        return _files(_checked_name(path.resolve().name, data.source), files, path, data.field, sniff=True)
+    if path.is_file():
+        return _files(_checked_name(_stem(path), data.source), [path], path.parent, data.field, sniff=False)
+    if glob.has_magic(data.source):
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise DataError(f"data.source {data.source!r} matches no file; check the pattern and the current folder")
+        name = re.sub(r"\W+", "-", data.source).strip("-") or "glob"
+        return _files(_checked_name(name, data.source), files, Path("."), data.field, sniff=True)
+    near = get_close_matches(data.source, named, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(
+        f"data.source {data.source!r} is neither a file, a folder nor a known corpus; {hint}"
+        f"Known are: {', '.join(named)}"
+    )
+
+
+def _checked_name(name: str, source: str) -> str:
+    """Refuse a name that would put the corpus elsewhere than below its folder."""
+    if not _NAME.fullmatch(re.sub(r"[^\w.-]", "-", name)) or ".." in name:
+        raise ConfigError(
+            f"data.source {source!r} gives the corpus the name {name!r}, which cannot name a folder; rename the source"
+        )
+    return re.sub(r"[^\w.-]", "-", name)
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    while Path(name).suffix.lower() in COMPRESSED:
+        name = Path(name).stem
+    return Path(name).stem
+
+
+def _named(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
+    _checked_name(name, name)
+    if entry["kind"] == "pydocs":
+        if data.file is not None:
+            raise ConfigError(f"data.file {data.file!r} does not go with data.source 'pydocs', which is no download")
+        topics = python_topics()
+        text_sha256 = hashlib.sha256("\0".join(topics).encode()).hexdigest()
+        fingerprint = {"name": name, "python": sys.version.split()[0], "sha256": text_sha256}
+        return Source(name, fingerprint, 0, lambda log: topic_pieces(topics))
+    file_name = entry.get("member") or Path(entry["url"]).name
+    path = Path(data.file).expanduser() if data.file else Path(data.folder) / name / "source" / file_name
+
+    def settle(show: bool) -> None:
+        if data.file is not None:
+            check_copy(name, entry, path, f"data.file {data.file!r}")
+        elif not path.is_file() or file_sha256(path) != entry["sha256"]:
+            download(name, entry, path, show)
+
+    fingerprint = {"name": name, "sha256": entry["sha256"]}
+    return Source(name, fingerprint, entry["bytes"], lambda log: read_documents(path, data.field, log), settle)
+
+
+def _files_below(folder: Path, excluded: Path) -> list[Path]:
+    """The files of a folder in the order of their paths, without hidden ones and without prepared corpora."""
+    excluded, files = excluded.resolve(), []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".") and (Path(parent) / f).resolve() != excluded]
+        files += [Path(parent) / name for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file())
+
+
+def _files(name: str, files: list[Path], base: Path, field: str, sniff: bool) -> Source:
+    sizes, listing = 0, hashlib.sha256()
+    for file in files:
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
+        sizes += found.st_size
+        listing.update(canonical_json([os.path.relpath(file, base), found.st_size, found.st_mtime_ns]).encode())
+    fingerprint = {
+        "path": str(files[0] if len(files) == 1 else base),
+        "files": len(files),
+        "bytes": sizes,
+        "listing_sha256": listing.hexdigest(),
+    }
+
+    def documents(log: ReadingLog) -> Iterator[Piece]:
+        for file in files:
+            if sniff and looks_binary(file):
+                log.skipped.append(str(file))
+            else:
+                yield from read_documents(file, field, log)
+
+    return Source(name, fingerprint, sizes, documents)
+
+
+def _standard_input(data: DataConfig) -> Source:
+    """Keep what standard input brings in a file named after its content, so that it can be read twice."""
+    folder = Path(data.folder) / "stdin" / "source"
+    spool = folder / f".{secrets.token_hex(4)}.part"
+    digest = hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with spool.open("wb") as file:
+            while block := sys.stdin.buffer.read(BLOCK):
+                digest.update(block)
+                file.write(block)
+            size = file.tell()
+        if not size:
+            raise DataError("data.source '-' read an empty standard input; pipe a text into it: cat FILE | minigpt ...")
+        path = folder / f"{digest.hexdigest()[:16]}.txt"
+        os.replace(spool, path)
+    except OSError as error:
+        raise DiskError(f"cannot write into {folder}: {error}; free space or name another --data.folder") from error
+    finally:
+        spool.unlink(missing_ok=True)
+    fingerprint = {"path": "-", "sha256": digest.hexdigest()}
+    return Source("stdin", fingerprint, size, lambda log: read_documents(path, data.field, log))

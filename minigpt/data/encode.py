@@ -1,0 +1,170 @@
+"""The second pass over a corpus: text -> ids -> shards, in bounded groups that every core works on at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from minigpt.data.survey import Part
+from minigpt.errors import DataError
+from minigpt.terminal import Progress
+from minigpt.tokenizer.base import Tokenizer
+
+PIECE = 128 << 10  # characters encoded as one: small enough to spread over the cores, large enough to be worth a call
+GROUP = 4 << 20  # characters encoded together, two groups being in memory at a time
+UNCUT = 2 << 20  # characters without a place to cut, after which text is cut before any space
+SHARD_TOKENS = 100_000_000
+_SIGHT = 16  # characters that must follow a cut, so that a pattern that looks ahead sees what the whole text shows it
+
+
+class ShardWriter:
+    """Ids of one split -> files PREFIX-00000.bin, ... of at most `limit` tokens each.
+
+    Attributes:
+        shards: the manifest's row of each file: file, tokens, sha256 (complete once closed).
+    """
+
+    def __init__(self, folder: Path, prefix: str, dtype: str, limit: int = SHARD_TOKENS) -> None:
+        self.folder, self.prefix, self.limit = folder, prefix, limit
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids (n,)."""
+        while len(ids):
+            if self._file is None or self.shards[-1]["tokens"] == self.limit:
+                self.close()
+                name = f"{self.prefix}-{len(self.shards):05d}.bin"
+                self._file, self._digest = (self.folder / name).open("xb"), hashlib.sha256()
+                self.shards.append({"file": name, "tokens": 0, "sha256": ""})
+            part = ids[: self.limit - self.shards[-1]["tokens"]]
+            content = part.astype(self.dtype).tobytes()
+            self._file.write(content)
+            self._digest.update(content)
+            self.shards[-1]["tokens"] += len(part)
+            ids = ids[len(part) :]
+
+    def close(self) -> None:
+        """Finish the file that is being written, and put it on the disk."""
+        if self._file is not None:
+            self.shards[-1]["sha256"] = self._digest.hexdigest()
+            with self._file as file:
+                file.flush()
+                os.fsync(file.fileno())
+            self._file = None
+
+
+def cut_parts(parts: Iterable[Part], pattern: re.Pattern[str] | None, size: int = PIECE) -> Iterator[Part]:
+    """Cut text again, at places that leave its tokens as they are.
+
+    Args:
+        parts: of any length, cut anywhere.
+        pattern: matches, at zero width, where text may be cut; None where no place is known.
+        size: characters a part has at least, unless its text ends there.
+    """
+    text, searched = "", 0
+    for part in parts:
+        text += part.text
+        begin = 0
+        while len(text) - begin > size:
+            cut = _cut(text, max(begin + size, searched), pattern, part.ends)
+            if not cut and len(text) - begin > UNCUT:
+                space = text.rfind(" ", begin + 1, begin + UNCUT)
+                cut = space if space > 0 else begin + UNCUT
+            if not cut:
+                break
+            yield part._replace(text=text[begin:cut], ends=False, eot=False)
+            begin = cut
+        text = text[begin:]
+        searched = max(0, len(text) - _SIGHT)
+        if part.ends:
+            yield part._replace(text=text)
+            text, searched = "", 0
+
+
+def _cut(text: str, start: int, pattern: re.Pattern[str] | None, ends: bool) -> int:
+    """The first permitted place at or after `start` that can be told already, 0 if there is none."""
+    match = pattern.search(text, start) if pattern else None
+    last = len(text) - (1 if ends else _SIGHT)
+    return match.start() if match and match.start() <= last else 0
+
+
+def groups(parts: Iterable[Part], size: int = GROUP) -> Iterator[list[Part]]:
+    """Collect parts until they have `size` characters together."""
+    group: list[Part] = []
+    characters = 0
+    for part in parts:
+        group.append(part)
+        characters += len(part.text) + 1  # so that very many empty parts make a group, too
+        if characters >= size:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def encode_parts(
+    parts: Iterable[Part], tokenizer: Tokenizer, writers: dict[str, ShardWriter], bar: Progress
+) -> dict[str, Counter[str]]:
+    """Encode text and write its ids, with one end-of-text token after every whole document.
+
+    Reading and writing go on while a group is encoded.
+
+    Args:
+        parts: text of the splits that `writers` names.
+        tokenizer: encodes it.
+        writers: receive the ids; they are closed here.
+        bar: is moved on by characters.
+
+    Returns:
+        For each split: tokens, bytes (of the text in UTF-8), characters, documents (a cut one counts in both splits).
+    """
+    counts = {split: Counter(tokens=0, bytes=0, characters=0, documents=0) for split in writers}
+    end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint32)
+    done = 0
+
+    def write(group: list[Part], encoded: Future[list[np.ndarray]]) -> None:
+        nonlocal done
+        ids: dict[str, list[np.ndarray]] = {split: [] for split in writers}
+        for part, part_ids in zip(group, encoded.result(), strict=True):
+            ids[part.split] += (part_ids, end) if part.eot else (part_ids,)
+            count = counts[part.split]
+            count["bytes"] += len(part.text.encode("utf-8"))
+            count["characters"] += len(part.text)
+            count["documents"] += part.ends
+            done += len(part.text)
+        for split, arrays in ids.items():
+            if arrays:
+                joined = np.concatenate(arrays)
+                if len(joined) and joined.max() >= tokenizer.vocab_size:
+                    raise DataError(
+                        f"the {tokenizer.kind} tokenizer made token id {joined.max()}, but its vocabulary has only "
+                        f"{tokenizer.vocab_size} ids; the tokenizer is damaged, use another"
+                    )
+                counts[split]["tokens"] += len(joined)
+                writers[split].write(joined)
+        bar.update(done)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting: list[tuple[list[Part], Future[list[np.ndarray]]]] = []
+            for group in groups(cut_parts(parts, tokenizer.cut)):
+                waiting.append((group, pool.submit(tokenizer.encode_batch, [part.text for part in group])))
+                if len(waiting) == 2:
+                    write(*waiting.pop(0))
+            for group, encoded in waiting:
+                write(group, encoded)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return counts

@@ -1,0 +1,211 @@
+"""Files -> documents, in pieces of about a megabyte, so that a text of any size needs the memory of one piece."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from minigpt.errors import DataError, MissingExtra
+
+BLOCK = 1 << 20  # bytes read at a time
+COMPRESSED = (".gz", ".zst")
+_BOM = b"\xef\xbb\xbf"
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class Piece(NamedTuple):
+    """A stretch of a document's text; the document's last piece (which may be empty) `ends` it."""
+
+    text: str
+    ends: bool
+
+
+@dataclass
+class ReadingLog:
+    """What came up while reading: kept apart from the text so that every reader can stay a plain generator."""
+
+    bytes: int = 0
+    """Bytes taken from disk so far."""
+    invalid: int = 0
+    """Replacement characters that stand for bytes that are not UTF-8."""
+    skipped: list[str] = field(default_factory=list)
+    """Files of a folder that do not look like text."""
+
+
+def content_suffix(path: Path) -> str:
+    """The suffix that says what a file holds, whatever it is compressed with: a.jsonl.gz -> .jsonl."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_documents(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
+    """The documents of one file: one a line for .jsonl, else the whole file.
+
+    Args:
+        path: the file; .gz and .zst are decompressed as they are read.
+        field: .jsonl: the field that holds the document.
+        log: is told what was read.
+
+    Raises:
+        DataError: the file cannot be read, or a line of it holds no document.
+        MissingExtra: .zst without the package zstandard.
+    """
+    try:
+        if content_suffix(path) == ".jsonl":
+            yield from _json_lines(path, field, log)
+        else:
+            for block in whole_lines(_blocks(path, log)):
+                yield Piece(_decode(block, log), False)
+            yield Piece("", True)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def looks_binary(path: Path) -> bool:
+    """Whether a file of a folder is something other than text, going by its first 8 KiB."""
+    if path.suffix.lower() in COMPRESSED:
+        return content_suffix(path) == ".tar"
+    try:
+        with path.open("rb") as file:
+            return b"\0" in file.read(8192)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def whole_lines(blocks: Iterable[bytes], limit: int | None = BLOCK) -> Iterator[bytes]:
+    """Cut a stream of bytes again, so that each piece ends with a line.
+
+    A line longer than `limit` is cut between two characters; None never cuts a line.
+    """
+    held: list[bytes] = []
+    size = 0
+    for block in blocks:
+        end = block.rfind(b"\n") + 1
+        if not end and limit is not None and size + len(block) >= limit:
+            held, size, block = [], 0, b"".join([*held, block])
+            end = _character_border(block)
+        if end:
+            yield b"".join([*held, block[:end]])
+            held, size, block = [], 0, block[end:]
+        held.append(block)
+        size += len(block)
+    if size:
+        yield b"".join(held)
+
+
+def _character_border(block: bytes) -> int:
+    """The last place in UTF-8 text where a character begins (the end, if its last character is complete)."""
+    for back in range(1, min(4, len(block)) + 1):
+        byte = block[-back]
+        if byte < 0x80:
+            break
+        if byte >= 0xC0:
+            width = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(block) if back >= width else len(block) - back
+    return len(block)
+
+
+def _decode(block: bytes, log: ReadingLog) -> str:
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError:
+        text = block.decode("utf-8", "replace")
+        log.invalid += text.count("\ufffd") - block.count("\ufffd".encode())
+        return text
+
+
+def _blocks(path: Path, log: ReadingLog) -> Iterator[bytes]:
+    """The decompressed bytes of a file without its byte order mark."""
+    with path.open("rb") as raw:
+        suffix = path.suffix.lower()
+        if suffix == ".gz":
+            with gzip.GzipFile(fileobj=raw) as file:
+                blocks = _fixed_blocks(file)
+                yield from _counted(_without_mark(blocks), raw, log)
+        elif suffix == ".zst":
+            yield from _counted(_without_mark(_zstandard_blocks(path, raw)), raw, log)
+        else:
+            yield from _counted(_without_mark(_fixed_blocks(raw)), raw, log)
+
+
+def _fixed_blocks(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
+    while block := file.read(BLOCK):
+        yield block
+
+
+def _zstandard_blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingExtra("zstandard", "zstd", f"reading {path}") from error
+    frame = None
+    while block := raw.read(BLOCK // 16):  # small, because a frame may expand a thousandfold
+        while block:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                text = frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise DataError(f"{path} cannot be read as zstandard: {error}") from error
+            if text:
+                yield text
+            block = b""
+            if frame.eof:
+                block, frame = frame.unused_data, None
+    if frame is not None:
+        raise DataError(f"{path} ends in the middle of its compressed text; it is cut short")
+
+
+def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    first = b""
+    for block in blocks:
+        first += block
+        if len(first) >= len(_BOM):
+            break
+    if first := first.removeprefix(_BOM):
+        yield first
+    yield from blocks
+
+
+def _counted(blocks: Iterator[bytes], raw: BinaryIO, log: ReadingLog) -> Iterator[bytes]:
+    before = 0
+    for block in blocks:
+        here = raw.tell()
+        log.bytes += here - before
+        before = here
+        yield block
+
+
+def _json_lines(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
+    number = 0
+    for block in whole_lines(_blocks(path, log), limit=None):
+        for line in block.removesuffix(b"\n").split(b"\n"):
+            number += 1
+            if line.strip():
+                yield Piece(_json_text(_decode(line, log), field, f"{path} line {number}", log), True)
+
+
+def _json_text(line: str, field: str, where: str, log: ReadingLog) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}); .jsonl holds one object a line") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} holds {type(value).__name__}, expected an object with the field {field!r}")
+    if field not in value:
+        known = ", ".join(map(repr, value)) or "none"
+        raise DataError(f"{where} has no field {field!r}; its fields are {known}: name one with --data.field")
+    text = value[field]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field {field!r} holds {type(text).__name__}, expected a string")
+    if _SURROGATES.search(text):  # \ud800 alone is JSON, but no character
+        text, count = _SURROGATES.subn("\ufffd", text)
+        log.invalid += count
+    return text

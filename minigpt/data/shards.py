@@ -1,0 +1,256 @@
+"""Prepared corpora: a folder of token shards that a manifest describes to the last byte, and how one is made.
+
+    data/NAME/KIND-1a2b3c4d/
+        train-00000.bin, ..., val-00000.bin, ...    bare little-endian uint16 or uint32
+        minigpt_tokenizer.json
+        manifest.json                               what it was made from, counts, sha256 of every shard
+
+The eight digits are a hash over everything that decides the ids: the text, how it is cleaned and split, the tokenizer.
+So a folder is never overwritten with other tokens, and the same text gives the same name on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minigpt.data.catalogue import file_sha256
+from minigpt.data.config import DataConfig
+from minigpt.data.corpus import Source, find_source
+from minigpt.data.encode import ShardWriter, encode_parts
+from minigpt.data.manifest import FORMAT, MANIFEST, appearing_folder, read_manifest, write_manifest
+from minigpt.data.stream import TokenStream
+from minigpt.data.survey import Split, SurveyedText, survey
+from minigpt.errors import ConfigError, DataError
+from minigpt.terminal import notice, progress, readable
+from minigpt.tokenizer.base import sha256_of
+from minigpt.tokenizer.config import TokenizerConfig
+
+if TYPE_CHECKING:
+    from minigpt.tokenizer.base import Tokenizer
+
+
+class Corpus:
+    """A prepared corpus on disk; `open_corpus` and `prepare` make one.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what manifest.json says.
+        hash: of everything that decided its tokens; equal hashes, equal tokens.
+        train: the training tokens.
+        val: the held-out tokens; empty where data.val_fraction is 0.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.hash: str = manifest["content"]
+        self.train, self.val = self._stream("train"), self._stream("val")
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For "train" and "val": tokens, bytes (of the text in UTF-8), characters, documents."""
+        names = ("tokens", "bytes", "characters", "documents")
+        return {split: {name: found[name] for name in names} for split, found in self.manifest["splits"].items()}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids, loaded when it is first asked for."""
+        from minigpt.tokenizer.build import load_tokenizer
+
+        tokenizer = load_tokenizer(self.folder)
+        self.check_tokenizer(tokenizer)
+        return tokenizer
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuse a tokenizer that would read these ids as other text."""
+        expected = self.manifest["tokenizer"]
+        if tokenizer.hash != expected["hash"]:
+            raise DataError(
+                f"{self.folder} was prepared with the {expected['kind']} tokenizer {expected['hash'][:12]}, not with "
+                f"the {tokenizer.kind} tokenizer {tokenizer.hash[:12]}; prepare the text again with the one you mean"
+            )
+
+    def verify(self) -> None:
+        """Read every shard and compare its sha256 with the manifest's."""
+        for shard in self._shards():
+            path = self.folder / shard["file"]
+            try:
+                found = file_sha256(path)
+            except OSError as error:
+                raise DataError(f"shard {path} cannot be read: {error}") from error
+            if found != shard["sha256"]:
+                raise DataError(
+                    f"shard {path} was altered: its sha256 is {found}, expected {shard['sha256']}; "
+                    f"delete {self.folder} and prepare the corpus again"
+                )
+
+    def _shards(self) -> Iterator[dict[str, Any]]:
+        for split in self.manifest["splits"].values():
+            yield from split["shards"]
+
+    def _stream(self, split: str) -> TokenStream:
+        shards, width = self.manifest["splits"][split]["shards"], int(self.manifest["dtype"].removeprefix("uint")) // 8
+        for shard in shards:
+            path, expected = self.folder / shard["file"], shard["tokens"] * width
+            if not path.is_file():
+                raise DataError(f"shard {path} is missing; delete {self.folder} and prepare the corpus again")
+            if (size := path.stat().st_size) != expected:
+                raise DataError(
+                    f"shard {path} has {size} bytes, expected {expected} ({shard['tokens']} tokens of {width} bytes); "
+                    f"delete {self.folder} and prepare the corpus again"
+                )
+        return TokenStream(
+            [self.folder / shard["file"] for shard in shards],
+            [shard["tokens"] for shard in shards],
+            self.manifest["dtype"],
+            self.manifest["vocab_size"],
+            split,
+        )
+
+
+def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
+    """A corpus that `prepare` made, with the sizes of its files checked.
+
+    Raises:
+        DataError: the folder holds no corpus, or its manifest or a shard is missing, cut short or altered.
+    """
+    folder = Path(folder)
+    return Corpus(folder, read_manifest(folder))
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, show: bool = True) -> Corpus:
+    """Make the corpus that a config asks for, or open it where it was made before.
+
+    Args:
+        data: which text, cleaned and split how.
+        tokenizer: turns it into ids.
+        show: whether to show progress and notices; False on ranks other than the first.
+
+    Raises:
+        ConfigError: a field cannot be used as given.
+        DataError: the text cannot be read, or nothing is left of it, or an earlier corpus is damaged.
+        DiskError: the corpus cannot be written.
+    """
+    if not 0 <= data.val_fraction < 1:
+        raise ConfigError(f"data.val_fraction is {data.val_fraction}; expected a share from 0 to below 1, such as 0.1")
+    source = find_source(data)
+    request = _request(source, data, tokenizer)
+    home = Path(data.folder) / source.name
+    if made := _made_for(request, home):
+        return open_corpus(made)
+
+    source.settle(show)
+    text = survey(source, data.clean, show)
+    split = Split(len(text.lengths), data.val_fraction)
+    if show:
+        _announce(text)
+    built = _build_tokenizer(tokenizer, text, split, show)
+    decided_by = {
+        "format": FORMAT,
+        "text_sha256": text.sha256,
+        "clean": asdict(data.clean),
+        "split": {"rule": split.rule, "val_fraction": data.val_fraction},
+        "tokenizer": {"kind": built.kind, "hash": built.hash},
+    }
+    content = sha256_of(decided_by)
+    folder = home / f"{built.kind}-{content[:8]}"
+    asked = {"request": request, "source": {"name": data.source, "file": data.file, **source.fingerprint}}
+    if folder.exists():  # the same text at another time or place: only the manifest has news
+        write_manifest(folder, {**open_corpus(folder).manifest, **asked})
+        return open_corpus(folder)
+    manifest: dict[str, Any] = {
+        **decided_by,
+        **asked,
+        "content": content,
+        "vocab_size": built.vocab_size,
+        "dtype": "uint16" if built.vocab_size <= 1 << 16 else "uint32",
+        "dropped": dict(text.dropped),
+        "invalid": text.log.invalid,
+    }
+    with appearing_folder(folder) as unfinished:
+        manifest["splits"] = _write_shards(unfinished, manifest["dtype"], text, split, built, show)
+        _save_tokenizer(built, unfinished)
+        write_manifest(unfinished, manifest)
+    corpus = open_corpus(folder)
+    if show:
+        notice(
+            f"prepared {folder}: {readable(len(corpus.train))} training and {readable(len(corpus.val))} validation "
+            f"tokens, vocabulary of {built.vocab_size}"
+        )
+    return corpus
+
+
+def _request(source: Source, data: DataConfig, tokenizer: TokenizerConfig) -> str:
+    asked: dict[str, Any] = {
+        "format": FORMAT,
+        "source": source.fingerprint,
+        "field": data.field,
+        "clean": asdict(data.clean),
+        "val_fraction": data.val_fraction,
+        "tokenizer": {"kind": tokenizer.kind},
+    }
+    if tokenizer.kind == "bpe":
+        asked["tokenizer"]["vocab_size"] = tokenizer.vocab_size
+    if tokenizer.kind == "char":
+        asked["tokenizer"]["unknown"] = tokenizer.unknown
+    if tokenizer.kind == "file" and tokenizer.path is not None:
+        path = Path(tokenizer.path)
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        found = [(str(file), file.stat()) for file in files if file.is_file()]
+        asked["tokenizer"]["files"] = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+    return sha256_of(asked)
+
+
+def _made_for(request: str, home: Path) -> Path | None:
+    """The folder below `home` whose manifest answers this very request."""
+    for path in sorted(home.glob(f"*/{MANIFEST}")):
+        try:
+            if json.loads(path.read_text(encoding="utf-8"))["request"] == request:
+                return path.parent
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged neighbour is named when it is the one asked for
+    return None
+
+
+def _announce(text: SurveyedText) -> None:
+    name, log = text.source.name, text.log
+    if log.skipped:
+        more = f" and {len(log.skipped) - 3} more" if len(log.skipped) > 3 else ""
+        notice(f"{name}: left out what does not look like text: {', '.join(log.skipped[:3])}{more}")
+    if log.invalid:
+        notice(f"{name}: {log.invalid} invalid UTF-8 sequences became U+FFFD")
+    if text.dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(text.dropped.items()))
+        notice(f"{name}: dropped {reasons} of {len(text.kept)} documents")
+
+
+def _build_tokenizer(config: TokenizerConfig, text: SurveyedText, split: Split, show: bool) -> Tokenizer:
+    """Characters come from the whole text, so that validation can be encoded; merges only from the training text."""
+    from minigpt.tokenizer.build import build_tokenizer
+
+    def texts() -> Iterator[str]:
+        for part in text.parts(split):
+            if config.kind == "char" or part.split == "train":
+                yield part.text
+
+    return build_tokenizer(config, texts, show)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    from minigpt.tokenizer.build import save_tokenizer
+
+    save_tokenizer(tokenizer, folder)
+
+
+def _write_shards(
+    folder: Path, dtype: str, text: SurveyedText, split: Split, tokenizer: Tokenizer, show: bool
+) -> dict[str, Any]:
+    writers = {name: ShardWriter(folder, name, dtype) for name in ("train", "val")}
+    with progress(f"tokenizing {text.source.name}", sum(text.lengths), "characters", show=show) as bar:
+        counts = encode_parts(text.parts(split), tokenizer, writers, bar)
+    return {name: {**counts[name], "shards": writer.shards} for name, writer in writers.items()}

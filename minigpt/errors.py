@@ -1,0 +1,71 @@
+"""The errors a user can meet. Each carries the process exit code that the command line ends with.
+
+A message is one line that names the field, file or flag, the value, what was expected and what to do next. The command
+line prints that line alone; `--debug` adds the traceback.
+"""
+
+
+class MinigptError(Exception):
+    """Base of every error that is the user's to mend rather than ours."""
+
+    exit_code = 1
+
+
+class ConfigError(MinigptError, ValueError):
+    """A flag, a config field or a call's argument that cannot be used as given."""
+
+    exit_code = 2
+
+
+class MissingExtra(ConfigError):
+    """An optional package that a feature needs is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed; "
+            f"install it with: pip install 'minigpt-lab[{extra}]'"
+        )
+
+
+class DataError(MinigptError):
+    """Text, token shards or a tokenizer that are missing, altered or unfit."""
+
+    exit_code = 4
+
+
+class CheckpointError(MinigptError):
+    """A checkpoint that is missing, incomplete, altered or made for something else."""
+
+    exit_code = 5
+
+
+class DiskError(MinigptError):
+    """The disk is full, read-only or failing."""
+
+    exit_code = 6
+
+
+class NonFiniteError(MinigptError):
+    """Loss or gradients stayed NaN or infinite."""
+
+    exit_code = 7
+
+
+class DistributedError(MinigptError):
+    """Processes could not be started, did not agree, or were lost."""
+
+    exit_code = 8
+
+
+class MemoryExceeded(MinigptError):
+    """The model and batch do not fit in memory."""
+
+    exit_code = 9
+
+
+class Interrupted(MinigptError):
+    """The user or the system asked to stop; everything was saved."""
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,97 @@
+"""How well a model predicts held-out text: nats a token, perplexity, and bits a byte, which any tokenizer can share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.data.batches import IGNORED, ValidationWindows
+from minigpt.model.layers import widen
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the predicted tokens; the figures people quote follow from them."""
+
+    nats: float
+    """Sum of -ln p over the predicted tokens."""
+    tokens: int
+    """How many were predicted."""
+    bytes: int
+    """How many bytes of text they stand for (special tokens stand for none)."""
+
+    @property
+    def loss(self) -> float:
+        """Nats a token: the mean cross-entropy."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte of text, comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else float("nan")
+
+
+def bytes_per_token(token_bytes: list[bytes], vocab_size: int) -> Tensor:
+    """How many bytes each id stands for, (V) int64; 0 for special tokens and for ids beyond the tokenizer's."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    known = min(len(token_bytes), vocab_size)
+    lengths[:known] = torch.tensor([len(piece) for piece in token_bytes[:known]], dtype=torch.int64)
+    return lengths
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    windows: ValidationWindows,
+    byte_lengths: Tensor,
+    *,
+    rows: int,
+    rank: int = 0,
+    world_size: int = 1,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Cross-entropy of every target in the windows, each window on its own.
+
+    Args:
+        model: ids (B, T) -> logits (B, T, V). Its training mode is put back afterwards; no random number is drawn.
+        windows: what to predict; padded targets are left out of every sum.
+        byte_lengths: (V) from bytes_per_token.
+        rows: windows a forward.
+        rank, world_size: this process takes every world_size-th forward.
+        reduce: sums a tensor over all processes.
+        on_rows: told how many windows are done.
+
+    Returns:
+        The sums over all processes, the same on each.
+    """
+    device = next(model.parameters()).device
+    nats = torch.zeros((), dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.int64)  # tokens, bytes
+    training = model.training
+    model.eval()
+    try:
+        for begin in range(rank * rows, len(windows), rows * world_size):
+            ids, targets = windows.read(slice(begin, begin + rows))
+            logits = widen(model(ids.to(device)).flatten(0, 1))  # (B T, V)
+            loss = F.cross_entropy(
+                logits, targets.to(device).flatten(), ignore_index=IGNORED, reduction="none"
+            )  # (B T), 0 where padded
+            nats += loss.cpu().double().sum()
+            real = targets[targets != IGNORED]
+            counts += torch.stack((torch.tensor(real.numel()), byte_lengths[real].sum()))
+            on_rows(min(begin + rows * world_size, len(windows)))
+    finally:
+        model.train(training)
+    nats, counts = reduce(nats), reduce(counts)
+    return Evaluation(nats=float(nats), tokens=int(counts[0]), bytes=int(counts[1]))

@@ -1,0 +1,55 @@
+"""Evaluating a loaded run: on the validation split it was trained beside, or on any other text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from minigpt.checkpoint import Run
+from minigpt.data.batches import ValidationWindows, validation_windows
+from minigpt.data.config import CleanConfig, DataConfig
+from minigpt.data.shards import prepare
+from minigpt.errors import ConfigError
+from minigpt.evaluation.loss import Evaluation, bytes_per_token, evaluate
+from minigpt.terminal import progress
+from minigpt.tokenizer.config import TokenizerConfig
+
+
+def evaluate_run(
+    run: Run, data: DataConfig | None = None, block_size: int | None = None, limit_tokens: int | None = None
+) -> tuple[Evaluation, str]:
+    """Loss of a run's model over non-overlapping windows.
+
+    Args:
+        run: from `minigpt.load`.
+        data: a text to measure on, whole; None: the validation split of the run's own corpus.
+        block_size: tokens a window; None: the model's.
+        limit_tokens: measure on this many evenly spaced tokens; None: on all.
+
+    Returns:
+        The evaluation, and what it was measured on, in words.
+
+    Raises:
+        ConfigError: no text is given and the folder was not written by a training run.
+    """
+    window = block_size or run.model.config.block_size
+    if window > run.model.config.block_size:
+        raise ConfigError(f"--block_size: {window} is more than the model's block_size of {run.model.config.block_size}")
+    saved = TokenizerConfig(kind="file", path=str(run.path))
+    if data is not None:
+        corpus = prepare(replace(data, val_fraction=0.0), saved)
+        stream, what = corpus.train, data.source
+    elif not run.config:
+        raise ConfigError(f"{run.path}: was not trained here, so it has no validation split; give --data.source FILE")
+    else:
+        values = dict(run.config["data"])
+        trained_on = DataConfig(**{**values, "clean": CleanConfig(**values["clean"])})
+        corpus = prepare(trained_on, TokenizerConfig(**run.config["tokenizer"]))
+        corpus.check_tokenizer(run.tokenizer)
+        stream, what = corpus.val, f"the validation split of {trained_on.source}"
+    windows: ValidationWindows = validation_windows(stream, window, limit_tokens)
+    lengths = bytes_per_token(run.tokenizer.token_bytes(), run.model.vocab_size)
+    with progress("evaluating", len(windows), "windows") as bar:
+        result = evaluate(run.model, windows, lengths, rows=max(1, 8192 // window), on_rows=bar.update)
+    return result, what
+
+

@@ -1,0 +1,59 @@
+"""Causal self-attention with grouped key/value heads, by PyTorch's fused kernel. Its explicit twin is in explicit.py."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.model.cache import KVCache, Step
+from minigpt.model.config import GPTConfig
+from minigpt.model.layers import RMSNorm, Rotary
+
+
+class Attention(nn.Module):
+    """Every position looks at itself and at what came before (Vaswani et al. 2017, arXiv 1706.03762).
+
+    H query heads share G key/value heads, H / G each (Ainslie et al. 2023, arXiv 2305.13245):
+
+        queries   0 1 2 3 4 5      H = 6
+        keys      0 0 1 1 2 2      G = 3
+    """
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        assert config.n_kv_head is not None and config.head_dim is not None
+        self.layer = layer
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.dropout = config.dropout
+        bias = bool(config.bias)
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=bias)
+        self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.rotary = None
+        if config.position == "rope":
+            self.rotary = Rotary(self.head_dim, config.block_size, config.rope_theta)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, G, T, D) of a normed stream (B, T, C)."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2G, T, D)
+        return heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+
+    def forward(self, x: Tensor, step: Step, cache: KVCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
+        q, k, v = self.split(x)  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, step.positions), self.rotary(k, step.positions)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v, step)  # (B, G, S, D)
+        z = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=step.mask,
+            is_causal=step.causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )  # (B, H, T, D)
+        return self.proj(z.transpose(1, 2).flatten(2))  # (B, T, C)

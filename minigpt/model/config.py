@@ -1,0 +1,157 @@
+"""One frozen configuration for every GPT: sizes, and the choices that tell GPT-2, Llama and the modern recipe apart.
+
+    GPTConfig(preset="llama", vocab_size=512)    every field not given is filled in by the preset
+
+A field that a preset decides defaults to None in the signature; in an instance it always holds its number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from minigpt.errors import ConfigError
+
+Norm = Literal["layernorm", "rmsnorm"]
+Position = Literal["learned", "rope"]
+Activation = Literal["gelu", "gelu_exact", "relu2", "swiglu"]
+
+# What a preset decides. "gpt2" equals Hugging Face's GPT2LMHeadModel, "llama" its LlamaForCausalLM.
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "norm": "layernorm",
+        "position": "learned",
+        "activation": "gelu",
+        "qk_norm": False,
+        "bias": True,
+        "tie_embeddings": True,
+        "zero_init": False,
+        "logit_softcap": 0.0,
+    },
+    "llama": {
+        "norm": "rmsnorm",
+        "position": "rope",
+        "activation": "swiglu",
+        "qk_norm": False,
+        "bias": False,
+        "tie_embeddings": False,
+        "zero_init": False,
+        "logit_softcap": 0.0,
+    },
+    "modern": {
+        "norm": "rmsnorm",
+        "position": "rope",
+        "activation": "relu2",
+        "qk_norm": True,
+        "bias": False,
+        "tie_embeddings": False,
+        "zero_init": True,
+        "logit_softcap": 15.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. Raises ConfigError, naming the field, where the numbers cannot make a model."""
+
+    preset: Literal["gpt2", "llama", "modern"] = "modern"
+    """Fills in every field below that is not given: gpt2, llama or modern."""
+    vocab_size: int | None = None
+    """Rows of the embedding; taken from the tokenizer when not given. A larger one pads the vocabulary."""
+    block_size: int = 256
+    """Longest context, in tokens."""
+    n_layer: int = 6
+    """Number of blocks."""
+    n_head: int = 6
+    """Number of query heads."""
+    n_kv_head: int | None = None
+    """Number of key/value heads, a divisor of n_head (grouped-query attention); n_head when not given."""
+    n_embd: int = 384
+    """Width of the residual stream (channels)."""
+    head_dim: int | None = None
+    """Width of a head; n_embd / n_head when not given."""
+    n_inner: int | None = None
+    """Hidden width of the MLP; 4 n_embd when not given (swiglu: 8/3 n_embd rounded up to a multiple of 32)."""
+    dropout: float = 0.0
+    """Probability of dropping an embedding, an attention weight or a block's output, while training."""
+    norm: Norm | None = None
+    """layernorm or rmsnorm."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside a norm."""
+    position: Position | None = None
+    """learned position embeddings, or rope (rotary, half-split pairs)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    activation: Activation | None = None
+    """gelu (tanh form), gelu_exact (erf), relu2 (squared ReLU) or swiglu (gated)."""
+    qk_norm: bool | None = None
+    """Normalise queries and keys per head (RMSNorm) before the rotation."""
+    bias: bool | None = None
+    """Biases in the linear layers and in layernorm."""
+    tie_embeddings: bool | None = None
+    """The unembedding shares the embedding's weight."""
+    zero_init: bool | None = None
+    """Start every block's output projections at zero, so that a new model is the identity on the stream."""
+    logit_softcap: float | None = None
+    """c > 0: logits become c tanh(logits / c); 0 leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"model.preset: '{self.preset}' is none of {', '.join(PRESETS)}")
+        derived: dict[str, Any] = {
+            **PRESETS[self.preset],
+            "n_kv_head": self.n_head,
+            "head_dim": self.n_embd // max(self.n_head, 1),
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.n_inner is None:
+            gated = self.activation == "swiglu"
+            object.__setattr__(self, "n_inner", -(-8 * self.n_embd // 96) * 32 if gated else 4 * self.n_embd)
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner", "vocab_size"):
+            value = getattr(self, name)
+            if name == "vocab_size" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 2**31:
+                raise ConfigError(f"model.{name}: {value!r} is not a whole number from 1 to {2**31}")
+        if self.n_head % self.n_kv_head:  # type: ignore[operator]
+            raise ConfigError(
+                f"model.n_kv_head: {self.n_kv_head} does not divide n_head ({self.n_head}); choose a divisor of it"
+            )
+        if self.n_embd % self.n_head and self.head_dim == self.n_embd // self.n_head:
+            raise ConfigError(
+                f"model.n_head: {self.n_head} does not divide n_embd ({self.n_embd}); "
+                f"choose a divisor of it, or give model.head_dim"
+            )
+        if self.position == "rope" and self.head_dim % 2:  # type: ignore[operator]
+            raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope turns pairs, so it must be even")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout: {self.dropout} is not in [0, 1)")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"model.{name}: {getattr(self, name)} is not a positive number")
+        if not 0.0 <= self.logit_softcap < float("inf"):  # type: ignore[operator]
+            raise ConfigError(f"model.logit_softcap: {self.logit_softcap} is not 0 (off) or a positive number")
+        choices = {"norm": Norm, "position": Position, "activation": Activation}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
+                raise ConfigError(
+                    f"model.{name}: '{getattr(self, name)}' is none of {', '.join(allowed.__args__)}"  # type: ignore[attr-defined]
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field with its number, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
+        """The inverse of to_dict. Raises ConfigError for a field this version does not know."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ConfigError(f"model: unknown fields {sorted(unknown)}; a newer version may have written this config")
+        return cls(**values)

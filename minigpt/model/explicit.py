@@ -1,0 +1,113 @@
+"""The explicit twin of the forward: the same parameters, nothing fused, every activation passes through a tap.
+
+The plain forward carries no tap, hook or identity module. Whoever wants to see or change an activation runs these
+functions instead. A tap is called as tap(name, activation) and returns what the computation goes on with; names and
+shapes are the field's (TransformerLens's classic ones), for example
+
+    blocks.3.attn.hook_pattern   (B, H, T, S)    attention weights after the softmax
+    blocks.3.hook_resid_mid      (B, T, C)       the stream between attention and MLP
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.model.attention import Attention
+from minigpt.model.cache import KVCache, Step
+from minigpt.model.gpt import GPT, Block, Trunk
+from minigpt.model.layers import MLP, LayerNorm, widen
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+def untouched(name: str, activation: Tensor) -> Tensor:
+    """The tap that changes nothing."""
+    return activation
+
+
+def explicit_norm(norm: nn.Module, x: Tensor, tap: Tap = untouched, at: str = "") -> Tensor:  # (..., C) -> (..., C)
+    """LayerNorm or RMSNorm: hook_scale (..., 1) is what the (centred) input is divided by."""
+    wide = widen(x)
+    if isinstance(norm, LayerNorm):
+        wide = wide - wide.mean(-1, keepdim=True)
+    scale = tap(f"{at}hook_scale", (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt())
+    y = tap(f"{at}hook_normalized", (wide / scale).to(x.dtype)) * norm.weight
+    bias = getattr(norm, "bias", None)
+    return y if bias is None else y + bias
+
+
+def explicit_attention(
+    attn: Attention, x: Tensor, step: Step, cache: KVCache | None = None, tap: Tap = untouched, at: str = ""
+) -> Tensor:  # (B, T, C) -> (B, T, C)
+    """Scores, softmax and the weighted sum written out; q, k, v and z pass the tap as (B, T, heads, D)."""
+
+    def tapped(name: str, heads: Tensor) -> Tensor:  # (B, heads, T, D), shown with the position before the head
+        return tap(at + name, heads.transpose(1, 2)).transpose(1, 2)
+
+    q, k, v = attn.split(x)  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+    q, k, v = tapped("hook_q", q), tapped("hook_k", k), tapped("hook_v", v)
+    if attn.q_norm is not None and attn.k_norm is not None:
+        q = explicit_norm(attn.q_norm, q, tap, f"{at}q_norm.")
+        k = explicit_norm(attn.k_norm, k, tap, f"{at}k_norm.")
+    if attn.rotary is not None:
+        q = tapped("hook_rot_q", attn.rotary(q, step.positions))
+        k = tapped("hook_rot_k", attn.rotary(k, step.positions))
+    if cache is not None:
+        k, v = cache.append(attn.layer, k, v, step)  # (B, G, S, D)
+    group = attn.n_head // attn.n_kv_head
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # (B, H, S, D)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(attn.head_dim)  # (B, H, T, S)
+    slots = torch.arange(step.width, device=x.device)
+    seen = slots <= step.positions.reshape(-1, 1, step.positions.shape[-1], 1)  # (1 or B, 1, T, S)
+    scores = tap(f"{at}hook_attn_scores", scores.masked_fill(~seen, -torch.inf))
+    pattern = tap(f"{at}hook_pattern", scores.softmax(-1))
+    pattern = nn.functional.dropout(pattern, attn.dropout, attn.training)
+    z = tapped("hook_z", pattern @ v)  # (B, H, T, D)
+    return attn.proj(z.transpose(1, 2).flatten(2))
+
+
+def explicit_mlp(mlp: MLP, x: Tensor, tap: Tap = untouched, at: str = "") -> Tensor:  # (B, T, C) -> (B, T, C)
+    """hook_pre and hook_post (B, T, inner) around the nonlinearity; of a gated MLP hook_pre is the gate's input."""
+    if mlp.gate is not None:
+        gate = tap(f"{at}hook_pre", mlp.gate(x))
+        hidden = mlp.hidden(tap(f"{at}hook_pre_linear", mlp.up(x)), gate)
+    else:
+        hidden = mlp.hidden(tap(f"{at}hook_pre", mlp.up(x)), None)
+    return mlp.down(tap(f"{at}hook_post", hidden))
+
+
+def explicit_block(
+    block: Block, x: Tensor, step: Step, cache: KVCache | None = None, tap: Tap = untouched, at: str = ""
+) -> Tensor:  # (B, T, C) -> (B, T, C)
+    """The two residual lines with every term of the stream in sight."""
+    x = tap(f"{at}hook_resid_pre", x)
+    normed = explicit_norm(block.norm1, x, tap, f"{at}ln1.")
+    attn_out = block.drop(explicit_attention(block.attn, normed, step, cache, tap, f"{at}attn."))
+    x = tap(f"{at}hook_resid_mid", x + tap(f"{at}hook_attn_out", attn_out))
+    normed = explicit_norm(block.norm2, x, tap, f"{at}ln2.")
+    mlp_out = block.drop(explicit_mlp(block.mlp, normed, tap, f"{at}mlp."))
+    return tap(f"{at}hook_resid_post", x + tap(f"{at}hook_mlp_out", mlp_out))
+
+
+def explicit_trunk(trunk: Trunk, ids: Tensor, cache: KVCache | None = None, tap: Tap = untouched) -> Tensor:
+    """Token ids (B, T) -> normed hidden states (B, T, C)."""
+    step = trunk.begin(ids, cache)
+    x = tap("hook_embed", trunk.embed(ids))
+    if trunk.position is not None:
+        x = x + tap("hook_pos_embed", trunk.position(step.positions).expand_as(x))
+    x = trunk.drop(x)
+    for layer, block in enumerate(trunk.blocks):
+        assert isinstance(block, Block)
+        x = explicit_block(block, x, step, cache, tap, f"blocks.{layer}.")
+    if cache is not None:
+        cache.advance(step)
+    return explicit_norm(trunk.norm, x, tap, "ln_final.")
+
+
+def explicit_forward(model: GPT, ids: Tensor, cache: KVCache | None = None, tap: Tap = untouched) -> Tensor:
+    """Logits (B, T, V) of ids (B, T), by the explicit path."""
+    return model.unembed(explicit_trunk(model.trunk, ids, cache, tap))

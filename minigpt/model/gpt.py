@@ -1,0 +1,191 @@
+"""The model: token ids -> hidden states -> logits.
+
+Shapes are written in trailing comments with these letters, the same in every file:
+    B batch rows    T new tokens a row    S slots held in the cache (keys that attention sees)
+    C channels      H query heads         G key/value heads    D head width    V vocabulary    K beams
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.errors import ConfigError
+from minigpt.model.attention import Attention
+from minigpt.model.cache import KVCache, Step, causal_step
+from minigpt.model.config import GPTConfig
+from minigpt.model.layers import MLP, make_norm, widen
+
+
+class Block(nn.Module):
+    """Two residual lines: every position reads from the others, then works on its own."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm1 = make_norm(config, config.n_embd)
+        self.attn = Attention(config, layer)
+        self.norm2 = make_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, step: Step, cache: KVCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.drop(self.attn(self.norm1(x), step, cache))
+        x = x + self.drop(self.mlp(self.norm2(x)))
+        return x
+
+
+class Trunk(nn.Module):
+    """Token ids -> normed hidden states."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        assert config.vocab_size is not None
+        self.block_size = config.block_size
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd)
+
+    def begin(self, ids: Tensor, cache: KVCache | None) -> Step:
+        """Positions and mask of this forward. Raises ConfigError for more tokens than the block holds."""
+        held = cache.longest if cache is not None else 0
+        if held + ids.shape[1] > self.block_size:
+            raise ConfigError(
+                f"model.block_size: {held + ids.shape[1]} tokens do not fit in {self.block_size}; "
+                f"give fewer tokens, or train with a larger block_size"
+            )
+        return causal_step(ids.shape[1], ids.device) if cache is None else cache.begin(ids.shape[1])
+
+    def start(self, ids: Tensor, step: Step) -> Tensor:  # (B, T) -> (B, T, C)
+        """The stream as the first block receives it."""
+        x = self.embed(ids)  # (B, T, C)
+        if self.position is not None:
+            x = x + self.position(step.positions)  # (T, C) or (B, T, C)
+        return self.drop(x)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
+        step = self.begin(ids, cache)
+        x = self.start(ids, step)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, step, cache)
+        if cache is not None:
+            cache.advance(step)
+        return self.norm(x)
+
+
+class Unembed(nn.Module):
+    """Hidden states -> logits, softly capped where the config says so (Gemma 2, arXiv 2408.00118)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        assert config.vocab_size is not None
+        self.softcap = config.logit_softcap
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        logits = F.linear(hidden, self.weight)
+        if self.softcap:
+            logits = self.softcap * torch.tanh(widen(logits) / self.softcap)
+        return logits
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer: `trunk` (ids -> hidden states), then `unembed` (hidden states -> logits).
+
+    `forward` is their composition. Who wants one position only, the hidden states or a loss in chunks calls the halves.
+    The three methods at the end are all that decoding needs of a model.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        if config.vocab_size is None:
+            raise ConfigError("model.vocab_size: not given; take it from the tokenizer (tokenizer.vocab_size)")
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.unembed = Unembed(config)
+        if config.tie_embeddings:
+            self.unembed.weight = self.trunk.embed.weight
+        self.reset_parameters()
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T) -> (B, T, V)
+        return self.unembed(self.trunk(ids, cache))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start anew: normal(0, 0.02), the projections that write to the stream scaled by 1/sqrt(2 n_layer) (GPT-2).
+
+        With zero_init those projections start at zero, and so does an untied unembedding, so that the first loss is
+        exactly ln V; the matrices before them start uniform with the variance 1/fan-in.
+        """
+        config = self.config
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.ones_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
+            elif name.endswith(("attn.proj.weight", "mlp.down.weight")):
+                if config.zero_init:
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer), generator=generator)
+            elif config.zero_init and name == "unembed.weight":
+                nn.init.zeros_(parameter)
+            elif config.zero_init and name.startswith("trunk.blocks"):
+                bound = math.sqrt(3 / parameter.shape[1])
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            elif config.zero_init and not config.tie_embeddings:
+                nn.init.normal_(parameter, generator=generator)
+            else:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    # What decoding needs of a model.
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        assert self.config.vocab_size is not None
+        return self.config.vocab_size
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens a row can hold."""
+        return self.config.block_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.unembed.weight.device
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache for `rows` sequences of at most `capacity` tokens, in the weights' dtype and place."""
+        assert self.config.n_kv_head is not None and self.config.head_dim is not None
+        return KVCache(
+            self.config.n_layer,
+            rows,
+            self.config.n_kv_head,
+            min(capacity, self.config.block_size),
+            self.config.head_dim,
+            dtype=self.unembed.weight.dtype,
+            device=self.device,
+        )
+
+    def next_logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
+        """Logits (B, V) after each row's last token; the cache then holds the tokens too.
+
+        Args:
+            ids: (B, T), padded on the right.
+            cache: B rows.
+            counts: (B) how many of a row's ids are tokens, 1 or more; None: all T.
+        """
+        if counts is None:
+            return self.unembed(self.trunk(ids, cache)[:, -1])
+        held = cache.lengths
+        hidden = self.trunk(ids, cache)  # (B, T, C)
+        cache.truncate(held + counts)
+        return self.unembed(hidden[torch.arange(len(ids), device=ids.device), counts - 1])
+
+    def all_logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) after every token of ids (B, T)."""
+        return self(ids, cache)

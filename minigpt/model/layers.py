@@ -1,0 +1,96 @@
+"""The small parts: norms, rotary positions, the MLP. Shapes in trailing comments; the letters are explained in gpt.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.model.config import GPTConfig
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: half-precision values are widened, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Centre, scale to unit variance, then weight and optional bias (Ba et al. 2016, arXiv 1607.06450)."""
+
+    def __init__(self, width: int, eps: float, bias: bool) -> None:
+        super().__init__(width, eps=eps, bias=bias)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 inside (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(config: GPTConfig, width: int) -> nn.Module:
+    """The norm that the config names, over `width` channels."""
+    if config.norm == "layernorm":
+        return LayerNorm(width, config.norm_eps, bool(config.bias))
+    return RMSNorm(width, config.norm_eps)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), half-split pairs as in Llama.
+
+    Channel i of a head is turned together with channel i + D/2 by the angle position * theta^(-2i/D).
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, block_size: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+        self.register_buffer("cos", torch.empty(block_size, head_dim), persistent=False)  # (S, D)
+        self.register_buffer("sin", torch.empty(block_size, head_dim), persistent=False)  # (S, D)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Fill the tables; needed again where a model was made without memory and then given some."""
+        device = self.cos.device
+        frequency = 1 / self.theta ** (torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim)  # (D/2)
+        angle = torch.arange(len(self.cos), device=device).float()[:, None] * frequency  # (S, D/2)
+        self.cos = angle.cos().repeat(1, 2)
+        self.sin = torch.cat((-angle.sin(), angle.sin()), -1)  # the sign of the swapped half is folded in
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # (B, heads, T, D), (T) or (B, T)
+        cos, sin = self.cos[positions], self.sin[positions]  # (T, D) or (B, T, D)
+        if positions.dim() == 2:
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D)
+        swapped = torch.cat(x.chunk(2, -1)[::-1], -1)  # (B, heads, T, D): each half in the other's place
+        return (x * cos + swapped * sin).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Two matrices with a nonlinearity between; swiglu adds a gate (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.n_embd, config.n_inner, bool(config.bias)
+        assert inner is not None
+        self.activation = config.activation
+        self.up = nn.Linear(width, inner, bias=bias)
+        self.gate = nn.Linear(width, inner, bias=bias) if config.activation == "swiglu" else None
+        self.down = nn.Linear(inner, width, bias=bias)
+
+    def hidden(self, pre: Tensor, gate: Tensor | None) -> Tensor:  # (B, T, inner) -> (B, T, inner)
+        """The nonlinearity; relu2 squares the ReLU (So et al. 2021, arXiv 2109.08668)."""
+        if gate is not None:
+            return F.silu(gate) * pre
+        if self.activation == "relu2":
+            return F.relu(pre).square()
+        return F.gelu(pre, approximate="tanh" if self.activation == "gelu" else "none")
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.down(self.hidden(self.up(x), None if self.gate is None else self.gate(x)))

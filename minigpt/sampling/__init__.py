@@ -1,0 +1,1 @@
+"""Decoding: processors (logits -> logits), choice (logits -> ids), stopping, the loop and its front door."""

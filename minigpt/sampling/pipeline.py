@@ -1,0 +1,122 @@
+"""A list of processors as one processor: in their order, each with its own state, greedy rows unshaped."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigpt.errors import ConfigError
+from minigpt.sampling.choice import is_choosable
+from minigpt.sampling.processors import Context, Plain, Processor
+
+
+class Pipeline:
+    """Processors in the order they are applied; its state is the tuple of theirs.
+
+    Args:
+        processors: processors, and plain functions (context, logits) -> logits.
+
+    Raises:
+        ConfigError: one of them cannot be called with two or three arguments.
+    """
+
+    def __init__(self, processors: Sequence[Processor | Callable[[Context, Tensor], Tensor]] = ()) -> None:
+        self.processors: tuple[Any, ...] = tuple(_as_processor(processor) for processor in processors)
+        self.remembers = any(hasattr(processor, "accept") for processor in self.processors)
+
+    def greedy(self, context: Context) -> list[bool]:
+        """Which rows take the likeliest token: those that any processor calls greedy."""
+        votes = [processor.greedy(context) for processor in self.processors if hasattr(processor, "greedy")]
+        return [any(row) for row in zip(*votes, strict=True)] if votes else [False] * len(context.rows)
+
+    def start(self, context: Context) -> tuple[Any, ...]:
+        """Each processor's state before the first token; None for those without memory."""
+        return tuple(processor.start(context) if hasattr(processor, "start") else None for processor in self.processors)
+
+    def __call__(self, context: Context, logits: Tensor, states: tuple[Any, ...] | None = None) -> Tensor:
+        """The logits after every processor: (B, V) float32 in and out."""
+        greedy = self.greedy(context)
+        for processor, state in self._with_states(states):
+            logits = _apply(processor, context, logits, state, greedy)
+        return logits
+
+    def accept(self, states: tuple[Any, ...], tokens: Tensor, raw: Tensor, processed: Tensor) -> tuple[Any, ...]:
+        """The states after the chosen tokens (B,), given the model's and the final logits, (B, V) each."""
+        if not self.remembers:
+            return states
+        raw, processed = raw.softmax(-1), processed.softmax(-1)
+        return tuple(
+            processor.accept(state, tokens, raw, processed) if hasattr(processor, "accept") else state
+            for processor, state in zip(self.processors, states, strict=True)
+        )
+
+    def blame(self, context: Context, logits: Tensor, states: tuple[Any, ...] | None, row: int) -> str:
+        """Why a row has no token to choose from: the step after which its logits were all -inf, or not numbers."""
+        if not is_choosable(logits[row]):
+            return "the model's logits hold no finite maximum (NaN, +inf, or -inf everywhere)"
+        greedy = self.greedy(context)
+        for processor, state in self._with_states(states):
+            logits = _apply(processor, context, logits, state, greedy)
+            if not is_choosable(logits[row]):
+                return f"{_name(processor)} left no token to choose from"
+        return "the model's logits hold NaN"
+
+    def _with_states(self, states: tuple[Any, ...] | None) -> Iterator[tuple[Any, Any]]:
+        return zip(self.processors, states or [None] * len(self.processors), strict=True)
+
+
+def _apply(processor: Any, context: Context, logits: Tensor, state: Any, greedy: list[bool]) -> Tensor:
+    """One processor's logits; greedy rows skip those that shape."""
+    shaping = getattr(processor, "shaping", False)
+    if shaping and all(greedy):
+        return logits
+    processed = processor(context, logits, state)
+    if not isinstance(processed, Tensor) or processed.shape != logits.shape:
+        got = f"shape {tuple(processed.shape)}" if isinstance(processed, Tensor) else repr(processed)
+        raise ConfigError(
+            f"sampling: processor {_name(processor)} returned {got}; expected logits of shape {tuple(logits.shape)}"
+        )
+    if shaping and any(greedy):
+        return torch.where(torch.tensor(greedy, device=logits.device).unsqueeze(1), logits, processed)
+    return processed
+
+
+def gather_state(state: Any, rows: Sequence[int]) -> Any:
+    """The state tree of a batch whose row i is the present row rows[i].
+
+    Raises:
+        TypeError: a leaf is neither None, a tensor nor a numpy array, so that it has no rows.
+    """
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return state.index_select(0, torch.tensor(rows, device=state.device))
+    if isinstance(state, np.ndarray):
+        return state[list(rows)]
+    if isinstance(state, dict):
+        return {name: gather_state(part, rows) for name, part in state.items()}
+    if isinstance(state, tuple):
+        parts = [gather_state(part, rows) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    raise TypeError(f"a processor's state holds a {type(state).__name__}; expected tensors or arrays with a row axis")
+
+
+def _as_processor(function: Any) -> Any:
+    """The function itself if it takes (context, logits, state), wrapped if it takes (context, logits)."""
+    for count, wrap in ((3, lambda f: f), (2, Plain)):
+        try:
+            inspect.signature(function).bind(*range(count))
+        except (TypeError, ValueError):
+            continue
+        return wrap(function)
+    raise ConfigError(f"sampling: {function!r} is no processor; expected a function (context, logits) -> logits")
+
+
+def _name(processor: Any) -> str:
+    function = processor.function if isinstance(processor, Plain) else processor
+    return getattr(function, "__name__", type(function).__name__)

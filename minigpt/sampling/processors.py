@@ -1,0 +1,194 @@
+"""Processors turn a step's logits into the logits that the choice is made from: what they see, and the plain ones.
+
+A processor is called as (context, logits, state) with (B, V) float32 logits and returns new logits; it never changes
+its input, and a token it forbids gets -inf. Its parameters are a number, or one number for each prompt of the call.
+What else it may have:
+
+    shaping = True                     greedy rows skip it: it bends the distribution, but neither forbids nor prefers
+    greedy(context) -> list[bool]      which rows take the likeliest token instead of drawing one
+    start(context) -> state            with memory: the state before the first token
+    accept(state, tokens, raw, processed) -> state      with memory: the state after a token; see `Remembering`
+
+A state is an immutable tree (tuples and dicts) of tensors and numpy arrays whose first axis is the row. The loop alone
+gathers rows and goes back to an earlier state; a processor does neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigpt.errors import ConfigError
+from minigpt.sampling.config import check_field
+from minigpt.sampling.noise import Noise
+
+NEVER = float("-inf")
+
+Parameter = float | tuple[float, ...]  # one for all, or one for each prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a processor may look at: B rows, about to choose the token at position lengths[b] of each row b."""
+
+    ids: Tensor
+    """All tokens so far, prompt and written ones: (B, L) int64, right-padded. The next step may reuse its memory."""
+    prompt_lengths: Tensor
+    """Tokens of each prompt: (B,) int64."""
+    lengths: Tensor
+    """Real tokens in each row of `ids`: (B,) int64."""
+    positions: np.ndarray
+    """`lengths` on the host, (B,) int64."""
+    rows: tuple[int, ...]
+    """The number of the prompt that each row continues: B numbers."""
+    end_ids: tuple[int, ...]
+    """The tokens that end a row."""
+    noise: Noise
+    """The rows' own noise; use `uniform`."""
+
+    def each(self, parameter: Parameter) -> list[float]:
+        """A parameter's number for each row.
+
+        Raises:
+            ConfigError: it has fewer numbers than the call has prompts.
+        """
+        if not isinstance(parameter, tuple):
+            return [parameter] * len(self.rows)
+        if max(self.rows) >= len(parameter):
+            raise ConfigError(
+                f"sampling: a processor's parameter {parameter} has {len(parameter)} numbers; "
+                f"expected one for each prompt, and there is a prompt {max(self.rows)} (counted from 0)"
+            )
+        return [parameter[row] for row in self.rows]
+
+    def column(self, parameter: Parameter) -> Any:
+        """A parameter as it combines with (B, V): a number as it is, one a prompt as (B, 1) float64."""
+        if not isinstance(parameter, tuple):
+            return parameter
+        return torch.tensor(self.each(parameter), dtype=torch.float64, device=self.ids.device).unsqueeze(1)
+
+    def uniform(self, purpose: int, draw: int = 0) -> Tensor:
+        """One random number a row for this position, in [0, 1): (B,) float64."""
+        return torch.from_numpy(self.noise.uniform(self.positions, purpose, draw)).to(self.ids.device)
+
+
+class Processor(Protocol):
+    """(context, logits, state) -> logits. A plain function (context, logits) -> logits does as well."""
+
+    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
+        """New (B, V) logits; the given ones stay as they are."""
+
+
+class Remembering(Processor, Protocol):
+    """A processor with memory."""
+
+    def start(self, context: Context) -> Any:
+        """The state before the first token: the context holds the prompts."""
+
+    def accept(self, state: Any, tokens: Tensor, raw: Tensor, processed: Tensor) -> Any:
+        """The state after the chosen tokens (B,), given the model's and the final probabilities, (B, V) each."""
+
+
+def numbers(field: str, value: Any) -> Any:
+    """A processor's parameter, checked: a number, or (from any sequence, array or tensor) a tuple of one a prompt."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = value.tolist()
+    several = tuple(value) if isinstance(value, Iterable) else None
+    for number in (value,) if several is None else several:
+        if number is None:
+            raise ConfigError(f"sampling: {field} is None; expected a number, or one for each prompt")
+        check_field(field, number)
+    return value if several is None else several
+
+
+@dataclass(frozen=True)
+class AllowedVocabulary:
+    """Forbid ids from `size` on: a model's vocabulary is often padded beyond its tokenizer's."""
+
+    size: int
+
+    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
+        """Logits with -inf from id `size` on."""
+        return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= self.size, NEVER)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """z / T: below 1 sharpens the distribution, above 1 flattens it; a row at T = 0 is greedy."""
+
+    temperature: Parameter
+    shaping: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", numbers("temperature", self.temperature))
+
+    def greedy(self, context: Context) -> list[bool]:
+        """Which rows have temperature 0."""
+        return [temperature == 0 for temperature in context.each(self.temperature)]
+
+    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
+        """Logits divided by the temperature; those of greedy rows as they are."""
+        temperature = torch.as_tensor(context.column(self.temperature), dtype=logits.dtype)
+        return logits / (temperature + (temperature == 0))
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k likeliest tokens, and whatever ties with the k-th (Fan, Lewis and Dauphin, 2018, arXiv:1805.04833)."""
+
+    k: Parameter
+    shaping: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", numbers("top_k", self.k))
+        if min(self.k if isinstance(self.k, tuple) else (self.k,)) < 1:
+            raise ConfigError(
+                f"sampling: TopK's k is {self.k!r}; expected 1 or more (leave TopK out to keep every token)"
+            )
+
+    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
+        """Logits with -inf where a token is less likely than the k-th."""
+        most = int(min(max(self.k) if isinstance(self.k, tuple) else self.k, logits.shape[-1]))
+        top = logits.topk(most, dim=-1).values  # (B, most), falling
+        rank = torch.as_tensor(context.column(self.k), device=logits.device).clamp(max=most).long() - 1
+        return logits.masked_fill(logits < top.gather(-1, rank.expand(len(logits), 1)), NEVER)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the fewest likeliest tokens whose mass reaches p, at least one (Holtzman et al., 2019, arXiv:1904.09751).
+
+    Probabilities (.5, .3, .1, .1) with p = .8 keep two. Of equally likely tokens the last ones go; p = 0 keeps the
+    likeliest token.
+    """
+
+    p: Parameter
+    shaping: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "p", numbers("top_p", self.p))
+
+    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
+        """Logits with -inf outside the kept set."""
+        p = torch.as_tensor(context.column(self.p), dtype=torch.float64, device=logits.device)
+        falling, order = logits.sort(dim=-1, descending=True, stable=True)
+        mass = falling.flip(-1).softmax(-1).cumsum(-1).flip(-1)  # of a token and all after it, small ones added first
+        remove = (mass <= (1 - p).to(mass.dtype)) | (p == 0)
+        remove[:, 0] = False
+        return logits.masked_fill(remove.scatter(-1, order, remove), NEVER)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A user's function (context, logits) -> logits as a processor; it gets a copy, so it may write into its logits."""
+
+    function: Callable[[Context, Tensor], Tensor]
+
+    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
+        """The function's answer."""
+        return self.function(context, logits.clone())

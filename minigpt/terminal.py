@@ -1,0 +1,111 @@
+"""What long work shows a person: one progress bar in a terminal, plain lines where output is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+PLAIN_LINE_EVERY = 10.0  # seconds between two lines where output is no terminal
+
+
+class Progress(Protocol):
+    """A running bar: `update` moves it to `done` units and may set the text beside it."""
+
+    def update(self, done: float, text: str = "") -> None: ...
+
+
+def notice(line: str) -> None:
+    """Print one line about what is going on, apart from the program's own output (to standard error)."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def readable(number: float) -> str:
+    """1234567 -> '1.23M': three significant digits with a suffix."""
+    for suffix in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5 or suffix == "T":
+            break
+        number /= 1000
+    return f"{number:.3g}{suffix}"
+
+
+def clock(seconds: float) -> str:
+    """3723 -> '1:02:03', 75 -> '1:15'."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class _Silent:
+    def update(self, done: float, text: str = "") -> None:
+        pass
+
+
+class _PlainLines:
+    """A line now and then: for log files, pipes and schedulers."""
+
+    def __init__(self, description: str, total: float | None, unit: str, start: float) -> None:
+        self.description, self.total, self.unit, self.start = description, total, unit, start
+        self.began = self.printed = time.monotonic()
+
+    def update(self, done: float, text: str = "") -> None:
+        now = time.monotonic()
+        if now - self.printed < PLAIN_LINE_EVERY:
+            return
+        self.printed = now
+        rate = (done - self.start) / max(now - self.began, 1e-9)
+        line = f"{self.description} {readable(done)}"
+        if self.total:
+            left = clock((self.total - done) / rate) if rate > 0 else "?"
+            line += f"/{readable(self.total)} {self.unit} ({100 * done / self.total:.0f}%), {left} left"
+        else:
+            line += f" {self.unit}"
+        notice(f"{line}, {readable(rate)} {self.unit}/s{', ' + text if text else ''}")
+
+
+class _Bar:
+    def __init__(self, bar, task, start: float) -> None:
+        self.bar, self.task, self.start = bar, task, start
+        self.began = time.monotonic()
+
+    def update(self, done: float, text: str = "") -> None:
+        rate = (done - self.start) / max(time.monotonic() - self.began, 1e-9)
+        self.bar.update(self.task, completed=done, text=text, rate=readable(rate))
+
+
+@contextmanager
+def progress(
+    description: str, total: float | None, unit: str, *, start: float = 0, show: bool = True
+) -> Iterator[Progress]:
+    """A progress bar with rate and time left, for the length of a `with` block.
+
+    Args:
+        description: what is being done, at the left.
+        total: how many units there are; None when that is not known.
+        unit: what is counted ("tokens", "steps", "bytes").
+        start: units done before (a resumed run); they do not count into the rate.
+        show: False gives a bar that shows nothing, for ranks other than the first.
+    """
+    if not show:
+        yield _Silent()
+        return
+    if not sys.stderr.isatty():
+        yield _PlainLines(description, total, unit, start)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]} " + unit + "/s"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[text]}"),
+    ]
+    with RichProgress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
+        task = bar.add_task(description, total=total, completed=start, text="", rate="-")
+        yield _Bar(bar, task, start)

@@ -1,0 +1,1 @@
+"""Text <-> token ids: bytes, characters, byte-pair encoding (published or trained on your text), tokenizer.json."""

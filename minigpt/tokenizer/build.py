@@ -1,0 +1,141 @@
+"""From a config to a tokenizer, and from a tokenizer to its file and back.
+
+The file, `minigpt_tokenizer.json`, is complete by itself: `{"format": 1, "hash": ..., "tokenizer": {...}}`, where the
+hash is that of the description, so that an altered vocabulary is found out before a model is fed with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from minigpt.errors import ConfigError, DataError
+from minigpt.tokenizer.base import Tokenizer, canonical_json, sha256_of
+from minigpt.tokenizer.config import TokenizerConfig
+from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer
+
+FILE_NAME = "minigpt_tokenizer.json"
+HUGGING_FACE_NAME = "tokenizer.json"
+FORMAT = 1
+
+
+def needs_corpus(config: TokenizerConfig) -> bool:
+    """Whether the vocabulary is learned from the corpus."""
+    return config.kind in ("char", "bpe")
+
+
+def build_tokenizer(
+    config: TokenizerConfig, texts: Callable[[], Iterable[str]] | None = None, show: bool = True
+) -> Tokenizer:
+    """The tokenizer that a config asks for.
+
+    Args:
+        config: which one.
+        texts: gives a fresh iterator over pieces of the corpus; called only by the kinds that `needs_corpus` names.
+        show: whether to show progress and notices.
+
+    Raises:
+        ConfigError: the corpus is needed and `texts` is None.
+        DataError: the corpus is empty, or a vocabulary or tokenizer file is missing or altered.
+    """
+    if needs_corpus(config) and texts is None:
+        raise ConfigError(f"tokenizer.kind '{config.kind}' learns its vocabulary from a corpus, and none was given")
+    if config.kind == "byte":
+        return ByteTokenizer()
+    if config.kind == "char":
+        assert texts is not None
+        return CharTokenizer.from_texts(texts(), config.unknown)
+    if config.kind == "bpe":
+        from minigpt.tokenizer.train_bpe import train_bpe
+
+        assert texts is not None
+        return train_bpe(texts(), config.vocab_size, show)
+    if config.kind == "file":
+        assert config.path is not None
+        return load_tokenizer(config.path)
+    from minigpt.tokenizer.published import published_tokenizer
+
+    return published_tokenizer(config.kind, show)
+
+
+def tokenizer_from_dict(description: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `Tokenizer.to_dict` described."""
+    kind = description["kind"]
+    if kind == "byte":
+        return ByteTokenizer.from_dict(description)
+    if kind == "char":
+        return CharTokenizer.from_dict(description)
+    if kind == "file":
+        from minigpt.tokenizer.huggingface import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer.from_dict(description)
+    from minigpt.tokenizer.bpe import BPETokenizer
+
+    return BPETokenizer.from_dict(description)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path:
+    """Write `minigpt_tokenizer.json` into a folder (made if need be), whole or not at all; returns its path."""
+    path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"format": FORMAT, "hash": tokenizer.hash, "tokenizer": tokenizer.to_dict()}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(canonical_json(record), encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a file, or of a folder: minigpt's if it holds one, else Hugging Face's tokenizer.json.
+
+    Raises:
+        DataError: there is none, or it cannot be read, or its hash is not that of its content.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in (FILE_NAME, HUGGING_FACE_NAME) if (path / name).is_file()]
+        if not found:
+            raise DataError(
+                f"{path} holds neither {FILE_NAME} nor {HUGGING_FACE_NAME}; name a checkpoint folder, or a folder that "
+                "a fast Hugging Face tokenizer was saved in"
+            )
+        path = found[0]
+    try:
+        content = path.read_text(encoding="utf-8")
+        record = json.loads(content)
+    except FileNotFoundError:
+        raise DataError(
+            f"tokenizer file {path} does not exist; name a {HUGGING_FACE_NAME} or the folder that holds it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer file {path} cannot be read as JSON ({error}); copy or save it again") from None
+    if not isinstance(record, dict):
+        raise DataError(
+            f"tokenizer file {path} holds a JSON {type(record).__name__}, not a tokenizer; name another file"
+        )
+    if path.name != FILE_NAME and "format" not in record:
+        from minigpt.tokenizer.huggingface import load_hugging_face
+
+        return load_hugging_face(path, content)
+    return _from_record(record, path)
+
+
+def _from_record(record: dict[str, Any], path: Path) -> Tokenizer:
+    try:
+        version, recorded, description = record["format"], record["hash"], record["tokenizer"]
+    except KeyError as missing:
+        raise DataError(f"tokenizer file {path} has no field {missing}; copy or save the tokenizer again") from None
+    if version != FORMAT:
+        raise DataError(
+            f"tokenizer file {path} has format {version!r}, this minigpt reads format {FORMAT}; "
+            "use the version that wrote it, or save the tokenizer again"
+        )
+    if sha256_of(description) != recorded:
+        raise DataError(
+            f"tokenizer file {path} was altered: its content does not give the hash it records, {recorded}; "
+            "copy it again from where it was saved"
+        )
+    return tokenizer_from_dict(description)

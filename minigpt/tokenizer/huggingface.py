@@ -1,0 +1,212 @@
+"""A Hugging Face `tokenizer.json`, run by the `tokenizers` library; transformers is not needed.
+
+Encoding is the library's, with no special tokens added and none recognised inside text. Decoding is ours wherever the
+ids stand for bytes, which they do in the two families that language models use: byte-level BPE, and SentencePiece with
+or without byte fallback. For valid UTF-8 both give the library's text; for what is not, the library turns whole runs of
+byte tokens into U+FFFD, and could not be streamed. Other decoders (WordPiece, word endings) are run by the library.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from minigpt.errors import DataError
+from minigpt.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, well_formed
+from minigpt.tokenizer.bpe import BYTE_OF
+
+SPACE_MARK = "▁"  # U+2581, SentencePiece's space
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """The tokenizer of a `tokenizer.json`.
+
+    Args:
+        content: the text of the file.
+        eot: id of the token that ends a document, which the file itself does not tell; None for none.
+    """
+
+    def __init__(self, content: str, eot: int | None = None) -> None:
+        self.content = content
+        self.kind = "file"
+        self.cut = None
+        self.eot = eot
+        spec = json.loads(content)
+        spec["truncation"] = spec["padding"] = None
+        if "dropout" in spec["model"]:
+            spec["model"]["dropout"] = None  # the same text gives the same ids
+        for token in spec["added_tokens"]:
+            token["special"] |= token["id"] == eot  # some chat models forget to mark it
+        self._engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._engine.encode_special_tokens = True  # as ordinary text
+        added = self._engine.get_added_tokens_decoder()
+        vocabulary = self._engine.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.specials = {token.content: id for id, token in added.items() if token.special}
+        texts = [""] * self.vocab_size
+        for text, id in vocabulary.items():
+            texts[id] = text
+        literal = {id: token.content.encode("utf-8") for id, token in added.items()}
+        self._set_pieces(texts, literal, spec.get("decoder"))
+
+    def _set_pieces(self, texts: list[str], literal: dict[int, bytes], decoder: dict[str, Any] | None) -> None:
+        """Find what bytes each id stands for within a text (`pieces`) and as its first token (`_openings`)."""
+        steps = _steps(decoder)
+        names = [step["type"] for step in steps]
+        self.decodes_bytes = True
+        if names == ["ByteLevel"]:
+            self.pieces = [literal.get(id, _byte_level(text)) for id, text in enumerate(texts)]
+            self._openings = self.pieces
+        elif names == ["Metaspace"]:
+            mark = steps[0]["replacement"]
+            scheme = steps[0].get("prepend_scheme") or ("always" if steps[0].get("add_prefix_space", True) else "never")
+            self.pieces = [text.replace(mark, " ").encode("utf-8") for text in texts]
+            unmarked = [text.replace(mark, "").encode("utf-8") for text in texts]
+            self._openings = self.pieces if scheme == "never" else unmarked
+        elif _is_sentencepiece(steps):
+            fallback = "ByteFallback" in names
+            self.pieces = [_sentencepiece(text, fallback) for text in texts]
+            self._openings = [piece.removeprefix(b" ") for piece in self.pieces] if "Strip" in names else self.pieces
+        else:
+            self.decodes_bytes = False
+            self.pieces = [self._run_decoder([id]).encode("utf-8") for id in range(self.vocab_size)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
+        encodings = self._engine.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids stand for, special tokens as their text. An id outside the vocabulary is a DataError."""
+        if self.decodes_bytes:
+            return super().decode_bytes(ids)
+        return self._run_decoder(self._checked(ids)).encode("utf-8")
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder for ids that come one at a time."""
+        return super().stream_decoder() if self.decodes_bytes else _TextStreamDecoder(self)
+
+    def _opening(self, id: int) -> bytes:
+        return self._openings[id]
+
+    def _run_decoder(self, ids: list[int]) -> str:
+        return self._engine.decode(ids, skip_special_tokens=False)
+
+    def to_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"kind": self.kind, "tokenizer_json": self.content, "eot": self.eot}
+
+    @classmethod
+    def from_dict(cls, description: dict[str, Any]) -> HuggingFaceTokenizer:
+        """The tokenizer that `to_dict` described."""
+        return cls(description["tokenizer_json"], description["eot"])
+
+
+class _TextStreamDecoder(StreamDecoder):
+    """For decoders that look at a token's neighbour: what a token adds is the text with it less the text without it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.shown: list[int] = []  # the last ids whose text is out
+        self.held: list[int] = []  # ids whose text may still change
+
+    def push(self, id: int) -> str:
+        self.held.append(id)
+        text = self._added()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self.shown, self.held = self.held, []
+        return text
+
+    def flush(self) -> str:
+        text = self._added()
+        self.shown, self.held = [], []
+        return text
+
+    def _added(self) -> str:
+        return self.tokenizer.decode(self.shown + self.held)[len(self.tokenizer.decode(self.shown)) :]
+
+
+def load_hugging_face(path: Path, content: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a `tokenizer.json` whose text is given; the files beside it tell which token ends a document.
+
+    Raises:
+        DataError: the library cannot read it, or a file beside it is not JSON.
+    """
+    try:
+        return HuggingFaceTokenizer(content, _end_of_text(path.parent, _vocabulary(json.loads(content))))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(
+            f"tokenizer file {path} is no tokenizer.json that tokenizers {tokenizers.__version__} can read "
+            f"({error!r}); save it again with a current transformers"
+        ) from None
+
+
+def _vocabulary(spec: dict[str, Any]) -> dict[str, int]:
+    """Text -> id, of the model's tokens (a list in Unigram models) and the added ones."""
+    tokens = spec["model"]["vocab"]
+    if isinstance(tokens, list):
+        tokens = {text: id for id, (text, _) in enumerate(tokens)}
+    return {**tokens, **{token["content"]: token["id"] for token in spec["added_tokens"]}}
+
+
+def _end_of_text(folder: Path, vocabulary: dict[str, int]) -> int | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _fields(folder / name).get("eos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text in vocabulary:
+            return vocabulary[text]
+    for name in ("generation_config.json", "config.json"):
+        id = _fields(folder / name).get("eos_token_id")
+        first = id[0] if isinstance(id, list) and id else id
+        if isinstance(first, int) and first in vocabulary.values():
+            return first
+    return next((vocabulary[text] for text in (END_OF_TEXT, "</s>") if text in vocabulary), None)
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}); copy it again, or remove it") from None
+    return fields if isinstance(fields, dict) else {}
+
+
+def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if not decoder:
+        return []
+    return decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+
+
+def _is_sentencepiece(steps: list[dict[str, Any]]) -> bool:
+    """Whether these are the steps that the converters write: marks to spaces, byte tokens to bytes, strip one space."""
+    names = [step["type"] for step in steps if step["type"] != "ByteFallback"]
+    if names not in (["Replace", "Fuse"], ["Replace", "Fuse", "Strip"]) or steps[0]["type"] != "Replace":
+        return False
+    if steps[0]["pattern"] != {"String": SPACE_MARK} or steps[0]["content"] != " ":
+        return False
+    strip = steps[-1]
+    return strip["type"] != "Strip" or (strip["content"], strip["start"], strip["stop"]) == (" ", 1, 0)
+
+
+def _byte_level(text: str) -> bytes:
+    """The bytes that a byte-level token spells; its own UTF-8 if it is not spelled that way, as the library has it."""
+    try:
+        return bytes(BYTE_OF[character] for character in text)
+    except KeyError:
+        return text.encode("utf-8")
+
+
+def _sentencepiece(text: str, fallback: bool) -> bytes:
+    if fallback and (byte := _BYTE_TOKEN.fullmatch(text)):
+        return bytes.fromhex(byte[1])
+    return text.replace(SPACE_MARK, " ").encode("utf-8")

@@ -1,0 +1,107 @@
+"""Saving while it trains, and going on from what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from minigpt.checkpoint import find_checkpoint, load_training_state, load_weights, prune, read_weights, save_checkpoint
+from minigpt.errors import CheckpointError
+from minigpt.terminal import notice
+from minigpt.tokenizer.base import Tokenizer
+from minigpt.training.config import TrainConfig
+from minigpt.training.each_step import EachStep, due
+from minigpt.training.metrics import Metrics
+from minigpt.training.module import TrainingModule
+from minigpt.training.optimizer import optimizer_tensors, restore_optimizer
+from minigpt.training.stopping import Agreement
+
+
+class Checkpoints(EachStep):
+    """Restores the checkpoint a run goes on from, then saves every `checkpoint.every` steps, at the end and on a stop.
+
+    Args:
+        run: the run's folder.
+        config: the resolved config, stored in every checkpoint.
+        tokenizer: stored in every checkpoint.
+        start: the checkpoint to go on from, or None.
+        sampling: sampling defaults for generation_config.json.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        start: Path | None,
+        agreement: Agreement,
+        metrics: Metrics,
+        sampling: dict[str, Any],
+    ) -> None:
+        self.run, self.config, self.tokenizer, self.start = run, config, tokenizer, start
+        self.agreement, self.metrics, self.sampling = agreement, metrics, sampling
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.start is None:
+            return
+        assert isinstance(pl_module, TrainingModule)
+        folder = find_checkpoint(self.start)
+        state, tensors = load_training_state(folder)
+        load_weights(pl_module.model, read_weights(folder)[1], folder)
+        restore_optimizer(trainer.optimizers[0], pl_module.model, tensors)
+        self.metrics.seconds_before = state["seconds"]
+        if trainer.is_global_zero:
+            self._announce_changes(state["environment"])
+
+    def _announce_changes(self, before: dict[str, Any]) -> None:
+        changed = [f"{key} {before.get(key)} -> {now}" for key, now in environment().items() if before.get(key) != now]
+        if changed:
+            notice(f"the run goes on, but not to the bit, since this changed: {', '.join(changed)}")
+
+    def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        if due(step, self.config.checkpoint.every, self.config.trainer.max_steps) or self.agreement.stopping:
+            if trainer.is_global_zero:
+                self._save(trainer, module, step)
+            if trainer.world_size > 1:
+                dist.barrier()
+
+    def _save(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        self.metrics.sync()
+        save_checkpoint(
+            self.run / "checkpoints" / f"step-{step:08d}",
+            module.model,
+            self.tokenizer,
+            sampling=self.sampling,
+            train_config=self.config.to_dict(),
+            state={
+                "step": step,
+                "tokens": step * self.config.batch.tokens,
+                "seconds": self.metrics.seconds(),
+                "environment": environment(),
+            },
+            state_tensors=optimizer_tensors(trainer.optimizers[0], module.model),
+        )
+        prune(self.run, self.config.checkpoint.keep)
+
+
+def environment() -> dict[str, Any]:
+    """What must stay as it is for a resumed run to be equal to the bit, beside the config."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+    }
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """How many steps were done when a checkpoint was saved; 0 without one."""
+    if checkpoint is None:
+        return 0
+    step = load_training_state(checkpoint)[0].get("step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{checkpoint}/training_state.json: step is {step!r}; a whole number was expected")
+    return step

@@ -1,0 +1,233 @@
+"""Everything a training run is made of, declared once: name, type, default, unit and meaning.
+
+The command line, the YAML files and `--help` are all read from these dataclasses. Fields that a preset, the tokenizer or
+the machine decides default to None; the resolved config that a run stores shows their numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from minigpt.data.config import DataConfig
+from minigpt.errors import ConfigError
+from minigpt.model.config import GPTConfig
+from minigpt.tokenizer.config import TokenizerConfig
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many tokens a step sees, and how they are divided."""
+
+    tokens: int = 8192
+    """Tokens a step, over all processes: a multiple of model.block_size."""
+    micro_batch_size: int | None = None
+    """Rows of one forward on one process; the rest of a step's rows are accumulated. None: all of them at once."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) with decay on matrices only, and its schedule."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the last step (cosine and wsd)."""
+    schedule: Literal["cosine", "wsd", "constant"] = "wsd"
+    """After the warm-up: cosine decay, wsd (stable, then linear decay) or constant."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly from 0."""
+    decay_fraction: float = 0.6
+    """wsd: the last part of the steps, over which the learning rate falls."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.1
+    """Decay of matrices and embeddings; norms and biases have none."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """What is passed to Lightning's Trainer, under Lightning's names, and how the step is compiled."""
+
+    max_steps: int = 500
+    """Optimizer steps of the whole run."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+    devices: int = 1
+    """Processes on this machine, one a device."""
+    num_nodes: int = 1
+    """Machines; more than one are started by torchrun or a scheduler, one command a machine."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How processes share the work; auto is ddp where there are several."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Number format of the computation."""
+    gradient_clip_val: float = 1.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    log_every_n_steps: int = 10
+    """Steps between two rows of metrics."""
+    compile: bool = False
+    """Compile the loss with torch.compile: slow to start, faster a step."""
+    threads: int | None = None
+    """CPU threads a process; None: all cores, shared between the processes."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save."""
+
+    every: int = 250
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept, at least 2."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When and on how much text to validate."""
+
+    every: int = 100
+    """Steps between two validations; the last step always has one. 0: only the last."""
+    tokens: int = 1_000_000
+    """Validate on the whole validation split, or on this many evenly spaced tokens where it is larger."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Samples while it trains: same prompt and seed each time, so that they can be compared."""
+
+    every: int = 0
+    """Steps between two samples; 0: only at the end."""
+    prompt: str = "\n"
+    """What they continue."""
+    max_new_tokens: int = 200
+    """Tokens a sample."""
+    temperature: float = 0.8
+    """1 draws from the model's own distribution, less is safer, 0 is greedy."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `minigpt train --config FILE --section.field VALUE`; later values win."""
+
+    run_name: str | None = None
+    """Folder under runs_dir. None starts a new run, named after its corpus and the time."""
+    runs_dir: str = "runs"
+    """Where runs live."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """With run_name: auto continues the run where it exists, must insists on it, never refuses to."""
+    seed: int = 1337
+    """Decides initialisation, data order and dropout."""
+    log: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where metrics go besides metrics.jsonl."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind="bpe", vocab_size=1024))
+    model: GPTConfig = field(default_factory=GPTConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as config.yaml holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of to_dict. Raises ConfigError for a field this version does not know."""
+        return _build(cls, values, "")
+
+    @property
+    def processes(self) -> int:
+        """Processes over all machines."""
+        return self.trainer.devices * self.trainer.num_nodes
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of block_size tokens a step, over all processes."""
+        return self.batch.tokens // self.model.block_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of one forward on one process."""
+        return self.batch.micro_batch_size or self.batch_size // self.processes
+
+    @property
+    def accumulation(self) -> int:
+        """Forwards a step on one process."""
+        return self.batch_size // (self.processes * self.micro_batch_size)
+
+    def check(self) -> None:
+        """Raise ConfigError, naming the field, for numbers that cannot be trained with."""
+        block, rows = self.model.block_size, self.batch_size
+        if self.batch.tokens < block or self.batch.tokens % block:
+            near = max(1, round(self.batch.tokens / block)) * block
+            raise ConfigError(
+                f"batch.tokens: {self.batch.tokens} is no multiple of model.block_size ({block}); try {near}"
+            )
+        positive = {
+            "trainer.max_steps": self.trainer.max_steps,
+            "trainer.devices": self.trainer.devices,
+            "trainer.num_nodes": self.trainer.num_nodes,
+            "trainer.log_every_n_steps": self.trainer.log_every_n_steps,
+            "checkpoint.every": self.checkpoint.every,
+            "eval.tokens": self.eval.tokens,
+            "batch.micro_batch_size": self.micro_batch_size,
+            "optimizer.learning_rate": self.optimizer.learning_rate,
+            "optimizer.eps": self.optimizer.eps,
+        }
+        for name, value in positive.items():
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"{name}: {value} is not positive")
+        if rows % (self.processes * self.micro_batch_size):
+            raise ConfigError(
+                f"batch: {rows} rows a step ({self.batch.tokens} tokens / block_size {block}) do not divide among "
+                f"{self.processes} processes x micro_batch_size {self.micro_batch_size}; change batch.tokens or "
+                f"batch.micro_batch_size"
+            )
+        not_negative = {
+            "optimizer.final_learning_rate": self.optimizer.final_learning_rate,
+            "optimizer.warmup_steps": self.optimizer.warmup_steps,
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
+            "eval.every": self.eval.every,
+            "sample.every": self.sample.every,
+            "sample.max_new_tokens": self.sample.max_new_tokens,
+            "sample.temperature": self.sample.temperature,
+            "seed": self.seed,
+        }
+        for name, value in not_negative.items():
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"{name}: {value} is negative or not finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self.optimizer, name) < 1:
+                raise ConfigError(f"optimizer.{name}: {getattr(self.optimizer, name)} is not in [0, 1)")
+        if not 0 <= self.optimizer.decay_fraction <= 1:
+            raise ConfigError(f"optimizer.decay_fraction: {self.optimizer.decay_fraction} is not in [0, 1]")
+        if self.checkpoint.keep < 2:
+            raise ConfigError(
+                f"checkpoint.keep: {self.checkpoint.keep} is less than 2; one more than the newest must stay, "
+                f"in case the newest is damaged"
+            )
+        if self.trainer.threads is not None and self.trainer.threads < 1:
+            raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive")
+
+
+def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    sections = {each.name: each.default_factory for each in fields(kind)}
+    for name in values:
+        if name not in sections:
+            near = get_close_matches(name, sections, n=1)
+            hint = f"; did you mean {where}{near[0]}?" if near else ""
+            raise ConfigError(f"{where}{name}: no such field{hint}")
+    built = {}
+    for name, value in values.items():
+        section = sections[name]() if callable(sections[name]) else None  # type: ignore[operator]
+        built[name] = _build(type(section), value, f"{where}{name}.") if is_dataclass(section) else value
+    return kind(**built)

@@ -1,0 +1,39 @@
+"""What the callbacks share: a hook that is called once a step, and sums over all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from torch import Tensor
+
+from minigpt.training.module import TrainingModule
+
+
+class EachStep(pl.Callback):
+    """A callback whose `on_step_end` hears of every optimizer step (not of every micro-batch), with its number from 1."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.on_step_end(trainer, pl_module, trainer.global_step)
+
+    def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        """Step `step` is done; the weights are those after it."""
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) and at the last one happens at this step."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of every process's tensor, on each; the tensor itself where there is one process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
+        dist.all_reduce(shared)
+        return shared.to(tensor.device)
+    return tensor

@@ -1,0 +1,130 @@
+"""Metrics: one JSON object a row in metrics.jsonl, the progress bar, and the logger that was asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from minigpt.durable import disk_errors
+from minigpt.data.batches import Batches
+from minigpt.terminal import Progress, notice, progress, readable
+from minigpt.training.config import TrainConfig
+from minigpt.training.each_step import EachStep, due
+from minigpt.training.module import TrainingModule
+from minigpt.training.stopping import Agreement
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Move the rows past `step` aside, to metrics-past-STEP.jsonl: the run goes on from there and writes them anew."""
+    rows = read_metrics(path)
+    past = [row for row in rows if row["step"] > step]
+    if not path.is_file() or (not past and path.read_text(encoding="utf-8").endswith("\n")):
+        return
+    with disk_errors(str(path)):
+        if past:
+            aside = path.with_name(f"metrics-past-{step:08d}.jsonl")
+            with open(aside, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in past)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+class Metrics(EachStep):
+    """Writes a row every log_every_n_steps, moves the progress bar, and passes rows on to Lightning's loggers.
+
+    Only the first process writes. A logger that fails is announced once and left out from then on; metrics.jsonl is
+    always written.
+    """
+
+    def __init__(self, run: Path, config: TrainConfig, batches: Batches, agreement: Agreement, start_step: int) -> None:
+        self.path = run / "metrics.jsonl"
+        self.config, self.batches, self.agreement, self.start_step = config, batches, agreement, start_step
+        self.seconds_before = 0.0  # spent by earlier sessions of this run
+        self.began = self.mark = time.monotonic()
+        self.paused = 0.0  # since the mark: validation, samples and saves, which are no part of the training rate
+        self.mark_step = start_step
+        self.text = ""
+        self._file: Any = None
+        self._bar: Progress | None = None
+        self._bar_context: AbstractContextManager[Progress] | None = None
+        self._logger_failed = False
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of training so far, earlier sessions included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began = self.mark = time.monotonic()
+        total = self.config.trainer.max_steps
+        self._bar_context = progress("training", total, "steps", start=self.start_step, show=trainer.is_global_zero)
+        self._bar = self._bar_context.__enter__()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._bar_context is not None:
+            self._bar_context.__exit__(None, None, None)
+            self._bar_context = self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        if due(step, self.config.trainer.log_every_n_steps, self.config.trainer.max_steps):
+            now = time.monotonic()
+            rate = (step - self.mark_step) * self.config.batch.tokens / max(now - self.mark - self.paused, 1e-9)
+            self.mark, self.mark_step, self.paused = now, step, 0.0
+            self.text = f"loss {self.agreement.loss:.3f}  {readable(rate)} tokens/s"
+            row = {
+                "train/loss": self.agreement.loss,
+                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "grad_norm": float(module.gradient_norm) if module.gradient_norm is not None else float("nan"),
+                "tokens_per_second": round(rate, 1),
+                "epoch": round(self.batches.epoch(step), 4),
+            }
+            self.write(trainer, step, row)
+        if self._bar is not None:
+            self._bar.update(step, self.text)
+
+    def write(self, trainer: pl.Trainer, step: int, row: dict[str, Any]) -> None:
+        """Add a row; step, tokens and seconds are put in front. A value that is not finite is written as null."""
+        if not trainer.is_global_zero:
+            return
+        values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        front = {"step": step, "tokens": step * self.config.batch.tokens, "seconds": round(self.seconds(), 3)}
+        with disk_errors(str(self.path)):
+            if self._file is None:
+                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in teardown
+            self._file.write(json.dumps({**front, **values}) + "\n")
+            self._file.flush()
+        if not self._logger_failed:
+            try:
+                numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+                for logger in trainer.loggers:
+                    logger.log_metrics({"tokens": front["tokens"], **numbers}, step=step)
+            except Exception as error:  # a tracker must never stop a run, whatever it raises
+                self._logger_failed = True
+                notice(f"--log {self.config.log} failed and is left out from now on ({error}); metrics.jsonl goes on")
+
+    def sync(self) -> None:
+        """Force what was written to the disk, so that no checkpoint is newer than its metrics."""
+        if self._file is not None:
+            with disk_errors(str(self.path)):
+                os.fsync(self._file.fileno())

@@ -1,0 +1,127 @@
+"""The training step as Lightning calls it: next-token cross-entropy, one gradient norm, one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minigpt.errors import NonFiniteError
+from minigpt.model.gpt import GPT
+from minigpt.model.layers import widen
+from minigpt.terminal import notice
+from minigpt.training.config import TrainConfig
+from minigpt.training.optimizer import make_optimizer
+from minigpt.training.schedule import learning_rate
+
+NONFINITE_STEPS = 5  # steps in a row without a usable gradient after which a run stops
+
+
+def next_token_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of targets (B, T) given ids (B, T)."""
+    logits = model(ids)  # (B, T, V)
+    return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten())
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, each of which changes all of it (splitmix64's finalizer)."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+class TrainingModule(pl.LightningModule):
+    """A GPT with its loss and optimizer.
+
+    Nothing here has state that a checkpoint would have to hold: the learning rate follows from the step, and dropout's
+    randomness from (seed, step, micro-batch, rank).
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = config
+        self.compute_loss: Callable[[GPT, Tensor, Tensor], Tensor] = next_token_loss
+        if config.trainer.compile:
+            self.compute_loss = compiled_loss()
+        self.step_loss: Tensor | None = None  # sum over the step's micro-batches, each divided by their number
+        self.gradient_norm: Tensor | None = None
+        self.nonfinite_steps = 0
+
+    @property
+    def step_learning_rate(self) -> float:
+        """The learning rate of the step in progress."""
+        return learning_rate(self.settings.optimizer, self.trainer.global_step, self.settings.trainer.max_steps)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.settings.optimizer)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        ids, targets = batch  # (B, T), (B, T)
+        accumulation = self.settings.accumulation
+        micro = batch_index % accumulation
+        if self.model.config.dropout:
+            torch.manual_seed(mix_seed(self.settings.seed, self.trainer.global_step, micro, self.global_rank))
+        loss = self.compute_loss(self.model, ids, targets)
+        part = loss.detach() / accumulation
+        self.step_loss = part if micro == 0 or self.step_loss is None else self.step_loss + part
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        rate = self.step_learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Compute the gradient's norm, once; scale it down to the limit; drop a step whose norm is not finite.
+
+        The norm is over gradients that are already averaged over all processes, so every process decides the same.
+        """
+        limit = self.settings.trainer.gradient_clip_val or float("inf")
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if torch.isfinite(self.gradient_norm):
+            self.nonfinite_steps = 0
+            return
+        for parameter in self.model.parameters():
+            parameter.grad = None  # the optimizer passes over it: neither weights nor moments change
+        self.nonfinite_steps += 1
+        step = self.trainer.global_step + 1
+        if self.nonfinite_steps >= NONFINITE_STEPS:
+            raise NonFiniteError(
+                f"step {step}: loss or gradient was NaN or infinite {NONFINITE_STEPS} steps in a row; the weights are as "
+                f"before. Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, and resume"
+            )
+        if self.global_rank == 0:
+            notice(f"step {step}: the gradient is NaN or infinite; this step is skipped")
+
+
+def compiled_loss() -> Callable[[GPT, Tensor, Tensor], Tensor]:
+    """The loss compiled by torch.compile, or as it is with one line of notice where no compiler works here."""
+    compiled = torch.compile(next_token_loss, dynamic=False)
+    broken = False
+
+    def compute(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
+        nonlocal broken
+        if not broken:
+            try:
+                return compiled(model, ids, targets)
+            except Exception as error:  # no compiler, or a kernel that does not compile: both come as many types
+                if "dynamo" not in type(error).__module__ and "inductor" not in type(error).__module__:
+                    raise
+                broken = True
+                notice(f"torch.compile does not work here ({type(error).__name__}); training goes on uncompiled")
+        return next_token_loss(model, ids, targets)
+
+    return compute

@@ -1,0 +1,80 @@
+"""What every test shares: few threads (the models are tiny), no network, and the three presets at toy size."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import pytest
+import torch
+
+from minigpt.model.config import GPTConfig
+from minigpt.model.gpt import GPT
+
+torch.set_num_threads(1)
+
+PRESETS = ("gpt2", "llama", "modern")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to anything but this machine is a failure, not a wait."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost", "0.0.0.0"):
+            raise OSError(f"a test tried to reach {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+def tiny_config(preset: str, **changes: object) -> GPTConfig:
+    """A model of a few thousand parameters: 2 layers, 4 heads (2 key/value heads where the preset allows), 32 channels."""
+    values: dict = {
+        "preset": preset,
+        "vocab_size": 61,
+        "block_size": 24,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 4 if preset == "gpt2" else 2,
+        "n_embd": 32,
+    }
+    return GPTConfig(**{**values, **changes})
+
+
+def random_model(config: GPTConfig, seed: int = 0, scale: float = 0.3) -> GPT:
+    """A model whose every parameter, biases and norms included, is far from its starting value."""
+    model = GPT(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + scale * noise if "norm" in name and name.endswith("weight") else scale * noise)
+    return model
+
+
+def random_ids(rows: int, length: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:
+    """Token ids (rows, length)."""
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def transformers_twin(model: GPT) -> torch.nn.Module:
+    """transformers' GPT2LMHeadModel or LlamaForCausalLM with the same weights."""
+    import transformers
+
+    from minigpt.checkpoint import state_of
+    from minigpt.weights import to_huggingface
+
+    layout = to_huggingface(model.config, state_of(model))
+    assert layout is not None
+    values, tensors = layout
+    kind = getattr(transformers, values["architectures"][0])
+    twin = kind(kind.config_class(**{key: value for key, value in values.items() if key != "architectures"}))
+    missing, unexpected = twin.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight"} if model.config.tie_embeddings else set())
+    return twin.eval()
