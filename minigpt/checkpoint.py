@@ -163,7 +163,9 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it was never finished; use an earlier checkpoint")
     manifest = _read_json(path)
     if manifest.get("format") != FORMAT and isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
-        raise CheckpointError(f"{path}: has format {manifest['format']}, this version reads {FORMAT}; update minigpt-lab")
+        raise CheckpointError(
+            f"{path}: has format {manifest['format']}, this version reads {FORMAT}; update minigpt-lab"
+        )
     if manifest.get("sha256") != _digest_of(manifest) or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path}: was altered (its own checksum differs); use an earlier checkpoint")
     for name, entry in manifest["files"].items():
@@ -258,7 +260,7 @@ def _weights_in(folder: Path) -> dict[str, Tensor]:
         return {name: tensor for file in files for name, tensor in load_tensors(folder / file).items()}
     there = sorted(child.name for child in folder.iterdir())[:8]
     raise CheckpointError(
-        f"{folder}: holds no model.safetensors (there is {there}); pickled weights are not read, save them as safetensors"
+        f"{folder}: holds no model.safetensors (there is {there}); pickles are not read, save safetensors"
     )
 
 
@@ -285,22 +287,20 @@ def empty_model(config: GPTConfig, *, dtype: torch.dtype, device: torch.device |
         model = GPT(config)
     model = model.to_empty(device=device).to(dtype)
     if model.config.tie_embeddings:
-        model.unembed.weight = model.trunk.embed.weight
+        model.tie()
     for module in model.modules():
         if isinstance(module, Rotary):
             module.reset_buffers()
     return model
 
 
-def load(
-    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Run:
+def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Run:
     """Load a model with its tokenizer from a run, a checkpoint folder, or a Hugging Face GPT-2 or Llama folder.
 
     A folder with a manifest is verified first; of a run the newest checkpoint that verifies is taken. Never touches the
     network, never runs code from the folder. The model comes back in evaluation mode.
 
-    Raises CheckpointError for a folder that holds no model, a damaged one, or an architecture we have no counterpart for.
+    Raises CheckpointError for a folder that holds no model, a damaged one, or an unknown architecture.
     """
     from minigpt.terminal import notice
 

@@ -102,7 +102,9 @@ def latest_run(folder: str = "runs") -> Path:
     """The run trained last in `folder`: what a person means who names none."""
     runs = [path for path in Path(folder).glob("*") if (path / "checkpoints").is_dir()]
     if not runs:
-        raise ConfigError(f"no run given, and {folder}/ holds none; train one first, or give a run or checkpoint folder")
+        raise ConfigError(
+            f"no run given, and {folder}/ holds none; train one first, or give a run or checkpoint folder"
+        )
     return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
 
 
@@ -115,8 +117,8 @@ def split_positional(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def train(argv: list[str]) -> None:
-    """Train a model on text: minigpt train --config configs/NAME.yaml --data.source FILE. Without arguments it trains the
-    default model on text that every Python installation carries.
+    """Train a model on text: minigpt train --config configs/NAME.yaml --data.source FILE. Without arguments it trains
+    the default model on text that every Python installation carries.
     """
     from minigpt.training.config import TrainConfig
 
@@ -220,13 +222,15 @@ def _device(name: str) -> str:
 
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(name.partition(":")[0], False):
-        raise ConfigError(f"--device {name}: not here; there is {', '.join(kind for kind, here in there.items() if here)}")
+        raise ConfigError(
+            f"--device {name}: not here; there is {', '.join(kind for kind, here in there.items() if here)}"
+        )
     return name
 
 
 def prepare(argv: list[str]) -> None:
-    """Tokenize a corpus into memory-mapped shards: minigpt prepare --data.source FILE --tokenizer.kind bpe. Training does
-    this by itself; here it can be done before, and looked at.
+    """Tokenize a corpus into memory-mapped shards: minigpt prepare --data.source FILE --tokenizer.kind bpe. Training
+    does this by itself; here it can be done before, and looked at.
     """
     from minigpt.training.config import TrainConfig
 
@@ -239,8 +243,10 @@ def prepare(argv: list[str]) -> None:
     for split, stream in (("train", corpus.train), ("val", corpus.val)):
         counts = corpus.manifest["splits"][split]
         bytes_a_token = counts["bytes"] / max(1, len(stream))
-        print(f"{split:5}  {counts['documents']:,} documents  {counts['bytes']:,} bytes  {len(stream):,} tokens "
-              f"({bytes_a_token:.2f} bytes a token)")
+        print(
+            f"{split:5}  {counts['documents']:,} documents  {counts['bytes']:,} bytes  {len(stream):,} tokens "
+            f"({bytes_a_token:.2f} bytes a token)"
+        )
     print(f"vocabulary {corpus.tokenizer.vocab_size:,}  folder {corpus.folder}")
 
 
@@ -265,13 +271,21 @@ def evaluate(argv: list[str]) -> None:
     run = load(path or latest_run(), device=_device(values.device))
     data = values.data if values.data.source else None
     result, what = evaluate_run(run, data, values.block_size or None, values.tokens or None)
-    figures = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
-               "tokens": result.tokens, "bytes": result.bytes}
+    figures = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+    }
     if values.json:
         print(json.dumps({"checkpoint": str(run.path), "text": what, **figures}))
     else:
         print(f"{run.path} on {what}: {result.tokens:,} tokens, {result.bytes:,} bytes")
-        print(f"loss {result.loss:.4f} nats a token  perplexity {result.perplexity:.3f}  {result.bits_per_byte:.4f} bits a byte")
+        print(
+            f"loss {result.loss:.4f} nats a token  perplexity {result.perplexity:.3f}  "
+            f"{result.bits_per_byte:.4f} bits a byte"
+        )
 
 
 def info(argv: list[str]) -> None:
@@ -301,15 +315,21 @@ def info(argv: list[str]) -> None:
     tokens = values.batch.micro_batch_size * model.block_size if values.batch.micro_batch_size else values.batch.tokens
     cache = cost.cache_bytes_per_token * model.block_size
     if values.json:
-        figures = {**asdict(cost), "activation_bytes": cost.activation_bytes(model, tokens), "cache_bytes_per_row": cache}
+        figures = {
+            **asdict(cost),
+            "activation_bytes": cost.activation_bytes(model, tokens),
+            "cache_bytes_per_row": cache,
+        }
         print(json.dumps({"model": model.to_dict(), **figures}))
         return
     for name, value in model.to_dict().items():
         print(f"{name:16} {value}")
     print(f"\nparameters       {cost.parameters:,} ({cost.embedding_parameters:,} of them embeddings)")
     print(f"FLOPs a token    {readable(cost.forward_flops)} forward, {readable(cost.training_flops)} training")
-    print(f"training memory  {readable(cost.state_bytes)}B weights, gradients and AdamW (float32), "
-          f"about {readable(cost.activation_bytes(model, tokens))}B activations for {tokens:,} tokens a forward")
+    print(
+        f"training memory  {readable(cost.state_bytes)}B weights, gradients and AdamW (float32), "
+        f"about {readable(cost.activation_bytes(model, tokens))}B activations for {tokens:,} tokens a forward"
+    )
     print(f"cache            {readable(cost.cache_bytes_per_token)}B a token, {readable(cache)}B a full row (float32)")
 
 

@@ -107,5 +107,5 @@ def progress(
         TextColumn("{task.fields[text]}"),
     ]
     with RichProgress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
-        task = bar.add_task(description, total=total, completed=start, text="", rate="-")
+        task = bar.add_task(description, total=total, completed=int(start), text="", rate="-")
         yield _Bar(bar, task, start)

@@ -33,7 +33,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny_config(preset: str, **changes: object) -> GPTConfig:
-    """A model of a few thousand parameters: 2 layers, 4 heads (2 key/value heads where the preset allows), 32 channels."""
+    """A few thousand parameters: 2 layers, 4 heads (2 key/value heads where the preset allows), 32 channels."""
     values: dict = {
         "preset": preset,
         "vocab_size": 61,

@@ -67,7 +67,9 @@ def test_a_file_imports_only_from_lower_floors(path: Path) -> None:
         if name == "minigpt" or not name.startswith("minigpt."):
             continue
         there = name.split(".")[1]
-        allowed = there in (here, "errors") or FLOORS[there] < FLOORS[here] or (here, there) == ("checkpoint", "weights")
+        allowed = (
+            there in (here, "errors") or FLOORS[there] < FLOORS[here] or (here, there) == ("checkpoint", "weights")
+        )
         assert allowed, f"{path.name} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[there]})"
 
 
@@ -108,7 +110,15 @@ def test_nothing_loaded_can_run_code(path: Path) -> None:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        assert called not in ("eval", "exec", "compile", "__import__", "yaml.load", "yaml.full_load", "yaml.unsafe_load")
+        assert called not in (
+            "eval",
+            "exec",
+            "compile",
+            "__import__",
+            "yaml.load",
+            "yaml.full_load",
+            "yaml.unsafe_load",
+        )
         if called == "torch.load":
             assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
 
@@ -120,7 +130,9 @@ def test_no_file_is_longer_than_400_lines() -> None:
 
 def test_importing_minigpt_loads_nothing_heavy() -> None:
     code = "import sys, minigpt; print(*sorted({n.split('.')[0] for n in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
     assert "minigpt" in loaded
     assert not {"torch", "lightning", "numpy", "tiktoken", "wandb", "transformers", "jsonargparse"} & set(loaded)
 

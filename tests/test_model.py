@@ -104,7 +104,9 @@ def test_a_tap_changes_what_follows(preset: str) -> None:
     shallow = GPT(tiny_config(preset, n_layer=1)).eval()
     shallow.load_state_dict({k: v for k, v in model.state_dict().items() if ".blocks.1." not in k})
     with torch.no_grad():
-        torch.testing.assert_close(explicit_forward(model, ids, tap=without_layer_1), shallow(ids), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            explicit_forward(model, ids, tap=without_layer_1), shallow(ids), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("preset", PRESETS)

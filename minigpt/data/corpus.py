@@ -20,8 +20,6 @@ from minigpt.data.reading import BLOCK, COMPRESSED, Piece, ReadingLog, looks_bin
 from minigpt.errors import ConfigError, DataError, DiskError
 from minigpt.tokenizer.base import canonical_json
 
-_NAME = re.compile(r"[\w-][\w.-]*")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -58,34 +56,33 @@ def find_source(data: DataConfig) -> Source:
         return _standard_input(data)
     path = Path(data.source).expanduser()
     if path.is_dir():
+        name = _folder_name(path.resolve().name, data.source)
         files = _files_below(path, Path(data.folder))
         if not files:
             raise DataError(f"data.source {data.source!r} is a folder without files; put text files into it")
-        return _files(_checked_name(path.resolve().name, data.source), files, path, data.field, sniff=True)
+        return _files(name, files, path, data.field, sniff=True)
     if path.is_file():
-        return _files(_checked_name(_stem(path), data.source), [path], path.parent, data.field, sniff=False)
+        return _files(_folder_name(_stem(path), data.source), [path], path.parent, data.field, sniff=False)
     if glob.has_magic(data.source):
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         files = [match for match in matches if match.is_file()]
         if not files:
             raise DataError(f"data.source {data.source!r} matches no file; check the pattern and the current folder")
-        name = re.sub(r"\W+", "-", data.source).strip("-") or "glob"
-        return _files(_checked_name(name, data.source), files, Path("."), data.field, sniff=True)
+        return _files(_folder_name(data.source, data.source), files, Path("."), data.field, sniff=True)
     near = get_close_matches(data.source, named, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
         f"data.source {data.source!r} is neither a file, a folder nor a known corpus; {hint}"
-        f"Known are: {', '.join(named)}"
+        f"known are: {', '.join(named)}"
     )
 
 
-def _checked_name(name: str, source: str) -> str:
-    """Refuse a name that would put the corpus elsewhere than below its folder."""
-    if not _NAME.fullmatch(re.sub(r"[^\w.-]", "-", name)) or ".." in name:
-        raise ConfigError(
-            f"data.source {source!r} gives the corpus the name {name!r}, which cannot name a folder; rename the source"
-        )
-    return re.sub(r"[^\w.-]", "-", name)
+def _folder_name(name: str, source: str) -> str:
+    """The name without what could lead out of the data folder or hide in it."""
+    safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")
+    if not safe:
+        raise ConfigError(f"data.source {source!r} gives the corpus no name to keep it under; name a file or a folder")
+    return safe
 
 
 def _stem(path: Path) -> str:
@@ -96,7 +93,8 @@ def _stem(path: Path) -> str:
 
 
 def _named(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
-    _checked_name(name, name)
+    if _folder_name(name, name) != name:
+        raise ConfigError(f"the catalogue of corpora lists {name!r}, which cannot name a folder; rename it there")
     if entry["kind"] == "pydocs":
         if data.file is not None:
             raise ConfigError(f"data.file {data.file!r} does not go with data.source 'pydocs', which is no download")

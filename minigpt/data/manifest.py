@@ -68,7 +68,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write manifest.json at once, sealed with the sha256 of its own content."""
     sealed = {key: value for key, value in manifest.items() if key != "sha256"}
     sealed["sha256"] = sha256_of(sealed)
-    part = folder / f".{MANIFEST}.{os.getpid()}"
+    part = folder / f".{MANIFEST}.{secrets.token_hex(4)}"
     with part.open("w", encoding="utf-8") as file:
         file.write(json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")
         file.flush()

@@ -62,7 +62,7 @@ def read_documents(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
         if content_suffix(path) == ".jsonl":
             yield from _json_lines(path, field, log)
         else:
-            for block in whole_lines(_blocks(path, log)):
+            for block in whole_lines(_blocks(path, log), BLOCK):
                 yield Piece(_decode(block, log), False)
             yield Piece("", True)
     except (OSError, EOFError, zlib.error) as error:
@@ -80,7 +80,7 @@ def looks_binary(path: Path) -> bool:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def whole_lines(blocks: Iterable[bytes], limit: int | None = BLOCK) -> Iterator[bytes]:
+def whole_lines(blocks: Iterable[bytes], limit: int | None) -> Iterator[bytes]:
     """Cut a stream of bytes again, so that each piece ends with a line.
 
     A line longer than `limit` is cut between two characters; None never cuts a line.

@@ -207,8 +207,8 @@ def _request(source: Source, data: DataConfig, tokenizer: TokenizerConfig) -> st
 
 
 def _made_for(request: str, home: Path) -> Path | None:
-    """The folder below `home` whose manifest answers this very request."""
-    for path in sorted(home.glob(f"*/{MANIFEST}")):
+    """The finished folder below `home` whose manifest answers this very request."""
+    for path in sorted(home.glob(f"[!.]*/{MANIFEST}")):
         try:
             if json.loads(path.read_text(encoding="utf-8"))["request"] == request:
                 return path.parent

@@ -68,7 +68,8 @@ def evaluate(
         windows: what to predict; padded targets are left out of every sum.
         byte_lengths: (V) from bytes_per_token.
         rows: windows a forward.
-        rank, world_size: this process takes every world_size-th forward.
+        rank: this process's number; it takes every world_size-th forward.
+        world_size: how many processes share the work.
         reduce: sums a tensor over all processes.
         on_rows: told how many windows are done.
 

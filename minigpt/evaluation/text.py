@@ -33,7 +33,9 @@ def evaluate_run(
     """
     window = block_size or run.model.config.block_size
     if window > run.model.config.block_size:
-        raise ConfigError(f"--block_size: {window} is more than the model's block_size of {run.model.config.block_size}")
+        raise ConfigError(
+            f"--block_size: {window} is more than the model's block_size of {run.model.config.block_size}"
+        )
     saved = TokenizerConfig(kind="file", path=str(run.path))
     if data is not None:
         corpus = prepare(replace(data, val_fraction=0.0), saved)
@@ -51,5 +53,3 @@ def evaluate_run(
     with progress("evaluating", len(windows), "windows") as bar:
         result = evaluate(run.model, windows, lengths, rows=max(1, 8192 // window), on_rows=bar.update)
     return result, what
-
-

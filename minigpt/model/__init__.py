@@ -1,1 +1,1 @@
-"""The Transformer: configuration, layers, attention, key/value cache and GPT. It knows nothing of text, files or training."""
+"""The Transformer: configuration, layers, attention, cache, GPT. It knows nothing of text, files or training."""

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key/value heads, by PyTorch's fused kernel. Its explicit twin is in explicit.py."""
+"""Causal self-attention with grouped key/value heads, by PyTorch's fused kernel. Its twin is in explicit.py."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ class Step(NamedTuple):
     """Where the tokens of one forward go. Without a cache: positions 0..T-1 and the causal kernel."""
 
     positions: Tensor  # (T) where every row stands at the same length, else (B, T)
-    mask: Tensor | None  # (B or 1, 1, T, S) True = may attend; None: causal from the first slot, or one query that sees all
+    mask: (
+        Tensor | None
+    )  # (B or 1, 1, T, S) True = may attend; None: causal from the first slot, or one query that sees all
     causal: bool  # the kernel's own causal mask does (aligned top-left, so only while the cache is empty)
     width: int  # S: slots that attention looks at
 
@@ -80,7 +82,7 @@ class KVCache:
         """Positions and mask of the `length` tokens a row that come next. Raises ConfigError past the capacity."""
         if self.longest + length > self.capacity:
             raise ConfigError(
-                f"cache: {self.longest} tokens held and {length} to come exceed its capacity of {self.capacity}; grow it"
+                f"cache: {self.longest} tokens held and {length} new ones exceed its capacity ({self.capacity})"
             )
         width = self.longest + length
         offsets = torch.arange(length, device=self.lengths.device)
@@ -95,7 +97,7 @@ class KVCache:
         return Step(positions, seen[:, None], False, width)
 
     def append(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B, G, T, D); return all it holds, each (B, G, S, D) with S = step.width."""
+        """Store a layer's new keys and values (B, G, T, D); return all that are held, each (B, G, S, D)."""
         keys, values = self.keys[layer], self.values[layer]
         if step.positions.dim() == 1:
             begin = step.width - k.shape[2]

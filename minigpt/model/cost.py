@@ -16,7 +16,7 @@ class Cost:
     embedding_parameters: int
     """Token and position embeddings; the unembedding too where it is not tied."""
     forward_flops: int
-    """FLOPs a token of one forward at full context: 2 for every matrix weight, 4 H D S for attention, S averaged (causal)."""
+    """FLOPs a token of a forward at full context: 2 a matrix weight, and 4 H D S for attention, S averaged (causal)."""
     training_flops: int
     """FLOPs a token of a training step: three forwards' worth."""
     cache_bytes_per_token: int

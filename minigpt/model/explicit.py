@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minigpt.model.attention import Attention
 from minigpt.model.cache import KVCache, Step
 from minigpt.model.gpt import GPT, Block, Trunk
-from minigpt.model.layers import MLP, LayerNorm, widen
+from minigpt.model.layers import MLP, LayerNorm, RMSNorm, widen
 
 Tap = Callable[[str, Tensor], Tensor]
 
@@ -29,7 +29,9 @@ def untouched(name: str, activation: Tensor) -> Tensor:
     return activation
 
 
-def explicit_norm(norm: nn.Module, x: Tensor, tap: Tap = untouched, at: str = "") -> Tensor:  # (..., C) -> (..., C)
+def explicit_norm(
+    norm: LayerNorm | RMSNorm, x: Tensor, tap: Tap = untouched, at: str = ""
+) -> Tensor:  # (..., C) -> (..., C)
     """LayerNorm or RMSNorm: hook_scale (..., 1) is what the (centred) input is divided by."""
     wide = widen(x)
     if isinstance(norm, LayerNorm):

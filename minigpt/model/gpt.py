@@ -8,6 +8,7 @@ Shapes are written in trailing comments with these letters, the same in every fi
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -108,8 +109,12 @@ class GPT(nn.Module):
         self.trunk = Trunk(config)
         self.unembed = Unembed(config)
         if config.tie_embeddings:
-            self.unembed.weight = self.trunk.embed.weight
+            self.tie()
         self.reset_parameters()
+
+    def tie(self) -> None:
+        """Make the unembedding's weight the embedding's: one parameter, two uses."""
+        self.unembed.weight = cast(nn.Parameter, self.trunk.embed.weight)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T) -> (B, T, V)
         return self.unembed(self.trunk(ids, cache))

@@ -1,4 +1,4 @@
-"""The small parts: norms, rotary positions, the MLP. Shapes in trailing comments; the letters are explained in gpt.py."""
+"""The small parts: norms, rotary positions, the MLP. The letters in shape comments are explained in gpt.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def make_norm(config: GPTConfig, width: int) -> nn.Module:
+def make_norm(config: GPTConfig, width: int) -> LayerNorm | RMSNorm:
     """The norm that the config names, over `width` channels."""
     if config.norm == "layernorm":
         return LayerNorm(width, config.norm_eps, bool(config.bias))
@@ -59,7 +59,8 @@ class Rotary(nn.Module):
     def reset_buffers(self) -> None:
         """Fill the tables; needed again where a model was made without memory and then given some."""
         device = self.cos.device
-        frequency = 1 / self.theta ** (torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim)  # (D/2)
+        exponent = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim  # (D/2)
+        frequency = 1 / self.theta**exponent
         angle = torch.arange(len(self.cos), device=device).float()[:, None] * frequency  # (S, D/2)
         self.cos = angle.cos().repeat(1, 2)
         self.sin = torch.cat((-angle.sin(), angle.sin()), -1)  # the sign of the swapped half is folded in

@@ -11,6 +11,7 @@ read anew into a fresh cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.sampling.choice import choose, is_choosable
+from minigpt.sampling.choice import choose
 from minigpt.sampling.decodable import Decodable, device_of
 from minigpt.sampling.noise import Noise, Purpose
 from minigpt.sampling.pipeline import Pipeline, gather_state
@@ -91,9 +92,8 @@ class Batch:
         )
         self.cache: Any = None
         self.states: Any = pipeline.start(self.context)
-        self.latest: Any = (
-            None  # the last choice, which the states have yet to accept: tokens (B,), raw, processed (B, V)
-        )
+        # The last choice, which the states have yet to accept: tokens (B,), raw and processed logits (B, V).
+        self.latest: Any = None
 
     @torch.no_grad()
     def read(self) -> Tensor:
@@ -130,14 +130,13 @@ class Batch:
         greedy = self.pipeline.greedy(self.context)
         uniforms = None if all(greedy) else self.context.uniform(Purpose.CHOICE)
         tokens = choose(processed, uniforms, greedy)
-        log_probs = raw.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - raw.logsumexp(-1)
-        sound = is_choosable(processed) & ~log_probs.isnan()
+        log_probs = raw.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         # One transfer to the host for all three: float64 holds every token id exactly.
-        on_host = torch.stack((tokens.double(), log_probs.double(), sound.double()), dim=1).tolist()
-        choices = [
-            Choice(int(token), log_prob, None if is_sound else self._error(raw, row))
-            for row, (token, log_prob, is_sound) in enumerate(on_host)
-        ]
+        on_host = torch.stack((tokens.double(), log_probs.double(), processed.amax(-1).double()), dim=1).tolist()
+        choices = []
+        for row, (token, log_prob, peak) in enumerate(on_host):
+            sound = math.isfinite(peak) and not math.isnan(log_prob)
+            choices.append(Choice(int(token), log_prob, None if sound else self._error(raw, row)))
         self.latest = (tokens, raw, processed) if self.pipeline.remembers else (tokens, None, None)
         self._append(tokens)
         return choices
@@ -148,12 +147,11 @@ class Batch:
 
     def _append(self, tokens: Tensor) -> None:
         lengths, positions = self.context.lengths, self.context.positions + 1
-        if positions.max() > self.ids.shape[1]:
+        longest = int(positions.max())
+        if longest > self.ids.shape[1]:
             self.ids = torch.nn.functional.pad(self.ids, (0, self.ids.shape[1] + 64))
         self.ids.scatter_(1, lengths.unsqueeze(1), tokens.unsqueeze(1))
-        self.context = replace(
-            self.context, ids=self.ids[:, : positions.max()], lengths=lengths + 1, positions=positions
-        )
+        self.context = replace(self.context, ids=self.ids[:, :longest], lengths=lengths + 1, positions=positions)
 
     @torch.no_grad()
     def keep(self, alive: list[int]) -> None:

@@ -18,7 +18,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     probabilities add up to an error that a single-precision sum would show.
 
     Args:
-        logits: (B, V), of any floating dtype; each row has a finite maximum (see `is_choosable`).
+        logits: (B, V), of any floating dtype; a row that is not `is_choosable` gets some id or other.
         uniforms: (B,) float64 in [0, 1).
     """
     probabilities = logits.double().softmax(-1)
@@ -40,5 +40,5 @@ def choose(logits: Tensor, uniforms: Tensor | None, greedy_rows: list[bool]) -> 
 
 
 def is_choosable(logits: Tensor) -> Tensor:
-    """Whether each row has a token to choose, which NaN, +inf and -inf everywhere rule out: (B, V) -> (B,) bool."""
+    """Whether a row has a token to choose, which NaN, +inf and -inf everywhere rule out: (..., V) -> (...) bool."""
     return logits.amax(-1).isfinite()

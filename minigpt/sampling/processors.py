@@ -66,11 +66,11 @@ class Context:
             )
         return [parameter[row] for row in self.rows]
 
-    def column(self, parameter: Parameter) -> Any:
-        """A parameter as it combines with (B, V): a number as it is, one a prompt as (B, 1) float64."""
+    def column(self, parameter: Parameter, dtype: torch.dtype = torch.float64) -> Any:
+        """A parameter as it combines with (B, V): a number as it is, one a prompt as (B, 1)."""
         if not isinstance(parameter, tuple):
             return parameter
-        return torch.tensor(self.each(parameter), dtype=torch.float64, device=self.ids.device).unsqueeze(1)
+        return torch.tensor(self.each(parameter), dtype=dtype, device=self.ids.device).unsqueeze(1)
 
     def uniform(self, purpose: int, draw: int = 0) -> Tensor:
         """One random number a row for this position, in [0, 1): (B,) float64."""
@@ -133,7 +133,7 @@ class Temperature:
 
     def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
         """Logits divided by the temperature; those of greedy rows as they are."""
-        temperature = torch.as_tensor(context.column(self.temperature), dtype=logits.dtype)
+        temperature = context.column(self.temperature, logits.dtype)
         return logits / (temperature + (temperature == 0))
 
 

@@ -147,4 +147,4 @@ def canonical_json(value: Any) -> str:
 
 def sha256_of(value: Any) -> str:
     """Sha256 (hex) of the canonical JSON of a value."""
-    return hashlib.sha256(canonical_json(value).encode("utf-8")).hexdigest()
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minigpt.errors import ConfigError, DataError
+from minigpt.errors import ConfigError, DataError, DiskError
 from minigpt.tokenizer.base import Tokenizer, canonical_json, sha256_of
-from minigpt.tokenizer.config import TokenizerConfig
+from minigpt.tokenizer.config import KINDS, TokenizerConfig
 from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer
 
 FILE_NAME = "minigpt_tokenizer.json"
@@ -72,6 +73,8 @@ def tokenizer_from_dict(description: dict[str, Any]) -> Tokenizer:
         from minigpt.tokenizer.huggingface import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer.from_dict(description)
+    if kind not in KINDS:
+        raise DataError(f"tokenizer kind '{kind}' is not one of {', '.join(KINDS)}; use the minigpt that wrote it")
     from minigpt.tokenizer.bpe import BPETokenizer
 
     return BPETokenizer.from_dict(description)
@@ -80,11 +83,16 @@ def tokenizer_from_dict(description: dict[str, Any]) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path:
     """Write `minigpt_tokenizer.json` into a folder (made if need be), whole or not at all; returns its path."""
     path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {"format": FORMAT, "hash": tokenizer.hash, "tokenizer": tokenizer.to_dict()}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(canonical_json(record), encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(canonical_json(record), encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise DiskError(f"{path} cannot be written ({error}); free some space or name another folder") from None
     return path
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from minigpt.errors import DataError
 from minigpt.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, well_formed
@@ -39,6 +40,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.cut = None
         self.eot = eot
         spec = json.loads(content)
+        spec.setdefault("added_tokens", [])
         spec["truncation"] = spec["padding"] = None
         if "dropout" in spec["model"]:
             spec["model"]["dropout"] = None  # the same text gives the same ids
@@ -46,6 +48,7 @@ class HuggingFaceTokenizer(Tokenizer):
             token["special"] |= token["id"] == eot  # some chat models forget to mark it
         self._engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._engine.encode_special_tokens = True  # as ordinary text
+        _hide_specials(self._engine, spec)
         added = self._engine.get_added_tokens_decoder()
         vocabulary = self._engine.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
@@ -154,7 +157,21 @@ def _vocabulary(spec: dict[str, Any]) -> dict[str, int]:
     tokens = spec["model"]["vocab"]
     if isinstance(tokens, list):
         tokens = {text: id for id, (text, _) in enumerate(tokens)}
-    return {**tokens, **{token["content"]: token["id"] for token in spec["added_tokens"]}}
+    return {**tokens, **{token["content"]: token["id"] for token in spec.get("added_tokens", [])}}
+
+
+def _hide_specials(engine: tokenizers.Tokenizer, spec: dict[str, Any]) -> None:
+    """Keep the model from finding a special token's text by itself, as Unigram models do: split it everywhere."""
+    model = spec["model"]
+    exposed = {token["content"] for token in spec["added_tokens"] if token["special"] and len(token["content"]) > 1}
+    exposed &= engine.get_vocab(with_added_tokens=False).keys()
+    if "merges" in model and not model.get("ignore_merges"):
+        exposed &= {"".join(merge).replace(" ", "") for merge in model["merges"]}
+    if exposed:
+        pattern = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in sorted(exposed))
+        split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+        before = [engine.pre_tokenizer] if engine.pre_tokenizer else []
+        engine.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
 
 
 def _end_of_text(folder: Path, vocabulary: dict[str, int]) -> int | None:

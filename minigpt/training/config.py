@@ -1,7 +1,7 @@
 """Everything a training run is made of, declared once: name, type, default, unit and meaning.
 
-The command line, the YAML files and `--help` are all read from these dataclasses. Fields that a preset, the tokenizer or
-the machine decides default to None; the resolved config that a run stores shows their numbers.
+The command line, the YAML files and `--help` are read from these dataclasses. Fields that a
+preset, the tokenizer or the machine decides default to None; the config that a run stores shows their numbers.
 """
 
 from __future__ import annotations
@@ -220,14 +220,15 @@ class TrainConfig:
 
 
 def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
-    sections = {each.name: each.default_factory for each in fields(kind)}
-    for name in values:
-        if name not in sections:
-            near = get_close_matches(name, sections, n=1)
-            hint = f"; did you mean {where}{near[0]}?" if near else ""
-            raise ConfigError(f"{where}{name}: no such field{hint}")
+    defaults = {
+        each.name: each.default_factory() if callable(each.default_factory) else each.default for each in fields(kind)
+    }
     built = {}
     for name, value in values.items():
-        section = sections[name]() if callable(sections[name]) else None  # type: ignore[operator]
-        built[name] = _build(type(section), value, f"{where}{name}.") if is_dataclass(section) else value
+        if name not in defaults:
+            near = get_close_matches(name, defaults, n=1)
+            hint = f"; did you mean {where}{near[0]}?" if near else ""
+            raise ConfigError(f"{where}{name}: no such field{hint}")
+        section = is_dataclass(defaults[name])
+        built[name] = _build(type(defaults[name]), value, f"{where}{name}.") if section else value
     return kind(**built)

@@ -12,7 +12,7 @@ from minigpt.training.module import TrainingModule
 
 
 class EachStep(pl.Callback):
-    """A callback whose `on_step_end` hears of every optimizer step (not of every micro-batch), with its number from 1."""
+    """A callback whose `on_step_end` hears of every optimizer step, not of every micro-batch; steps count from 1."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

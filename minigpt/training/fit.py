@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import netrc
 import os
+import secrets
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import lightning.pytorch as pl
 import torch
@@ -54,8 +57,7 @@ def fit(job: Job) -> None:
     config, run = job.config, job.run
     rank, world_size = int(os.environ.get("RANK", 0)), config.processes
     if config.trainer.threads or world_size > 1:
-        share = max(1, len(os.sched_getaffinity(0)) // config.trainer.devices) if hasattr(os, "sched_getaffinity") else 1
-        torch.set_num_threads(config.trainer.threads or share)
+        torch.set_num_threads(config.trainer.threads or max(1, (os.cpu_count() or 1) // config.trainer.devices))
 
     corpus = open_corpus(job.corpus)
     batches = Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)
@@ -110,11 +112,22 @@ def quiet_lightning() -> None:
     os.environ.setdefault("PL_DISABLE_FORK", "1")
 
 
+def wandb_key_is_known() -> bool:
+    """Whether wandb can reach its server without asking: WANDB_MODE decides, else a key in the environment or netrc."""
+    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:
     """Lightning's logger for `--log`, on the first process only; False for none.
 
-    The wandb run id is stored in the run's folder before training begins, so that a resumed run continues it. Without an
-    API key wandb works offline, in the run's folder. A logger that cannot be made is announced and left out.
+    The wandb run id is stored in the run's folder before training begins, so that a resumed run continues it. Without
+    an API key wandb works offline, in the run's folder. A logger that cannot be made is announced and left out.
     """
     if config.log == "none" or rank != 0:
         return False
@@ -123,20 +136,20 @@ def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:
             from lightning.pytorch.loggers import TensorBoardLogger
 
             return [TensorBoardLogger(run, name="", version="tensorboard")]
-        import wandb
         from lightning.pytorch.loggers import WandbLogger
 
         stored = run / "wandb.json"
         if not stored.is_file():
-            write_text(stored, to_json({"id": wandb.util.generate_id()}))
-        known = wandb.api.api_key if not os.environ.get("WANDB_MODE") else True
+            write_text(stored, to_json({"id": secrets.token_hex(4)}))
+        import wandb
+
         return [
             WandbLogger(
                 project=os.environ.get("WANDB_PROJECT", "minigpt"),
                 name=run.name,
                 id=json.loads(stored.read_text())["id"],
                 save_dir=run,
-                offline=not known,
+                offline=not wandb_key_is_known(),
                 config=config.to_dict(),
                 settings=wandb.Settings(save_code=False, x_disable_meta=True, init_timeout=30, silent=True),
             )

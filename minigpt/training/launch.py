@@ -40,8 +40,8 @@ def train(config: TrainConfig) -> Path:
         return _train_as_one_of_many(config)
     if config.trainer.num_nodes > 1:
         raise ConfigError(
-            f"trainer.num_nodes: {config.trainer.num_nodes} machines are started by torchrun or a scheduler, e.g. on each: "
-            f"torchrun --nnodes {config.trainer.num_nodes} --nproc_per_node {config.trainer.devices} "
+            f"trainer.num_nodes: {config.trainer.num_nodes} machines are started by torchrun or the like, "
+            f"for example on each: torchrun --nnodes {config.trainer.num_nodes} --nproc_per_node {config.trainer.devices} "
             f"--rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ..."
         )
     job = settle(config)
@@ -119,7 +119,7 @@ def _compare(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
 
 
 def _launch(job: Job) -> None:
-    """Run the job in several processes of this machine under torch's elastic launcher, which names the one that dies."""
+    """Run the job in several processes of this machine, under torch's elastic launcher: it names the one that dies."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from minigpt.durable import disk_errors
 from minigpt.data.batches import Batches
+from minigpt.durable import disk_errors
 from minigpt.terminal import Progress, notice, progress, readable
 from minigpt.training.config import TrainConfig
 from minigpt.training.each_step import EachStep, due

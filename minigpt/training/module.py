@@ -100,8 +100,8 @@ class TrainingModule(pl.LightningModule):
         step = self.trainer.global_step + 1
         if self.nonfinite_steps >= NONFINITE_STEPS:
             raise NonFiniteError(
-                f"step {step}: loss or gradient was NaN or infinite {NONFINITE_STEPS} steps in a row; the weights are as "
-                f"before. Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, and resume"
+                f"step {step}: loss or gradient was NaN or infinite {NONFINITE_STEPS} steps in a row; the weights are "
+                f"as before. Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, and resume"
             )
         if self.global_rank == 0:
             notice(f"step {step}: the gradient is NaN or infinite; this step is skipped")

@@ -1,4 +1,4 @@
-"""Looking at the model while it trains: validation and samples. Neither touches the training's data or random numbers."""
+"""Looking at the model while it trains: validation and samples. Neither touches training's data or random numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minigpt.training.stopping import Agreement
 
 
 class Validation(EachStep):
-    """Loss on the validation split every `eval.every` steps and at the end: a row with val/loss, perplexity and bits a byte.
+    """Loss on the validation split every `eval.every` steps and at the end: nats a token, perplexity, bits a byte.
 
     A run that was killed between a save and the validation due at the same step makes up for it when it goes on.
     """
@@ -85,7 +85,9 @@ class Validation(EachStep):
 class Samples(EachStep):
     """A sample every `sample.every` steps and at the end, from the same prompt and seed, in samples/step-N.txt."""
 
-    def __init__(self, run: Path, config: TrainConfig, tokenizer: Tokenizer, agreement: Agreement, metrics: Metrics) -> None:
+    def __init__(
+        self, run: Path, config: TrainConfig, tokenizer: Tokenizer, agreement: Agreement, metrics: Metrics
+    ) -> None:
         self.run, self.config, self.tokenizer = run, config, tokenizer
         self.agreement, self.metrics = agreement, metrics
         self.sampling = SamplingConfig(

@@ -1,4 +1,4 @@
-"""Stopping when told to: signals set a flag, all processes agree on it once a step, the step in progress is finished."""
+"""Stopping when told to: a signal sets a flag, processes agree on it once a step, the step in progress is finished."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from minigpt.training.module import TrainingModule
 
 
 class Agreement(EachStep):
-    """First of the callbacks: averages the step's loss over all processes and learns, in the same reduction, whether any
-    of them was asked to stop.
+    """First of the callbacks: averages the step's loss over all processes and learns, in the same reduction, whether
+    any of them was asked to stop.
 
     Ctrl-C and SIGTERM finish the step, save and leave; a second Ctrl-C leaves at once.
     """
@@ -30,7 +30,8 @@ class Agreement(EachStep):
         self.loss = float("nan")  # of the step just done, nats a token, over all processes
         self._before: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not earlier: until here Lightning would put handlers of its own over ours.
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._on_signal)

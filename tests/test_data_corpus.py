@@ -1,0 +1,138 @@
+import gzip
+import io
+import os
+import types
+
+import pytest
+
+from minigpt.data.config import DataConfig
+from minigpt.data.corpus import find_source
+from minigpt.data.reading import ReadingLog
+from minigpt.errors import ConfigError, DataError
+
+
+def documents(source, log=None) -> list[str]:
+    out = [""]
+    for text, ends in source.documents(log or ReadingLog()):
+        out[-1] += text
+        if ends:
+            out.append("")
+    return out[:-1]
+
+
+def find(source, **more):
+    return find_source(DataConfig(source=str(source), **more))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("my text.txt", "my-text"),
+        ("a.b.jsonl.gz", "a.b"),
+        ("plain", "plain"),
+        (".hidden", "hidden"),
+        ("日本.txt", "日本"),
+    ],
+)
+def test_a_file_names_its_corpus(tmp_path, path, name):
+    (tmp_path / path).write_bytes(gzip.compress(b'{"text": "x"}') if path.endswith("gz") else b"x")
+    source = find(tmp_path / path)
+    assert source.name == name
+    assert documents(source) == ["x"]
+
+
+def test_a_folder_is_read_in_order_without_hidden_and_binary_files(tmp_path, monkeypatch):
+    folder = tmp_path / "books"
+    for path, content in {
+        "b.txt": b"B",
+        "a/z.txt": b"AZ",
+        "a/a.jsonl": b'{"text": "one"}\n{"text": "two"}\n',
+        "c.md.gz": gzip.compress(b"C"),
+        "image.png": b"\x89PNG\0",
+        ".git/config": b"hidden",
+        ".hidden": b"hidden",
+        "data/books/byte-1/manifest.json": b"{}",
+    }.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    log = ReadingLog()
+    source = find(folder, folder=str(folder / "data"))
+    assert source.name == "books"
+    assert documents(source, log) == ["one", "two", "AZ", "B", "C"]
+    assert [os.path.basename(path) for path in log.skipped] == ["image.png"]
+    monkeypatch.chdir(folder)
+    assert find(".").name == "books"
+    assert documents(find(".")) == ["one", "two", "AZ", "B", "C"]
+
+
+def test_a_glob_names_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b1.txt", "a1.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    source = find("*1.txt")
+    assert documents(source) == ["a1.txt", "b1.txt"]
+    assert source.name == "1.txt"
+    with pytest.raises(DataError, match=r"'\*\.rst' matches no file"):
+        find("*.rst")
+
+
+def test_a_name_in_the_catalogue_comes_before_a_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pydocs").write_text("mine")
+    assert len(documents(find("pydocs"))) > 50
+    assert documents(find("./pydocs")) == ["mine"]
+
+
+def test_an_unknown_source_names_the_nearest_and_all(tmp_path):
+    with pytest.raises(ConfigError, match=r"'tinyshakespear' is neither.*did you mean 'tinyshakespeare'\?.*pydocs"):
+        find("tinyshakespear")
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="folder without files"):
+        find(tmp_path / "empty")
+
+
+def test_the_root_of_the_file_system_gives_no_name():
+    with pytest.raises(ConfigError, match="gives the corpus no name"):
+        find("/")
+
+
+def test_standard_input_can_be_read_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(b"piped text")))
+    source = find("-", folder=str(tmp_path))
+    assert documents(source) == documents(source) == ["piped text"]
+    assert source.name == "stdin"
+    assert len(list((tmp_path / "stdin" / "source").iterdir())) == 1
+
+
+def test_empty_standard_input_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(b"")))
+    with pytest.raises(DataError, match="empty standard input"):
+        find("-", folder=str(tmp_path))
+    assert list((tmp_path / "stdin" / "source").iterdir()) == []
+
+
+def test_a_fingerprint_changes_with_size_time_and_files_but_not_with_reading(tmp_path):
+    path = tmp_path / "books" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("one")
+    seen = []
+
+    def fingerprints() -> tuple:
+        found = find(path).fingerprint, find(path.parent).fingerprint
+        seen.append(found)
+        return found
+
+    first = fingerprints()
+    documents(find(path))
+    assert fingerprints() == first
+    os.utime(path, ns=(1, 1))
+    assert fingerprints()[0] != first[0]
+    path.write_text("longer")
+    os.utime(path, ns=(1, 1))
+    fingerprints()
+    (path.parent / "b.txt").write_text("another")
+    fingerprints()
+    assert len({str(folder) for _, folder in seen}) == 4

@@ -1,0 +1,143 @@
+"""A resumed run is the run that was never stopped, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
+
+from minigpt.errors import Interrupted
+from minigpt.training import launch
+from minigpt.training.each_step import EachStep
+from minigpt.training.metrics import read_metrics
+from minigpt.training.stopping import Agreement
+
+# Everything on that could disturb: dropout, accumulation, validation, samples, several epochs.
+BUSY = {
+    "model__dropout": 0.2,
+    "batch__micro_batch_size": 2,
+    "eval__every": 2,
+    "sample__every": 3,
+    "sample__max_new_tokens": 4,
+    "trainer__max_steps": 12,
+    "checkpoint__every": 100,
+}
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "modern"])
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(
+    preset: str, stop: int, tmp_path: Path, monkeypatch
+) -> None:
+    whole, whole_rows = run_and_read(tiny_run(tmp_path, "whole", model__preset=preset, **BUSY))
+    config = tiny_run(tmp_path, "parts", model__preset=preset, **BUSY)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as raised:
+        patched.setattr(Agreement, "on_step_end", stopping_at(stop))
+        launch.train(config)
+    assert raised.value.exit_code == 143
+    torch.manual_seed(987)  # whatever happened in between
+    parts, parts_rows = run_and_read(config)
+    assert losses(parts_rows) == losses(whole_rows)
+    values = [[row["val/loss"] for row in rows if "val/loss" in row] for rows in (whole_rows, parts_rows)]
+    assert values[0] == values[1]
+    assert_equal_to_the_bit(saved_tensors(parts, 12), saved_tensors(whole, 12))
+    for path in (whole / "samples").iterdir():
+        assert (parts / "samples" / path.name).read_text() == path.read_text()
+
+
+def stopping_at(stop: int):
+    """An Agreement.on_step_end that receives SIGTERM during step `stop`."""
+    real = Agreement.on_step_end
+
+    def on_step_end(self: Agreement, trainer, module, step: int) -> None:
+        if step == stop:
+            self.received = signal.SIGTERM
+        real(self, trainer, module, step)
+
+    return on_step_end
+
+
+def test_a_crash_between_saves_repeats_the_steps_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {**BUSY, "checkpoint__every": 4}
+    whole, whole_rows = run_and_read(tiny_run(tmp_path, "whole", **changes))
+
+    class Crash(Exception):
+        pass
+
+    real = EachStep.on_train_batch_end
+
+    def crash(self, trainer, *arguments) -> None:
+        real(self, trainer, *arguments)
+        if trainer.global_step == 7 and type(self).__name__ == "Samples":
+            raise Crash
+
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(EachStep, "on_train_batch_end", crash)
+        launch.train(tiny_run(tmp_path, "parts", **changes))
+    parts, parts_rows = run_and_read(tiny_run(tmp_path, "parts", **changes))
+    assert losses(parts_rows) == losses(whole_rows)
+    assert [row["step"] for row in read_metrics(parts / "metrics-past-00000004.jsonl")] == [5, 6, 6, 7]
+    assert_equal_to_the_bit(saved_tensors(parts, 12), saved_tensors(whole, 12))
+
+
+def test_a_validation_missed_by_a_kill_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minigpt.training.observing import Validation
+
+    class Crash(Exception):
+        pass
+
+    def crash(*arguments) -> None:
+        raise Crash
+
+    changes = {**BUSY, "checkpoint__every": 4, "trainer__max_steps": 6}
+    _, whole_rows = run_and_read(tiny_run(tmp_path, "whole", **changes))
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        real = Validation._validate
+        patched.setattr(
+            Validation, "_validate", lambda self, t, m, step: crash() if step == 4 else real(self, t, m, step)
+        )
+        launch.train(tiny_run(tmp_path, "parts", **changes))
+    _, rows = run_and_read(tiny_run(tmp_path, "parts", **changes))
+    kept = [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]
+    assert kept == [(row["step"], row["val/loss"]) for row in whole_rows if "val/loss" in row]
+
+
+def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, optimizer__schedule="constant", trainer__max_steps=5)
+    run_and_read(config)
+    _, rows = run_and_read(replace(config, trainer=replace(config.trainer, max_steps=9)))
+    _, whole = run_and_read(tiny_run(tmp_path, "whole", optimizer__schedule="constant", trainer__max_steps=9))
+    assert losses(rows) == losses(whole)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(number: int, code: int, tmp_path: Path) -> None:
+    import yaml
+
+    config = tiny_run(tmp_path, trainer__max_steps=100_000, optimizer__schedule="constant")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "train.py", "--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+    metrics = tmp_path / "runs/run/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    last = read_metrics(metrics)[-1]["step"]
+    assert (tmp_path / f"runs/run/checkpoints/step-{last:08d}/manifest.json").is_file()
+    assert "Traceback" not in errors
+    assert f"stopping after step {last}" in errors
+    assert "--resume auto" in errors
