@@ -21,7 +21,7 @@ PROG = "minigpt"
 def shipped(name: str) -> Path | None:
     """A file that comes with minigpt (configs/NAME): from the repository, or from the wheel."""
     package = Path(__file__).parent
-    for root in (package.parent, package / "_shipped"):
+    for root in (package / "_shipped", package.parent):
         for path in (root / "configs" / name, root / "configs" / f"{name}.yaml"):
             if path.is_file():
                 return path
@@ -241,7 +241,7 @@ def prepare(argv: list[str]) -> None:
 
     corpus = prepare_corpus(values.data, values.tokenizer)
     for split, stream in (("train", corpus.train), ("val", corpus.val)):
-        counts = corpus.manifest["splits"][split]
+        counts = corpus.counts[split]
         bytes_a_token = counts["bytes"] / max(1, len(stream))
         print(
             f"{split:5}  {counts['documents']:,} documents  {counts['bytes']:,} bytes  {len(stream):,} tokens "

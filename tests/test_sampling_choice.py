@@ -60,8 +60,14 @@ def test_a_million_draws_have_the_distribution_of_the_logits():
     assert chi_square(counts, exact) < bound(exact)
 
 
-def test_tokens_behind_fifty_thousand_others_keep_their_probability():
-    # In single precision the sum of so many rounded terms is off by more than the last token's probability.
+def test_a_token_keeps_a_probability_too_small_for_a_single_precision_sum():
+    logits = torch.tensor([[0.0, -20.0]])  # 2e-9, and 1 + 2e-9 is 1 in single precision
+    border = 1 / (1 + math.exp(-20))
+    assert draw(logits, torch.tensor([border - 1e-12], dtype=torch.float64)).tolist() == [0]
+    assert draw(logits, torch.tensor([border + 1e-12], dtype=torch.float64)).tolist() == [1]
+
+
+def test_each_of_fifty_thousand_tokens_has_its_place():
     logits = torch.zeros(1, 50_000)
     for token in (0, 24_999, 49_999):
         middle = torch.tensor([(token + 0.5) / 50_000], dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,15 @@ def test_resume_modes(tmp_path: Path) -> None:
         train(tiny_run(tmp_path, model__n_layer=3))
     with pytest.raises(ConfigError, match=r"seed 3 -> 4"):
         train(tiny_run(tmp_path, seed=4))
+
+
+def test_a_changed_text_is_noticed_at_resume(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    train(config)
+    text = Path(config.data.source)
+    text.write_text(text.read_text().replace("rats", "cats", 1))
+    with pytest.raises(DataError, match="has changed since"):
+        train(replace(config, trainer=replace(config.trainer, max_steps=9)))
 
 
 def test_lightning_still_has_what_progress_touches() -> None:

@@ -24,7 +24,7 @@ TIMEOUT = 10.0  # seconds without a connection, or without a byte, before a down
 def catalogue() -> dict[str, dict[str, Any]]:
     """The entries of data/corpora.yaml by name."""
     package = Path(__file__).parents[1]
-    places = (package.parent / "data" / "corpora.yaml", package / "_shipped" / "data" / "corpora.yaml")
+    places = (package / "_shipped" / "data" / "corpora.yaml", package.parent / "data" / "corpora.yaml")
     for place in places:
         if place.is_file():
             return yaml.safe_load(place.read_text(encoding="utf-8"))

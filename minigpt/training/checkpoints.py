@@ -28,6 +28,7 @@ class Checkpoints(EachStep):
         run: the run's folder.
         config: the resolved config, stored in every checkpoint.
         tokenizer: stored in every checkpoint.
+        corpus_hash: identity of the training tokens, stored so that a resume notices other ones.
         start: the checkpoint to go on from, or None.
         sampling: sampling defaults for generation_config.json.
     """
@@ -37,12 +38,14 @@ class Checkpoints(EachStep):
         run: Path,
         config: TrainConfig,
         tokenizer: Tokenizer,
+        corpus_hash: str,
         start: Path | None,
         agreement: Agreement,
         metrics: Metrics,
         sampling: dict[str, Any],
     ) -> None:
         self.run, self.config, self.tokenizer, self.start = run, config, tokenizer, start
+        self.corpus_hash = corpus_hash
         self.agreement, self.metrics, self.sampling = agreement, metrics, sampling
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -80,6 +83,7 @@ class Checkpoints(EachStep):
             state={
                 "step": step,
                 "tokens": step * self.config.batch.tokens,
+                "corpus": self.corpus_hash,
                 "seconds": self.metrics.seconds(),
                 "environment": environment(),
             },

@@ -74,7 +74,7 @@ def fit(job: Job) -> None:
     agreement = Agreement()
     metrics = Metrics(run, config, batches, agreement, first_step)
     sampling = SamplingConfig(temperature=config.sample.temperature).to_dict()
-    checkpoints = Checkpoints(run, config, corpus.tokenizer, job.start, agreement, metrics, sampling)
+    checkpoints = Checkpoints(run, config, corpus.tokenizer, corpus.hash, job.start, agreement, metrics, sampling)
     validation = Validation(config, windows, corpus.tokenizer, agreement, metrics, first_step)
     samples = Samples(run, config, corpus.tokenizer, agreement, metrics)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from minigpt.checkpoint import clean_leftovers, newest_valid
+from minigpt.checkpoint import clean_leftovers, load_training_state, newest_valid
 from minigpt.data.batches import Batches
 from minigpt.data.shards import prepare
 from minigpt.durable import disk_errors, write_text
-from minigpt.errors import CheckpointError, ConfigError, DistributedError, MinigptError
+from minigpt.errors import CheckpointError, ConfigError, DataError, DistributedError, MinigptError
 from minigpt.terminal import notice
 from minigpt.training.checkpoints import step_of
 from minigpt.training.config import TrainConfig
@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> Path:
     if config.trainer.num_nodes > 1:
         raise ConfigError(
             f"trainer.num_nodes: {config.trainer.num_nodes} machines are started by torchrun or the like, "
-            f"for example on each: torchrun --nnodes {config.trainer.num_nodes} --nproc_per_node {config.trainer.devices} "
+            f"on each: torchrun --nnodes {config.trainer.num_nodes} --nproc_per_node {config.trainer.devices} "
             f"--rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ..."
         )
     job = settle(config)
@@ -71,7 +71,7 @@ def settle(config: TrainConfig) -> Job:
     config = replace(config, run_name=name, model=replace(config.model, vocab_size=vocab_size))
 
     run = Path(config.runs_dir) / name
-    start = _checkpoint_to_resume(config, run)
+    start = _checkpoint_to_resume(config, run, corpus.hash)
     with disk_errors(str(run)):
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     clean_leftovers(run)
@@ -80,7 +80,7 @@ def settle(config: TrainConfig) -> Job:
     return Job(config, run, corpus.folder, start)
 
 
-def _checkpoint_to_resume(config: TrainConfig, run: Path) -> Path | None:
+def _checkpoint_to_resume(config: TrainConfig, run: Path, corpus_hash: str) -> Path | None:
     before = run / "config.yaml"
     if not before.is_file():
         if config.resume == "must":
@@ -95,6 +95,12 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path) -> Path | None:
             raise CheckpointError(f"{run}: holds no finished checkpoint to resume from (--resume must)")
         notice(f"{run}: no checkpoint was finished yet, starting from the first step")
     else:
+        trained_on = load_training_state(start)[0].get("corpus")
+        if trained_on != corpus_hash:
+            raise DataError(
+                f"data.source: {config.data.source} has changed since {run} was trained on it (its tokens hash to "
+                f"{corpus_hash[:12]}, then {str(trained_on)[:12]}); restore the text, or choose another --run_name"
+            )
         notice(f"resuming {run} from {start.name}")
     return start
 
