@@ -96,7 +96,8 @@ def main() -> None:
             times["plain PyTorch loop"].append(plain_loop(job))
     ratios = [a / b for a, b in zip(times["minigpt through Lightning"], times["plain PyTorch loop"], strict=True)]
     print(
-        f"\n{path.name}: {arguments.steps} steps, {arguments.rounds} alternating rounds, {torch.get_num_threads()} threads"
+        f"\n{path.name}: {arguments.steps} steps, {arguments.rounds} alternating rounds, "
+        f"{torch.get_num_threads()} threads"
     )
     print(f"{'':28}{'median':>10}{'min':>10}{'max':>10}")
     for name, seconds in times.items():

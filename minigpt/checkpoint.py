@@ -14,7 +14,6 @@ whatever is killed or fills up, the last good checkpoint is whole. Nothing in it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -30,7 +29,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from minigpt.durable import disk_errors, sha256_of, sync, to_json
+from minigpt.durable import disk_errors, file_sha256, is_intact, sealed, sync, to_json
 from minigpt.errors import CheckpointError, MinigptError
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
@@ -116,11 +115,10 @@ def save_checkpoint(
                 _write_tensors(temporary / "training_state.safetensors", state_tensors or {})
                 (temporary / "training_state.json").write_text(to_json({"format": FORMAT, **state}), encoding="utf-8")
             files = sorted(path for path in temporary.iterdir())
-            entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
+            entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
             for path in files:
                 sync(path)
-            manifest = {"format": FORMAT, "files": entries}
-            manifest["sha256"] = _digest_of(manifest)
+            manifest = sealed({"format": FORMAT, "files": entries})
             (temporary / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
             sync(temporary / MANIFEST)
             sync(temporary)
@@ -136,11 +134,6 @@ def save_checkpoint(
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
-
-
-def _digest_of(manifest: dict[str, Any]) -> str:
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # Reading and verifying.
@@ -166,7 +159,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(
             f"{path}: has format {manifest['format']}, this version reads {FORMAT}; update minigpt-lab"
         )
-    if manifest.get("sha256") != _digest_of(manifest) or not isinstance(manifest.get("files"), dict):
+    if not is_intact(manifest) or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path}: was altered (its own checksum differs); use an earlier checkpoint")
     for name, entry in manifest["files"].items():
         file = folder / name
@@ -176,7 +169,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{file}: has {file.stat().st_size} bytes, {entry['bytes']} were written; use an earlier checkpoint"
             )
-        if sha256_of(file) != entry["sha256"]:
+        if file_sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file}: was altered (sha256 differs from the manifest); use an earlier checkpoint")
 
 

@@ -1,4 +1,4 @@
-"""Writing that survives: synced, whole or not at all, and the system's words about disks turned into ours."""
+"""Writing that survives: synced, whole or not at all, sealed by hashes; the words about disks turned into ours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from minigpt.errors import DiskError
 
 
-def sha256_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -23,8 +24,31 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, characters as themselves."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def sha256_of(value: Any) -> str:
+    """Sha256 (hex) of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the sha256 of all the rest of it, so that a later change shows."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    return {**content, "sha256": sha256_of(content)}
+
+
+def is_intact(record: dict[str, Any]) -> bool:
+    """Whether a sealed record says what it said when it was sealed."""
+    return record.get("sha256") == sealed(record)["sha256"]
+
+
 def sync(path: Path) -> None:
     """Force a file's or folder's content to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to sync it
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,28 +60,36 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn the operating system's words about a disk into one line that says what to do."""
+def disk_errors(what: str, remedy: str = "what was saved before is untouched") -> Iterator[None]:
+    """Turn the operating system's words about a disk into one line that says what to do.
+
+    Args:
+        what: the file or folder being written.
+        remedy: what to do once there is space, or with another folder.
+    """
     try:
         yield
     except Exception as error:  # safetensors reports a full disk as an error of its own
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         number = getattr(error, "errno", None)
-        if number == errno.ENOSPC or "No space left" in str(error):
-            raise DiskError(f"{what}: the disk is full; free some space and start again with --resume auto") from error
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise DiskError(f"{what}: the disk is full; free some space; {remedy}") from error
         if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise DiskError(f"{what}: not writable ({error}); choose another folder with --runs_dir") from error
-        raise DiskError(f"{what}: {error}") from error
+            raise DiskError(f"{what}: not writable ({error}); choose another folder") from error
+        raise DiskError(f"{what}: cannot be written ({error}); {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all: temporary sibling, sync, rename."""
     with disk_errors(str(path)):
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def to_json(value: Any) -> str:

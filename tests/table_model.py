@@ -12,7 +12,21 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minigpt.sampling.loop import stream_rows
+
 UNWRITTEN = 99
+
+
+def run(model, prompts, max_new_tokens=12, seeds=None, **options) -> dict[tuple[int, int], tuple[list[int], str]]:
+    """(prompt, sample) -> (written tokens, why it ended)."""
+    seeds = [100 + i for i in range(len(prompts))] if seeds is None else seeds
+    rows: dict[tuple[int, int], tuple[list[int], str]] = {}
+    for event in stream_rows(model, prompts, max_new_tokens=max_new_tokens, seeds=seeds, **options):
+        tokens, reason = rows.get((event.prompt, event.sample), ([], None))
+        assert reason is None, "nothing comes after the end"
+        rows[event.prompt, event.sample] = (tokens + [event.token] * (event.token is not None), event.finish_reason)
+    assert all(reason for _, reason in rows.values())
+    return rows
 
 
 class TableCache:

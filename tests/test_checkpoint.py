@@ -14,7 +14,6 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 import minigpt
-from minigpt import checkpoint
 from minigpt.checkpoint import (
     checkpoints_of,
     find_checkpoint,
@@ -24,6 +23,7 @@ from minigpt.checkpoint import (
     save_checkpoint,
     verify,
 )
+from minigpt.durable import sealed
 from minigpt.errors import CheckpointError, DiskError
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
@@ -100,8 +100,7 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["../../secret"] = manifest["files"]["config.json"]
-    manifest["sha256"] = checkpoint._digest_of(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(CheckpointError, match="no plain file"):
         verify(folder)
 
@@ -170,7 +169,7 @@ def test_pickled_weights_are_refused_unread(tmp_path: Path) -> None:
     for name in ("model.safetensors", "manifest.json"):
         (folder / name).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-    with pytest.raises(CheckpointError, match="pickled weights are not read"):
+    with pytest.raises(CheckpointError, match="pickles are not read"):
         minigpt.load(folder)
 
 

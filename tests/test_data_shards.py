@@ -226,7 +226,7 @@ def test_an_unfinished_folder_is_never_opened(config):
 def test_a_file_in_the_way_is_a_disk_error(config):
     Path(config.folder).mkdir()
     (Path(config.folder) / "book").write_text("in the way")
-    with pytest.raises(DiskError, match=r"cannot write the corpus .*--data.folder"):
+    with pytest.raises(DiskError, match=r"the corpus .* cannot be written .*--data\.folder"):
         prepare(config, BYTE, show=False)
 
 

@@ -87,7 +87,6 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
 def test_top_p_zero_keeps_only_the_first_of_the_likeliest():
     logits = torch.tensor([[0.0, 4.0, 4.0, 4.0], [1.0, 1.0, 1.0, 1.0]])
     assert (TopP(0)(context(2), logits) > -INF).nonzero()[:, 1].tolist() == [1, 0]
-    # Rounded probabilities may add up to more than 1 - 0, so that comparing sums would keep several.
     flat = 0.01 * torch.randn(50, 5000, generator=torch.Generator().manual_seed(0))
     kept = (TopP(0.0)(context(50), flat) > -INF).nonzero()
     assert kept.tolist() == [[row, token] for row, token in enumerate(flat.argmax(-1).tolist())]

@@ -226,7 +226,7 @@ def test_a_missing_file_and_an_empty_folder_are_told_apart(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match=r"minigpt_tokenizer\.json cannot be written"):
+    with pytest.raises(DiskError, match=r"minigpt_tokenizer\.json: cannot be written"):
         save_tokenizer(BYTE, tmp_path / "file")
 
 

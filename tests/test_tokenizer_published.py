@@ -117,7 +117,7 @@ def test_gpt2_has_the_ids_everyone_knows(gpt2):
 
 @needs_gpt2
 @steady
-@given(text=st.text(st.sampled_from("aÉ字7²'s\u0301 \n\n\r\x1c.")))
+@given(text=st.text(st.sampled_from("aÉ字7²'s\u0301 \n\n\n\r\x1c./")))
 def test_gpt2_cut_at_line_starts_gives_the_ids_of_the_whole(gpt2, text):
     places = [0, *(match.start() for match in gpt2.cut.finditer(text)), len(text)]
     pieces = [gpt2.encode(text[start:end]) for start, end in pairwise(places)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import secrets
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from minigpt.data.reading import BLOCK, Piece
+from minigpt.durable import file_sha256
 from minigpt.errors import DataError, DiskError
 from minigpt.terminal import progress
 
@@ -47,15 +47,6 @@ def topic_pieces(topics: list[str]) -> Iterator[Piece]:
     """The topics as documents."""
     for text in topics:
         yield Piece(text, True)
-
-
-def file_sha256(path: Path) -> str:
-    """Sha256 (hex) of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_copy(name: str, entry: dict[str, Any], path: Path, what: str) -> None:

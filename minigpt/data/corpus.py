@@ -14,11 +14,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minigpt.data.catalogue import catalogue, check_copy, download, file_sha256, python_topics, topic_pieces
+from minigpt.data.catalogue import catalogue, check_copy, download, python_topics, topic_pieces
 from minigpt.data.config import DataConfig
 from minigpt.data.reading import BLOCK, COMPRESSED, Piece, ReadingLog, looks_binary, read_documents
+from minigpt.durable import canonical_json, file_sha256
 from minigpt.errors import ConfigError, DataError, DiskError
-from minigpt.tokenizer.base import canonical_json
 
 
 @dataclass(frozen=True)

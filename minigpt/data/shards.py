@@ -19,16 +19,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.data.catalogue import file_sha256
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import Source, find_source
 from minigpt.data.encode import ShardWriter, encode_parts
 from minigpt.data.manifest import FORMAT, MANIFEST, appearing_folder, read_manifest, write_manifest
 from minigpt.data.stream import TokenStream
 from minigpt.data.survey import Split, SurveyedText, survey
+from minigpt.durable import file_sha256, sha256_of
 from minigpt.errors import ConfigError, DataError
 from minigpt.terminal import notice, progress, readable
-from minigpt.tokenizer.base import sha256_of
 from minigpt.tokenizer.config import TokenizerConfig
 
 if TYPE_CHECKING:

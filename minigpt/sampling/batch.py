@@ -125,7 +125,7 @@ class Batch:
     @torch.no_grad()
     def choose(self, logits: Tensor) -> list[Choice]:
         """Choose each row's next token from the model's (B, V) logits and append it to the context."""
-        raw = logits.to(self.device).float()
+        raw = logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
         processed = self.pipeline(self.context, raw, self.states)
         greedy = self.pipeline.greedy(self.context)
         uniforms = None if all(greedy) else self.context.uniform(Purpose.CHOICE)

@@ -98,7 +98,7 @@ def numbers(field: str, value: Any) -> Any:
     """A processor's parameter, checked: a number, or (from any sequence, array or tensor) a tuple of one a prompt."""
     if isinstance(value, (Tensor, np.ndarray)):
         value = value.tolist()
-    several = tuple(value) if isinstance(value, Iterable) else None
+    several = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
     for number in (value,) if several is None else several:
         if number is None:
             raise ConfigError(f"sampling: {field} is None; expected a number, or one for each prompt")

@@ -11,8 +11,6 @@ come (`stream_decoder`), and whatever is not UTF-8 becomes U+FFFD.
 from __future__ import annotations
 
 import codecs
-import hashlib
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from minigpt.durable import sha256_of
 from minigpt.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -120,13 +119,13 @@ class ByteStreamDecoder(StreamDecoder):
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.at_start = True
 
-    def push(self, id: int) -> str:  # noqa: D102
+    def push(self, id: int) -> str:
         (id,) = self.tokenizer._checked([id])
         piece = self.tokenizer._opening(id) if self.at_start else self.tokenizer.pieces[id]
         self.at_start = False
         return self.utf8.decode(piece)
 
-    def flush(self) -> str:  # noqa: D102
+    def flush(self) -> str:
         self.at_start = True
         return self.utf8.decode(b"", final=True)
 
@@ -138,13 +137,3 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return _SURROGATE.sub("\ufffd", text)
     return text
-
-
-def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, characters as themselves."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def sha256_of(value: Any) -> str:
-    """Sha256 (hex) of the canonical JSON of a value."""
-    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minigpt.errors import ConfigError, DataError, DiskError
-from minigpt.tokenizer.base import Tokenizer, canonical_json, sha256_of
+from minigpt.durable import canonical_json, disk_errors, sha256_of, write_text
+from minigpt.errors import ConfigError, DataError
+from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.config import KINDS, TokenizerConfig
 from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer
 
@@ -84,15 +84,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path
     """Write `minigpt_tokenizer.json` into a folder (made if need be), whole or not at all; returns its path."""
     path = Path(folder) / FILE_NAME
     record = {"format": FORMAT, "hash": tokenizer.hash, "tokenizer": tokenizer.to_dict()}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with disk_errors(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(canonical_json(record), encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise DiskError(f"{path} cannot be written ({error}); free some space or name another folder") from None
+    write_text(path, canonical_json(record))
     return path
 
 

@@ -81,7 +81,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self.decodes_bytes = False
             self.pieces = [self._run_decoder([id]).encode("utf-8") for id in range(self.vocab_size)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._engine.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
@@ -101,7 +101,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _run_decoder(self, ids: list[int]) -> str:
         return self._engine.decode(ids, skip_special_tokens=False)
 
-    def to_dict(self) -> dict[str, Any]:  # noqa: D102
+    def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "tokenizer_json": self.content, "eot": self.eot}
 
     @classmethod

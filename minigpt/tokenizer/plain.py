@@ -25,10 +25,10 @@ class ByteTokenizer(Tokenizer):
         self.specials = {END_OF_TEXT: 256}
         self.pieces = [bytes([byte]) for byte in range(256)] + [END_OF_TEXT.encode()]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(well_formed(text).encode("utf-8"), np.uint8).astype(np.uint32) for text in texts]
 
-    def to_dict(self) -> dict[str, Any]:  # noqa: D102
+    def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
     @classmethod
@@ -71,7 +71,7 @@ class CharTokenizer(Tokenizer):
             characters.update(text)
         return cls(characters, unknown)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode(well_formed(text)) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
@@ -89,7 +89,7 @@ class CharTokenizer(Tokenizer):
             ids = ids[known]
         return ids.astype(np.uint32)
 
-    def to_dict(self) -> dict[str, Any]:  # noqa: D102
+    def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "characters": "".join(self.characters), "unknown": self.unknown}
 
     @classmethod

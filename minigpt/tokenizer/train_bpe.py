@@ -33,7 +33,7 @@ SPLIT_PATTERN = (
     r"|\s+"
 )
 LEAST_COUNT = 2  # a pair seen once would only learn the corpus by heart
-PORTION = 1 << 18  # characters handed over at a time; the trainer needs some 50 bytes of memory for each
+PORTION = 1 << 18  # characters handed to the trainer at a time; it holds offsets for each of them
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, show: bool = True) -> BPETokenizer:
