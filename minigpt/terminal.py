@@ -6,9 +6,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 PLAIN_LINE_EVERY = 10.0  # seconds between two lines where output is no terminal
+
+BAR_EVERY = 0.1  # seconds between two changes of the bar
 
 
 class Progress(Protocol):
@@ -66,12 +68,16 @@ class _PlainLines:
 
 
 class _Bar:
-    def __init__(self, bar, task, start: float) -> None:
-        self.bar, self.task, self.start = bar, task, start
-        self.began = time.monotonic()
+    def __init__(self, bar: Any, task: Any, total: float | None, start: float) -> None:
+        self.bar, self.task, self.total, self.start = bar, task, total, start
+        self.began = self.shown = time.monotonic()
 
     def update(self, done: float, text: str = "") -> None:
-        rate = (done - self.start) / max(time.monotonic() - self.began, 1e-9)
+        now = time.monotonic()
+        if now - self.shown < BAR_EVERY and done != self.total:
+            return
+        self.shown = now
+        rate = (done - self.start) / max(now - self.began, 1e-9)
         self.bar.update(self.task, completed=done, text=text, rate=readable(rate))
 
 
@@ -108,4 +114,4 @@ def progress(
     ]
     with RichProgress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
         task = bar.add_task(description, total=total, completed=int(start), text="", rate="-")
-        yield _Bar(bar, task, start)
+        yield _Bar(bar, task, total, start)

@@ -51,7 +51,7 @@ def said(capsys: pytest.CaptureFixture):
         (["train", "--tokenizer.kind", "bpee"], "tokenizer.kind is 'bpee'"),
         (["sample", "--temprature", "1"], "--temprature: no such setting; did you mean --temperature?"),
         (["sample", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
-        (["info", "--model.n_head", "5"], "model.n_head: 5 does not divide n_embd (384)"),
+        (["info", "--model.n_head", "5"], "model.n_head: 5 does not divide n_embd (128)"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code(arguments: list[str], message: str, said) -> None:

@@ -139,6 +139,24 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path: Path, monkey
     assert all(torch.equal(good[name], bad[name]) for name in good)
 
 
+def test_without_a_compiler_training_goes_on_uncompiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def no_compiler(function: object, **options: object):
+        def compiled(*arguments: object) -> None:
+            raise InvalidCxxCompiler
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    _, plain = run_and_read(tiny_run(tmp_path, "plain"))
+    _, rows = run_and_read(tiny_run(tmp_path, "compiled", trainer__compile=True))
+    assert losses(rows) == losses(plain)
+    assert capsys.readouterr().err.count("torch.compile does not work here") == 1
+
+
 def test_gradients_that_stay_nan_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         training_module, "next_token_loss", lambda model, ids, targets: model(ids).mean() * float("nan")

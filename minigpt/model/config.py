@@ -59,15 +59,15 @@ class GPTConfig:
     """Fills in every field below that is not given: gpt2, llama or modern."""
     vocab_size: int | None = None
     """Rows of the embedding; taken from the tokenizer when not given. A larger one pads the vocabulary."""
-    block_size: int = 256
+    block_size: int = 128
     """Longest context, in tokens."""
-    n_layer: int = 6
+    n_layer: int = 4
     """Number of blocks."""
-    n_head: int = 6
+    n_head: int = 4
     """Number of query heads."""
     n_kv_head: int | None = None
     """Number of key/value heads, a divisor of n_head (grouped-query attention); n_head when not given."""
-    n_embd: int = 384
+    n_embd: int = 128
     """Width of the residual stream (channels)."""
     head_dim: int | None = None
     """Width of a head; n_embd / n_head when not given."""

@@ -20,7 +20,7 @@ from minigpt.tokenizer.config import TokenizerConfig
 class BatchConfig:
     """How many tokens a step sees, and how they are divided."""
 
-    tokens: int = 8192
+    tokens: int = 2048
     """Tokens a step, over all processes: a multiple of model.block_size."""
     micro_batch_size: int | None = None
     """Rows of one forward on one process; the rest of a step's rows are accumulated. None: all of them at once."""
@@ -30,7 +30,7 @@ class BatchConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) with decay on matrices only, and its schedule."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     """Peak learning rate."""
     final_learning_rate: float = 0.0
     """Learning rate at the last step (cosine and wsd)."""
@@ -46,7 +46,7 @@ class OptimizerConfig:
     """Decay of the squared gradient's running mean."""
     eps: float = 1e-8
     """Added to the denominator."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.5
     """Decay of matrices and embeddings; norms and biases have none."""
 
 
@@ -54,7 +54,7 @@ class OptimizerConfig:
 class TrainerConfig:
     """What is passed to Lightning's Trainer, under Lightning's names, and how the step is compiled."""
 
-    max_steps: int = 500
+    max_steps: int = 400
     """Optimizer steps of the whole run."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
@@ -80,7 +80,7 @@ class TrainerConfig:
 class CheckpointConfig:
     """When to save."""
 
-    every: int = 250
+    every: int = 200
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints kept, at least 2."""

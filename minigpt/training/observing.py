@@ -58,15 +58,16 @@ class Validation(EachStep):
             return
         began = time.monotonic()
         block = self.config.model.block_size
-        result = evaluate(
-            module.model,
-            self.windows,
-            self.byte_lengths,
-            rows=max(1, 8192 // block),
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            reduce=sum_over_processes,
-        )
+        with trainer.precision_plugin.forward_context():  # in the precision that training uses
+            result = evaluate(
+                module.model,
+                self.windows,
+                self.byte_lengths,
+                rows=max(1, 8192 // block),
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                reduce=sum_over_processes,
+            )
         self.metrics.paused += time.monotonic() - began
         self.metrics.write(
             trainer,
