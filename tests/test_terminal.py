@@ -49,7 +49,9 @@ def test_a_silent_bar_shows_nothing(capsys: pytest.CaptureFixture) -> None:
 def test_a_terminal_gets_a_bar() -> None:
     code = (
         "from minigpt.terminal import progress\n"
-        "with progress('training', 10, 'steps') as bar:\n    bar.update(5, 'loss 1.25')\n    bar.update(10, 'loss 1.00')\n"
+        "with progress('training', 10, 'steps') as bar:\n"
+        "    bar.update(5, 'loss 1.25')\n"
+        "    bar.update(10, 'loss 1.00')\n"
     )
     master, slave = pty.openpty()
     process = subprocess.Popen(
