@@ -14,23 +14,24 @@ import random
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
 
-from minigpt.cli import shipped
+from minigpt.arguments import shipped
 from minigpt.data.batches import Batches
 from minigpt.data.shards import open_corpus
 from minigpt.model.gpt import GPT
 from minigpt.training.config import TrainConfig
-from minigpt.training.fit import Job, fit
-from minigpt.training.launch import settle
+from minigpt.training.fit import fit
 from minigpt.training.metrics import read_metrics
 from minigpt.training.module import next_token_loss
 from minigpt.training.optimizer import make_optimizer
 from minigpt.training.schedule import learning_rate
+from minigpt.training.settle import Job, settle
 
 WARM = 20  # steps at the start that do not count
 
@@ -91,7 +92,7 @@ def main() -> None:
             sample=replace(config.sample, max_new_tokens=0),
         )
         for number in range(arguments.rounds):
-            job = settle(replace(config, run_name=f"round-{number}"))
+            job = settle(replace(config, run_name=f"round-{number}"), ExitStack())
             times["minigpt through Lightning"].append(through_minigpt(job))
             times["plain PyTorch loop"].append(plain_loop(job))
     ratios = [a / b for a, b in zip(times["minigpt through Lightning"], times["plain PyTorch loop"], strict=True)]

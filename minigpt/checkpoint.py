@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ import yaml
 from torch import Tensor
 
 from minigpt.durable import disk_errors, file_sha256, is_intact, sealed, sync, to_json
-from minigpt.errors import CheckpointError, MinigptError
+from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import Rotary
@@ -122,6 +123,7 @@ def save_checkpoint(
             (temporary / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
             sync(temporary / MANIFEST)
             sync(temporary)
+            _move_aside(folder)
             os.rename(temporary, folder)
             sync(folder.parent)
     except BaseException:
@@ -129,6 +131,18 @@ def save_checkpoint(
         raise
     verify(folder)
     return folder
+
+
+def _move_aside(folder: Path) -> None:
+    """A damaged checkpoint of the same step makes way; it stays beside the others for a person to look at."""
+    if not folder.exists():
+        return
+    try:
+        verify(folder)
+    except CheckpointError:
+        os.rename(folder, folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(4)}"))
+    else:
+        raise CheckpointError(f"{folder}: exists already and is whole; it is not overwritten")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -315,11 +329,15 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
 
 
 def read_config(folder: Path) -> GPTConfig:
-    """The model's config, without its weights."""
-    values = _read_json(folder / "config.json")
-    if "minigpt" in values:
-        return GPTConfig.from_dict({key: value for key, value in values["minigpt"].items() if key != "format"})
-    return config_from_huggingface(values, str(folder / "config.json"))
+    """The model's config, without its weights. Raises CheckpointError, naming the file, for one that makes no model."""
+    path = folder / "config.json"
+    values = _read_json(path)
+    try:
+        if "minigpt" in values:
+            return GPTConfig.from_dict({key: value for key, value in values["minigpt"].items() if key != "format"})
+        return config_from_huggingface(values, str(path))
+    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: describes no model that can be made ({error})") from error
 
 
 def read_weights(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -331,11 +349,19 @@ def read_weights(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     return config, weights
 
 
-def load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(counters, tensors) of a verified checkpoint. Raises CheckpointError where it was not saved to be resumed."""
-    if not (folder / "training_state.json").is_file():
+def read_training_state(folder: Path) -> dict[str, Any]:
+    """The counters of a checkpoint. Raises CheckpointError where it was not saved to be resumed."""
+    path = folder / "training_state.json"
+    if not path.is_file():
         raise CheckpointError(f"{folder}: holds weights but no training state, so it cannot be resumed")
-    state = _read_json(folder / "training_state.json")
+    state = _read_json(path)
     if state.pop("format", FORMAT) > FORMAT:
-        raise MinigptError(f"{folder}: was written by a newer version; update minigpt-lab")
-    return state, load_tensors(folder / "training_state.safetensors")
+        raise CheckpointError(f"{path}: was written by a newer version; update minigpt-lab")
+    if not isinstance(state.get("step"), int):
+        raise CheckpointError(f"{path}: step is {state.get('step')!r}; a whole number was expected")
+    return state
+
+
+def read_training_tensors(folder: Path) -> dict[str, Tensor]:
+    """The optimizer's tensors of a checkpoint."""
+    return load_tensors(folder / "training_state.safetensors")

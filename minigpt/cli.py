@@ -13,38 +13,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from minigpt.arguments import make_parser, parse
 from minigpt.errors import ConfigError, MinigptError
 
 PROG = "minigpt"
 
 
-def shipped(name: str) -> Path | None:
-    """A file that comes with minigpt (configs/NAME): from the repository, or from the wheel."""
-    package = Path(__file__).parent
-    for root in (package / "_shipped", package.parent):
-        for path in (root / "configs" / name, root / "configs" / f"{name}.yaml"):
-            if path.is_file():
-                return path
-    return None
-
-
-# Parsing.
-
-
-def make_parser(verb: str, positional: str = "") -> Any:
-    """A jsonargparse parser for a verb; our dataclasses' attribute docstrings become its help."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    doc = VERBS[verb].__doc__ or ""
-    parser = jsonargparse.ArgumentParser(
-        prog=f"{PROG} {verb}",
-        usage=f"{PROG} {verb}{' ' + positional if positional else ''} [--config FILE] [--name VALUE ...]",
-        description=re.sub(r"\s+", " ", doc),
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file of values; may be repeated")
-    return parser
+def _parser(verb: str, positional: str = "") -> Any:
+    return make_parser(f"{PROG} {verb}", VERBS[verb].__doc__ or "", positional)
 
 
 def add_training_settings(parser: Any) -> None:
@@ -56,51 +32,9 @@ def add_training_settings(parser: Any) -> None:
     parser.set_defaults({f"model.{f.name}": f.default for f in fields(GPTConfig)})
 
 
-def parse(parser: Any, argv: list[str]) -> Any:
-    """Parse, and turn jsonargparse's errors into one line that names the nearest field."""
-    import argparse
-
-    argv = [_shipped_config(previous, item) for previous, item in zip(["", *argv], argv, strict=False)]
-    try:
-        return parser.instantiate(parser.parse_args(argv))
-    except argparse.ArgumentError as error:
-        raise ConfigError(_explain(parser, str(error))) from error
-
-
-def _shipped_config(previous: str, item: str) -> str:
-    """--config NAME may name a shipped config where no file of that name is there."""
-    flag, _, value = item.partition("=")
-    if previous == "--config" and not Path(item).exists():
-        return str(shipped(Path(item).name) or item)
-    if flag == "--config" and value and not Path(value).exists():
-        return f"--config={shipped(Path(value).name) or value}"
-    return item
-
-
-def _explain(parser: Any, message: str) -> str:
-    message = re.sub(r"\s+", " ", message).strip()
-    message = message.replace("typing.Literal", "one of ").replace("<class 'int'>", "whole number")
-    message = message.replace("<class 'float'>", "number").replace("<class 'str'>", "text").replace("Parser key ", "")
-    message = re.sub(r"(typing\.)?Optional\[(.*?)\]", r"\2 or null", message)
-    unknown = (
-        re.search(r"unrecognized arguments: --?([\w.]+)", message)
-        or re.search(r"[Oo]ption '([\w.]+)' is not accepted", message)
-        or re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>\w+)'", message)
-    )
-    if unknown:
-        name = ".".join(unknown.groups())
-        known = [key for key in parser.get_defaults().keys() if key != "config"]  # noqa: SIM118 - a Namespace
-        near = get_close_matches(name, known, n=1, cutoff=0.5) or get_close_matches(
-            name.rpartition(".")[2], [key.rpartition(".")[2] for key in known], n=1
-        )
-        hint = next((key for key in known if near and (key == near[0] or key.endswith(f".{near[0]}"))), None)
-        return f"--{name}: no such setting" + (f"; did you mean --{hint}?" if hint else f"; see {parser.prog} --help")
-    return message
-
-
 def latest_run(folder: str = "runs") -> Path:
     """The run trained last in `folder`: what a person means who names none."""
-    runs = [path for path in Path(folder).glob("*") if (path / "checkpoints").is_dir()]
+    runs = [path for path in Path(folder).glob("*") if any((path / "checkpoints").glob("step-*"))]
     if not runs:
         raise ConfigError(
             f"no run given, and {folder}/ holds none; train one first, or give a run or checkpoint folder"
@@ -109,8 +43,12 @@ def latest_run(folder: str = "runs") -> Path:
 
 
 def split_positional(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The first argument where it is no flag, and the rest."""
-    return (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    """The RUN that a verb is given first, and the rest. Raises ConfigError where it stands elsewhere."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    if argv and not argv[-1].startswith("-") and Path(argv[-1]).is_dir() and not argv[-2:-1][0].startswith("-"):
+        raise ConfigError(f"{argv[-1]}: RUN comes first, before the flags")
+    return None, argv
 
 
 # The verbs.
@@ -122,7 +60,7 @@ def train(argv: list[str]) -> None:
     """
     from minigpt.training.config import TrainConfig
 
-    parser = make_parser("train")
+    parser = _parser("train")
     add_training_settings(parser)
     config = TrainConfig(**_fields(parse(parser, [*_stored_config(argv), *argv]), TrainConfig))
     from minigpt.training.launch import train as run_training
@@ -143,8 +81,13 @@ def _stored_config(argv: list[str]) -> list[str]:
         name, equals, value = flag.removeprefix("--").partition("=")
         if flag.startswith("--") and name in found:
             found[name] = value if equals else following
-    stored = Path(found["runs_dir"]) / found["run_name"] / "config.yaml"
-    return ["--config", str(stored)] if found["run_name"] and found["resume"] != "never" and stored.is_file() else []
+    run = Path(found["runs_dir"]) / found["run_name"]
+    if not found["run_name"] or found["resume"] == "never":
+        return []
+    stored = run / "config.yaml"
+    if not stored.is_file():  # every checkpoint carries a copy
+        stored = max(run.glob("checkpoints/step-*/train_config.yaml"), default=stored)
+    return ["--config", str(stored)] if stored.is_file() else []
 
 
 def _summarise(run: Path) -> None:
@@ -171,7 +114,7 @@ def sample(argv: list[str]) -> None:
     from minigpt.sampling.config import SamplingConfig
 
     path, rest = split_positional(argv)
-    parser = make_parser("sample", "[RUN]")
+    parser = _parser("sample", "[RUN]")
     parser.add_argument("--prompt", action="append", help="text to continue; repeat it for several (default: empty)")
     parser.add_argument("--prompt_file", type=str, help="file whose text is continued; '-' is standard input")
     parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
@@ -234,7 +177,7 @@ def prepare(argv: list[str]) -> None:
     """
     from minigpt.training.config import TrainConfig
 
-    parser = make_parser("prepare")
+    parser = _parser("prepare")
     parser.add_class_arguments(TrainConfig, skip=set(_fields(TrainConfig(), TrainConfig)) - {"data", "tokenizer"})
     values = parse(parser, argv)
     from minigpt.data.shards import prepare as prepare_corpus
@@ -257,7 +200,7 @@ def evaluate(argv: list[str]) -> None:
     from minigpt.data.config import DataConfig
 
     path, rest = split_positional(argv)
-    parser = make_parser("eval", "[RUN]")
+    parser = _parser("eval", "[RUN]")
     parser.add_argument("--data", type=DataConfig, default=DataConfig(source=""))
     parser.add_argument("--block_size", type=int, default=0, help="tokens a window; 0: the model's block_size")
     parser.add_argument("--tokens", type=int, default=0, help="evenly spaced tokens to measure on; 0: all")
@@ -295,7 +238,7 @@ def info(argv: list[str]) -> None:
     from minigpt.terminal import readable
 
     path, rest = split_positional(argv)
-    parser = make_parser("info", "[RUN]")
+    parser = _parser("info", "[RUN]")
     add_training_settings(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, rest)
@@ -303,8 +246,16 @@ def info(argv: list[str]) -> None:
     from minigpt.checkpoint import find_checkpoint, read_config
     from minigpt.model.cost import cost_of
 
+    tokens = (
+        values.batch.micro_batch_size * values.model.block_size
+        if values.batch.micro_batch_size
+        else values.batch.tokens
+    )
     if path:
+        if any(item.startswith("--") and item.partition("=")[0] != "--json" for item in rest):
+            raise ConfigError(f"{rest[0]}: a RUN is what it is; leave RUN out to see what other settings would cost")
         model = read_config(find_checkpoint(path))
+        tokens = model.block_size
     else:
         vocabulary = {"byte": 257, "gpt2": 50257, "cl100k": 100277, "o200k": 200019, "bpe": values.tokenizer.vocab_size}
         guess = vocabulary.get(values.tokenizer.kind)
@@ -312,7 +263,6 @@ def info(argv: list[str]) -> None:
             raise ConfigError("model.vocab_size: follows from the corpus with this tokenizer; give it to see the cost")
         model = values.model if values.model.vocab_size else replace(values.model, vocab_size=guess)
     cost = cost_of(model)
-    tokens = values.batch.micro_batch_size * model.block_size if values.batch.micro_batch_size else values.batch.tokens
     cache = cost.cache_bytes_per_token * model.block_size
     if values.json:
         figures = {

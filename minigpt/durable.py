@@ -6,13 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minigpt.errors import DiskError
+from minigpt.errors import ConfigError, DiskError
 
 
 def file_sha256(path: Path) -> str:
@@ -88,8 +89,34 @@ def write_text(path: Path, text: str) -> None:
             temporary.write_text(text, encoding="utf-8")
             sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, for as long as it lives. Raises ConfigError where another process holds it.
+
+    The system lets the lock go however the process ends, so none is ever left behind.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: two processes on one run are the user's to avoid
+        yield
+        return
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(f"{folder}: is in use by {holder}; wait for it, or choose another --run_name") from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 def to_json(value: Any) -> str:

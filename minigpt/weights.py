@@ -175,7 +175,9 @@ def _gpt2_config(values: Mapping[str, Any], where: str) -> GPTConfig:
 def _llama_config(values: Mapping[str, Any], where: str) -> GPTConfig:
     _expect(values, "hidden_act", ("silu",), where)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = {"rope_type": rope.get("type", "default"), **rope}  # "type" is what older files say
     _expect(rope, "rope_type", ("default",), f"{where}, rope_parameters")
+    _expect(rope, "partial_rotary_factor", (1.0,), f"{where}, rope_parameters")
     bias = values.get("attention_bias", False)
     _expect(values, "mlp_bias", (bias, *((None,) if not bias else ())), where)
     return GPTConfig(

@@ -136,7 +136,12 @@ def test_the_explicit_trunk_shares_the_cache(preset: str) -> None:
 
 def test_bad_lengths_are_refused() -> None:
     cache = random_model(tiny_config("gpt2")).new_cache(2, 8)
-    with pytest.raises(ConfigError, match="cannot truncate"):
+    with pytest.raises(ConfigError, match=r"rows of \[0, 0\] tokens cannot be truncated to \[1, 0\]"):
         cache.truncate(torch.tensor([1, 0]))
+    cache.lengths, cache.longest = torch.tensor([8, 3]), 8
+    with pytest.raises(ConfigError, match=r"cannot be truncated to \[8, 6\]"):
+        cache.truncate(torch.tensor([8, 6]))
+    with pytest.raises(ConfigError, match="cannot be truncated"):
+        cache.truncate(torch.tensor([8]))
     with pytest.raises(ConfigError, match="keeps 2 rows"):
         cache.gather(torch.tensor([0]), start=1)

@@ -17,9 +17,10 @@ import minigpt
 from minigpt.checkpoint import (
     checkpoints_of,
     find_checkpoint,
-    load_training_state,
     newest_valid,
     prune,
+    read_training_state,
+    read_training_tensors,
     save_checkpoint,
     verify,
 )
@@ -58,9 +59,8 @@ def test_what_is_loaded_is_what_was_saved(preset: str, tmp_path: Path) -> None:
     assert run.config == {"seed": 1, "data": {"source": "ünïcode"}}
     tied = run.model.unembed.weight is run.model.trunk.embed.weight
     assert tied == model.config.tie_embeddings
-    state, tensors = load_training_state(folder)
-    assert state == {"step": 3, "seconds": 1.5}
-    assert torch.equal(tensors["exp_avg/trunk.embed.weight"], torch.full((3, 2), 3.0))
+    assert read_training_state(folder) == {"step": 3, "seconds": 1.5}
+    assert torch.equal(read_training_tensors(folder)["exp_avg/trunk.embed.weight"], torch.full((3, 2), 3.0))
 
 
 def test_a_run_means_its_newest_checkpoint(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import random_model, tiny_config
 from training_runs import corpus_file, tiny_run
 
+import minigpt
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.tokenizer.build import build_tokenizer
@@ -84,14 +86,15 @@ def test_a_config_file_is_data_never_code(said, tmp_path: Path) -> None:
 
 
 def test_every_shipped_config_is_valid() -> None:
-    from minigpt.cli import _fields, add_training_settings, make_parser, parse
+    from minigpt.arguments import parse
+    from minigpt.cli import _fields, _parser, add_training_settings
     from minigpt.training.config import TrainConfig
 
     shipped = sorted((ROOT / "configs").glob("*.yaml"))
     assert shipped
     for path in shipped:
         assert path.read_text().startswith("# "), f"{path.name} does not say what it shows"
-        parser = make_parser("train")
+        parser = _parser("train")
         add_training_settings(parser)
         TrainConfig(**_fields(parse(parser, ["--config", path.stem]), TrainConfig)).check()
 
@@ -170,6 +173,34 @@ def test_eval_agrees_with_the_row_written_while_training(trained: Path, said, tm
     assert json.loads(out)["bytes"] == 19  # every byte but the first is predicted
 
 
+def test_eval_notices_that_its_text_has_changed(said, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    run = train(config)
+    text = Path(config.data.source)
+    text.write_text(text.read_text().upper())
+    code, _, err = said("eval", str(run))
+    assert code == 4
+    assert "has changed since" in err
+    assert said("eval", str(run), "--tokens", "-5")[0] == 2
+
+
+def test_readme_names_only_what_is_there() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"--config (\w+)", readme):
+        assert name == "FILE" or (ROOT / "configs" / f"{name}.yaml").is_file()
+    for name in re.findall(r"`(tests|benchmarks)/(\w+\.py)`", readme):
+        assert ROOT.joinpath(*name).is_file()
+    tree = readme.partition("```text")[2].partition("```")[0]
+    for path in (ROOT / "minigpt").glob("*/"):
+        if path.name not in ("__pycache__", "_shipped"):
+            assert f"{path.name}/" in tree, f"{path.name} is not in README's map"
+    for path in (ROOT / "minigpt").rglob("*.py"):
+        if path.name not in ("__init__.py", "__main__.py"):
+            assert re.search(rf"\b{path.stem}\b", tree), f"{path.stem} is not in README's map"
+
+
 def test_prepare_tells_what_it_made(said, tmp_path: Path) -> None:
     source = corpus_file(tmp_path)
     code, out, _ = said(
@@ -183,8 +214,8 @@ def test_prepare_tells_what_it_made(said, tmp_path: Path) -> None:
 def test_info_of_a_run_and_of_a_plan(trained: Path, said) -> None:
     figures = json.loads(said("info", str(trained), "--json")[1])
     assert figures["model"]["vocab_size"] == 257
-    weights = sum(p.numel() for p in random_model(tiny_config("gpt2")).parameters())
-    assert figures["parameters"] != weights
+    assert figures["parameters"] == sum(p.numel() for p in minigpt.load(trained).model.parameters())
+    assert said("info", str(trained), "--model.n_layer", "9")[0] == 2
     code, out, _ = said("info", "--model.preset", "gpt2", "--model.n_layer", "12", "--model.n_head", "12",
                         "--model.n_embd", "768", "--model.block_size", "1024", "--tokenizer.kind", "gpt2")  # fmt: skip
     assert code == 0

@@ -27,6 +27,7 @@ FLOORS = {
     "evaluation": 4,
     "internals": 5,
     "training": 6,
+    "arguments": 1,
     "cli": 7,
     "__main__": 8,
     "__init__": 8,

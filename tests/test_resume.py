@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import pytest
 import torch
 from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
-from minigpt.errors import Interrupted
+from minigpt.errors import ConfigError, Interrupted
 from minigpt.training import launch
 from minigpt.training.each_step import EachStep
 from minigpt.training.metrics import read_metrics
+from minigpt.training.settle import settle
 from minigpt.training.stopping import Agreement
 
 # Everything on that could disturb: dropout, accumulation, validation, samples, several epochs.
@@ -33,7 +35,7 @@ BUSY = {
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "modern"])
-@pytest.mark.parametrize("stop", [1, 5, 11])
+@pytest.mark.parametrize("stop", [1, 5, 6, 12])  # validation and a sample are due at 6 and 12
 def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(
     preset: str, stop: int, tmp_path: Path, monkeypatch
 ) -> None:
@@ -110,6 +112,54 @@ def test_a_validation_missed_by_a_kill_is_made_up_for(tmp_path: Path, monkeypatc
     assert kept == [(row["step"], row["val/loss"]) for row in whole_rows if "val/loss" in row]
 
 
+def test_a_run_trains_past_a_damaged_checkpoint(tmp_path: Path) -> None:
+    changes = {**BUSY, "checkpoint__every": 4}
+    whole, whole_rows = run_and_read(tiny_run(tmp_path, "whole", **changes))
+    parts, _ = run_and_read(tiny_run(tmp_path, "parts", **changes))
+    with open(parts / "checkpoints/step-00000012/model.safetensors", "ab") as file:
+        file.write(b"x")
+    _, rows = run_and_read(tiny_run(tmp_path, "parts", **changes))
+    assert losses(rows) == losses(whole_rows)
+    assert_equal_to_the_bit(saved_tensors(parts, 12), saved_tensors(whole, 12))
+    assert len(list((parts / "checkpoints").glob("damaged-step-00000012-*"))) == 1
+
+
+def test_a_lost_config_is_taken_from_the_checkpoint(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, optimizer__schedule="constant", trainer__max_steps=5)
+    run, _ = run_and_read(config)
+    (run / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="exists already"):
+        launch.train(replace(config, resume="never"))
+    with pytest.raises(ConfigError, match=r"model\.n_layer 2 -> 3"):
+        launch.train(tiny_run(tmp_path, trainer__max_steps=5, model__n_layer=3))
+    _, rows = run_and_read(replace(config, trainer=replace(config.trainer, max_steps=7)))
+    assert len(losses(rows)) == 7
+    assert (run / "config.yaml").is_file()
+
+
+def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    with ExitStack() as first, ExitStack() as second:
+        settle(config, first)
+        with pytest.raises(ConfigError, match=r"is in use by process \d+ on"):
+            settle(config, second)
+    launch.train(config)
+
+
+def test_runs_without_a_name_never_share_a_folder(tmp_path: Path) -> None:
+    config = replace(tiny_run(tmp_path, trainer__max_steps=1), run_name=None)
+    assert len({launch.train(config) for _ in range(3)}) == 3
+
+
+def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    run, _ = run_and_read(config)
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps: 3 is less than the 8 steps"):
+        launch.train(replace(config, trainer=replace(config.trainer, max_steps=3)))
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, optimizer__schedule="constant", trainer__max_steps=5)
     run_and_read(config)
@@ -119,11 +169,15 @@ def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(number: int, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "devices"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)]
+)
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(
+    number: int, code: int, devices: int, tmp_path: Path
+) -> None:
     import yaml
 
-    config = tiny_run(tmp_path, trainer__max_steps=100_000, optimizer__schedule="constant")
+    config = tiny_run(tmp_path, trainer__max_steps=100_000, optimizer__schedule="constant", trainer__devices=devices)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     command = [sys.executable, "train.py", "--config", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(

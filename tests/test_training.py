@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from minigpt.errors import CheckpointError, ConfigError, DataError, NonFiniteErr
 from minigpt.model.gpt import GPT
 from minigpt.training import module as training_module
 from minigpt.training.config import OptimizerConfig, TrainConfig
-from minigpt.training.launch import settle, train
+from minigpt.training.launch import train
 from minigpt.training.metrics import read_metrics, rewind_metrics
 from minigpt.training.schedule import learning_rate
+from minigpt.training.settle import settle
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama"])
@@ -36,7 +38,9 @@ def test_losses_equal_those_of_a_plain_loop_over_transformers(preset: str, tmp_p
     corpus = prepare(config.data, config.tokenizer)
     batches = Batches(corpus.train, 16, config.batch_size, config.seed)
     torch.manual_seed(config.seed)
-    twin = transformers_twin(GPT(settle(tiny_run(tmp_path, "other", model__preset=preset)).config.model)).train()
+    twin = transformers_twin(
+        GPT(settle(tiny_run(tmp_path, "other", model__preset=preset), ExitStack()).config.model)
+    ).train()
     decayed = [p for p in twin.parameters() if p.dim() >= 2]
     plain = [p for p in twin.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -196,6 +200,8 @@ def test_rows_past_the_checkpoint_move_aside(tmp_path: Path) -> None:
         ({"batch__micro_batch_size": 3}, r"8 rows a step .* do not divide among 1 processes x micro_batch_size 3"),
         ({"checkpoint__keep": 1}, r"checkpoint\.keep: 1 is less than 2"),
         ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate: 0\.0 is not positive"),
+        ({"seed": 10**30}, r"seed: 1000000000000000000000000000000 is not below 2\*\*63"),
+        ({"trainer__accelerator": "mps"}, r"trainer\.accelerator: mps, but torch sees none here"),
         ({"optimizer__beta2": 1.0}, r"optimizer\.beta2: 1\.0 is not in \[0, 1\)"),
         ({"name": "../escape"}, r"run_name: '\.\./escape' is not a plain folder name"),
         ({"model__vocab_size": 100}, r"model\.vocab_size: 100 is less than the tokenizer's 257"),
@@ -205,7 +211,7 @@ def test_rows_past_the_checkpoint_move_aside(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_trained_with_are_named(changes: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         train(tiny_run(tmp_path, **changes))
-    assert not list(tmp_path.glob("runs/*"))
+    assert not list(tmp_path.glob("runs/*/checkpoints"))
 
 
 def test_a_text_shorter_than_a_block_says_so(tmp_path: Path) -> None:

@@ -122,6 +122,10 @@ def test_scaled_rope_is_refused() -> None:
     scaled = {**layout[0], "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}
     with pytest.raises(CheckpointError, match="rope_type is 'llama3'"):
         config_from_huggingface(scaled)
+    older = {key: value for key, value in layout[0].items() if key != "rope_parameters"}
+    with pytest.raises(CheckpointError, match="rope_type is 'linear'"):
+        config_from_huggingface({**older, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert config_from_huggingface({**older, "rope_theta": 77.0}).rope_theta == 77.0
 
 
 def test_missing_and_left_over_tensors_are_named() -> None:

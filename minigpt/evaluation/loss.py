@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from minigpt.data.batches import IGNORED, ValidationWindows
 from minigpt.model.layers import widen
 
+TOKENS_AT_ONCE = 2**13
+LOGITS_AT_ONCE = 2**25
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -55,7 +58,6 @@ def evaluate(
     windows: ValidationWindows,
     byte_lengths: Tensor,
     *,
-    rows: int,
     rank: int = 0,
     world_size: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
@@ -67,7 +69,6 @@ def evaluate(
         model: ids (B, T) -> logits (B, T, V). Its training mode is put back afterwards; no random number is drawn.
         windows: what to predict; padded targets are left out of every sum.
         byte_lengths: (V) from bytes_per_token.
-        rows: windows a forward.
         rank: this process's number; it takes every world_size-th forward.
         world_size: how many processes share the work.
         reduce: sums a tensor over all processes.
@@ -77,6 +78,9 @@ def evaluate(
         The sums over all processes, the same on each.
     """
     device = next(model.parameters()).device
+    block_size = windows.block_size
+    # As many windows a forward as keep the tokens and the logits at a few hundred megabytes.
+    rows = max(1, min(TOKENS_AT_ONCE // block_size, LOGITS_AT_ONCE // (block_size * len(byte_lengths))))
     nats = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)  # tokens, bytes
     training = model.training

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minigpt.checkpoint import Run
+from minigpt.checkpoint import Run, read_training_state
 from minigpt.data.batches import ValidationWindows, validation_windows
 from minigpt.data.config import CleanConfig, DataConfig
 from minigpt.data.shards import prepare
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation.loss import Evaluation, bytes_per_token, evaluate
 from minigpt.terminal import progress
 from minigpt.tokenizer.config import TokenizerConfig
@@ -36,6 +36,8 @@ def evaluate_run(
         raise ConfigError(
             f"--block_size: {window} is more than the model's block_size of {run.model.config.block_size}"
         )
+    if window < 1 or (limit_tokens is not None and limit_tokens < 1):
+        raise ConfigError(f"--block_size {window}, --tokens {limit_tokens}: expected positive numbers")
     saved = TokenizerConfig(kind="file", path=str(run.path))
     if data is not None:
         corpus = prepare(replace(data, val_fraction=0.0), saved)
@@ -47,9 +49,14 @@ def evaluate_run(
         trained_on = DataConfig(**{**values, "clean": CleanConfig(**values["clean"])})
         corpus = prepare(trained_on, TokenizerConfig(**run.config["tokenizer"]))
         corpus.check_tokenizer(run.tokenizer)
+        if (then := read_training_state(run.path).get("corpus")) != corpus.hash:
+            raise DataError(
+                f"data.source: {trained_on.source} has changed since {run.path} was trained on it (its tokens hash to "
+                f"{corpus.hash[:12]}, then {str(then)[:12]}); restore it, or name the text with --data.source FILE"
+            )
         stream, what = corpus.val, f"the validation split of {trained_on.source}"
     windows: ValidationWindows = validation_windows(stream, window, limit_tokens)
     lengths = bytes_per_token(run.tokenizer.token_bytes(), run.model.vocab_size)
     with progress("evaluating", len(windows), "windows") as bar:
-        result = evaluate(run.model, windows, lengths, rows=max(1, 8192 // window), on_rows=bar.update)
+        result = evaluate(run.model, windows, lengths, on_rows=bar.update)
     return result, what

@@ -117,9 +117,9 @@ class KVCache:
 
     def truncate(self, lengths: Tensor) -> None:
         """Keep the first lengths[b] tokens of row b (B). Slots beyond are overwritten by what comes next."""
-        plain = lengths.tolist()
-        if len(plain) != self.rows or any(not 0 <= new <= self.longest for new in plain):
-            raise ConfigError(f"cache: cannot truncate {self.rows} rows of at most {self.longest} tokens to {plain}")
+        plain, held = lengths.tolist(), self.lengths.tolist()
+        if len(plain) != self.rows or any(not 0 <= new <= old for new, old in zip(plain, held, strict=False)):
+            raise ConfigError(f"cache: rows of {held} tokens cannot be truncated to {plain}")
         self.lengths = lengths.to(self.lengths.device, torch.int64, copy=True)
         self.longest = max(plain, default=0)
         self.even = len(set(plain)) <= 1

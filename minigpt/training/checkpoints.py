@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,14 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from minigpt.checkpoint import find_checkpoint, load_training_state, load_weights, prune, read_weights, save_checkpoint
-from minigpt.errors import CheckpointError
+from minigpt.checkpoint import (
+    load_weights,
+    prune,
+    read_training_state,
+    read_training_tensors,
+    read_weights,
+    save_checkpoint,
+)
 from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.training.config import TrainConfig
@@ -52,16 +60,15 @@ class Checkpoints(EachStep):
         if self.start is None:
             return
         assert isinstance(pl_module, TrainingModule)
-        folder = find_checkpoint(self.start)
-        state, tensors = load_training_state(folder)
-        load_weights(pl_module.model, read_weights(folder)[1], folder)
-        restore_optimizer(trainer.optimizers[0], pl_module.model, tensors)
+        state = read_training_state(self.start)
+        load_weights(pl_module.model, read_weights(self.start)[1], self.start)
+        restore_optimizer(trainer.optimizers[0], pl_module.model, read_training_tensors(self.start))
         self.metrics.seconds_before = state["seconds"]
         if trainer.is_global_zero:
-            self._announce_changes(state["environment"])
+            self._announce_changes(state["environment"], environment(pl_module.device))
 
-    def _announce_changes(self, before: dict[str, Any]) -> None:
-        changed = [f"{key} {before.get(key)} -> {now}" for key, now in environment().items() if before.get(key) != now]
+    def _announce_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
         if changed:
             notice(f"the run goes on, but not to the bit, since this changed: {', '.join(changed)}")
 
@@ -73,6 +80,7 @@ class Checkpoints(EachStep):
                 dist.barrier()
 
     def _save(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        began = time.monotonic()
         self.metrics.sync()
         save_checkpoint(
             self.run / "checkpoints" / f"step-{step:08d}",
@@ -85,27 +93,20 @@ class Checkpoints(EachStep):
                 "tokens": step * self.config.batch.tokens,
                 "corpus": self.corpus_hash,
                 "seconds": self.metrics.seconds(),
-                "environment": environment(),
+                "environment": environment(module.device),
             },
             state_tensors=optimizer_tensors(trainer.optimizers[0], module.model),
         )
         prune(self.run, self.config.checkpoint.keep)
+        self.metrics.paused += time.monotonic() - began
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """What must stay as it is for a resumed run to be equal to the bit, beside the config."""
     return {
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
     }
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """How many steps were done when a checkpoint was saved; 0 without one."""
-    if checkpoint is None:
-        return 0
-    step = load_training_state(checkpoint)[0].get("step")
-    if not isinstance(step, int):
-        raise CheckpointError(f"{checkpoint}/training_state.json: step is {step!r}; a whole number was expected")
-    return step

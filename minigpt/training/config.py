@@ -205,6 +205,8 @@ class TrainConfig:
         for name, value in not_negative.items():
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"{name}: {value} is negative or not finite")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed: {self.seed} is not below 2**63")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self.optimizer, name) < 1:
                 raise ConfigError(f"optimizer.{name}: {getattr(self.optimizer, name)} is not in [0, 1)")

@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import netrc
 import os
-import secrets
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt.data.batches import Batches, ValidationWindows, validation_windows
 from minigpt.data.shards import open_corpus
-from minigpt.durable import to_json, write_text
+from minigpt.errors import ConfigError, Interrupted, MemoryExceeded
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
-from minigpt.terminal import notice
-from minigpt.training.checkpoints import Checkpoints, step_of
+from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig
 from minigpt.training.loader import MicroBatches
+from minigpt.training.loggers import make_loggers
 from minigpt.training.metrics import Metrics, rewind_metrics
 from minigpt.training.module import TrainingModule
 from minigpt.training.observing import Samples, Validation
 from minigpt.training.progress import set_progress, without_signal_broadcast
+from minigpt.training.settle import Job
 from minigpt.training.stopping import Agreement
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that is ready to be trained: every question that processes could answer differently is settled."""
-
-    config: TrainConfig
-    """Resolved: every field has its number."""
-    run: Path
-    """runs/NAME."""
-    corpus: Path
-    """The prepared corpus."""
-    start: Path | None
-    """The checkpoint to go on from."""
 
 
 def fit(job: Job) -> None:
@@ -67,16 +50,16 @@ def fit(job: Job) -> None:
 
     torch.manual_seed(config.seed)
     module = TrainingModule(GPT(config.model), config)
-    first_step = step_of(job.start)
     if rank == 0:
-        rewind_metrics(run / "metrics.jsonl", first_step)
+        rewind_metrics(run / "metrics.jsonl", job.first_step)
 
     agreement = Agreement()
-    metrics = Metrics(run, config, batches, agreement, first_step)
+    metrics = Metrics(run, config, batches, agreement, job.first_step)
     sampling = SamplingConfig(temperature=config.sample.temperature).to_dict()
     checkpoints = Checkpoints(run, config, corpus.tokenizer, corpus.hash, job.start, agreement, metrics, sampling)
-    validation = Validation(config, windows, corpus.tokenizer, agreement, metrics, first_step)
-    samples = Samples(run, config, corpus.tokenizer, agreement, metrics)
+    owed_at = {what: job.first_step if what in job.owed else None for what in ("validation", "sample")}
+    validation = Validation(config, windows, corpus.tokenizer, agreement, metrics, owed_at["validation"])
+    samples = Samples(run, config, corpus.tokenizer, agreement, metrics, owed_at["sample"])
 
     quiet_lightning()
     trainer = pl.Trainer(
@@ -98,10 +81,33 @@ def fit(job: Job) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    set_progress(trainer, first_step)
+    set_progress(trainer, job.first_step)
     without_signal_broadcast(trainer)
-    trainer.fit(module, train_dataloaders=MicroBatches(batches, config, first_step, rank))
-    agreement.raise_if_stopped(f"go on with --run_name {run.name} --resume auto")
+    resume = f"go on with --run_name {run.name} --resume auto"
+    with foreign_errors(config, resume):
+        trainer.fit(module, train_dataloaders=MicroBatches(batches, config, job.first_step, rank))
+    agreement.raise_if_stopped(resume)
+
+
+@contextmanager
+def foreign_errors(config: TrainConfig, resume: str) -> Iterator[None]:
+    """Turn what torch and Lightning raise for a user's circumstances into our errors."""
+    try:
+        yield
+    except SystemExit as error:  # Lightning turns a Ctrl-C before the first step into exit(1)
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise Interrupted(f"stopped; {resume}") from None
+        raise
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        rows = config.micro_batch_size
+        raise MemoryExceeded(
+            f"out of memory with {rows} rows of {config.model.block_size} tokens a forward; give "
+            f"--batch.micro_batch_size {max(1, rows // 2)}: the rest of the step is accumulated, with the same result"
+        ) from error
 
 
 def quiet_lightning() -> None:
@@ -110,50 +116,3 @@ def quiet_lightning() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
     os.environ.setdefault("PL_DISABLE_FORK", "1")
-
-
-def wandb_key_is_known() -> bool:
-    """Whether wandb can reach its server without asking: WANDB_MODE decides, else a key in the environment or netrc."""
-    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:
-    """Lightning's logger for `--log`, on the first process only; False for none.
-
-    The wandb run id is stored in the run's folder before training begins, so that a resumed run continues it. Without
-    an API key wandb works offline, in the run's folder. A logger that cannot be made is announced and left out.
-    """
-    if config.log == "none" or rank != 0:
-        return False
-    try:
-        if config.log == "tensorboard":
-            from lightning.pytorch.loggers import TensorBoardLogger
-
-            return [TensorBoardLogger(run, name="", version="tensorboard")]
-        from lightning.pytorch.loggers import WandbLogger
-
-        stored = run / "wandb.json"
-        if not stored.is_file():
-            write_text(stored, to_json({"id": secrets.token_hex(4)}))
-        import wandb
-
-        return [
-            WandbLogger(
-                project=os.environ.get("WANDB_PROJECT", "minigpt"),
-                name=run.name,
-                id=json.loads(stored.read_text())["id"],
-                save_dir=run,
-                offline=not wandb_key_is_known(),
-                config=config.to_dict(),
-                settings=wandb.Settings(save_code=False, x_disable_meta=True, init_timeout=30, silent=True),
-            )
-        ]
-    except Exception as error:  # a tracker must never stop a run, whatever it raises
-        notice(f"--log {config.log} cannot be used ({error}); metrics.jsonl is written all the same")
-        return False

@@ -74,6 +74,7 @@ class Metrics(EachStep):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.began = self.mark = time.monotonic()
+        self.paused = 0.0
         total = self.config.trainer.max_steps
         self._bar_context = progress("training", total, "steps", start=self.start_step, show=trainer.is_global_zero)
         self._bar = self._bar_context.__enter__()

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from minigpt.data.batches import ValidationWindows
 from minigpt.durable import write_text
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation.loss import bytes_per_token, evaluate
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
@@ -17,7 +17,7 @@ from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.training.config import TrainConfig
 from minigpt.training.each_step import EachStep, due, sum_over_processes
-from minigpt.training.metrics import Metrics, read_metrics
+from minigpt.training.metrics import Metrics
 from minigpt.training.module import TrainingModule
 from minigpt.training.stopping import Agreement
 
@@ -25,7 +25,7 @@ from minigpt.training.stopping import Agreement
 class Validation(EachStep):
     """Loss on the validation split every `eval.every` steps and at the end: nats a token, perplexity, bits a byte.
 
-    A run that was killed between a save and the validation due at the same step makes up for it when it goes on.
+    A run that was stopped between a save and the validation due at the same step makes up for it when it goes on.
     """
 
     def __init__(
@@ -35,19 +35,17 @@ class Validation(EachStep):
         tokenizer: Tokenizer,
         agreement: Agreement,
         metrics: Metrics,
-        start_step: int,
+        owed_at: int | None,
     ) -> None:
         assert config.model.vocab_size is not None
         self.config, self.windows, self.agreement, self.metrics = config, windows, agreement, metrics
         self.byte_lengths = bytes_per_token(tokenizer.token_bytes(), config.model.vocab_size)
-        self.start_step = start_step
+        self.owed_at = owed_at
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        rows = read_metrics(self.metrics.path)
-        missed = not any(row["step"] == self.start_step and "val/loss" in row for row in rows)
-        if self.start_step and missed and due(self.start_step, self.config.eval.every, self.config.trainer.max_steps):
-            self._validate(trainer, pl_module, self.start_step)
+        if self.owed_at is not None:
+            self._validate(trainer, pl_module, self.owed_at)
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         if due(step, self.config.eval.every, self.config.trainer.max_steps) and not self.agreement.stopping:
@@ -57,13 +55,11 @@ class Validation(EachStep):
         if self.windows is None:
             return
         began = time.monotonic()
-        block = self.config.model.block_size
         with trainer.precision_plugin.forward_context():  # in the precision that training uses
             result = evaluate(
                 module.model,
                 self.windows,
                 self.byte_lengths,
-                rows=max(1, 8192 // block),
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 reduce=sum_over_processes,
@@ -77,6 +73,7 @@ class Validation(EachStep):
                 "val/perplexity": result.perplexity,
                 "val/bpb": result.bits_per_byte,
                 "val/tokens": result.tokens,
+                "val/of_tokens": len(self.windows.stream) - 1,
             },
         )
         if trainer.is_global_zero:
@@ -87,27 +84,41 @@ class Samples(EachStep):
     """A sample every `sample.every` steps and at the end, from the same prompt and seed, in samples/step-N.txt."""
 
     def __init__(
-        self, run: Path, config: TrainConfig, tokenizer: Tokenizer, agreement: Agreement, metrics: Metrics
+        self,
+        run: Path,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        agreement: Agreement,
+        metrics: Metrics,
+        owed_at: int | None,
     ) -> None:
+        self.owed_at = owed_at
         self.run, self.config, self.tokenizer = run, config, tokenizer
         self.agreement, self.metrics = agreement, metrics
         self.sampling = SamplingConfig(
             max_new_tokens=config.sample.max_new_tokens, temperature=config.sample.temperature, seed=config.seed
         )
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        if self.owed_at is not None:
+            self._draw(trainer, pl_module, self.owed_at)
+
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if not trainer.is_global_zero or self.agreement.stopping:
-            return
-        if not due(step, self.config.sample.every, self.config.trainer.max_steps) or not self.sampling.max_new_tokens:
+        if due(step, self.config.sample.every, self.config.trainer.max_steps) and not self.agreement.stopping:
+            self._draw(trainer, module, step)
+
+    def _draw(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        if not trainer.is_global_zero or not self.sampling.max_new_tokens:
             return
         began = time.monotonic()
         prompt = self.config.sample.prompt
         try:
             [[sample]] = Sampler(module.model, self.tokenizer, self.sampling).generate(prompt)
-        except ConfigError as error:  # the prompt cannot be encoded (a character the corpus lacks): no reason to stop
-            notice(f"sample.prompt: no sample is drawn ({error})")
-            return
+            text = prompt + sample.text
+        except (ConfigError, DataError) as error:  # a character that the corpus lacks: no reason to stop
+            text = f"(no sample: {error})"
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
-        write_text(folder / f"step-{step:08d}.txt", prompt + sample.text)
+        write_text(folder / f"step-{step:08d}.txt", text)
         self.metrics.paused += time.monotonic() - began

@@ -10,10 +10,8 @@ def set_progress(trainer: pl.Trainer, step: int) -> None:
 
     `trainer.global_step` then counts on from there, and `max_steps` is the total of the whole run.
     """
-    loop = trainer.fit_loop.epoch_loop
-    total = loop.automatic_optimization.optim_progress.optimizer.step.total
+    total = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     total.ready = total.completed = step
-    loop._batches_that_stepped = step
 
 
 def without_signal_broadcast(trainer: pl.Trainer) -> None:

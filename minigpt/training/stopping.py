@@ -44,7 +44,9 @@ class Agreement(EachStep):
         self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        # Under the elastic launcher one Ctrl-C may arrive twice: from the terminal, and passed on by the launcher.
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ
+        if number == signal.SIGINT and self.received == signal.SIGINT and alone:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.received = number

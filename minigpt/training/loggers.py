@@ -1,0 +1,74 @@
+"""The trackers that `--log` names, as Lightning's loggers. A tracker never blocks a run and never stops one."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from minigpt.durable import to_json, write_text
+from minigpt.terminal import notice
+from minigpt.training.config import TrainConfig
+
+
+def wandb_key_is_known() -> bool:
+    """Whether wandb can reach its server without asking: WANDB_MODE decides, else a key in the environment or netrc."""
+    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:
+    """Lightning's logger for `--log`, on the first process only; False for none.
+
+    The wandb run id is stored in the run's folder before training begins, so that a resumed run continues it. Without
+    an API key wandb works offline, in the run's folder. A logger that cannot be made is announced and left out.
+    """
+    if config.log == "none" or rank != 0:
+        return False
+    try:
+        if config.log == "tensorboard":
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            return [TensorBoardLogger(run, name="", version="tensorboard")]
+        stored = run / "wandb.json"
+        if not stored.is_file():
+            write_text(stored, to_json({"id": secrets.token_hex(4)}))
+        return [_wandb_logger(run, config, json.loads(stored.read_text(encoding="utf-8"))["id"])]
+    except Exception as error:  # a tracker must never stop a run, whatever it raises
+        notice(f"--log {config.log} cannot be used ({error}); metrics.jsonl is written all the same")
+        return False
+
+
+def _wandb_logger(run: Path, config: TrainConfig, run_id: str) -> Any:
+    """A wandb run that has begun; offline where there is no key or the server does not answer."""
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    for offline in (False, True) if wandb_key_is_known() else (True,):
+        logger = WandbLogger(
+            project=os.environ.get("WANDB_PROJECT", "minigpt"),
+            name=run.name,
+            id=run_id,
+            save_dir=run,
+            offline=offline,
+            config=config.to_dict(),
+            settings=wandb.Settings(save_code=False, x_disable_meta=True, init_timeout=30, silent=True),
+        )
+        try:
+            assert logger.experiment is not None  # it begins here, not in the constructor
+        except Exception as error:  # no server, no such project, a key that is refused: all come as wandb's own types
+            if offline:
+                raise
+            notice(f"--log wandb: the server cannot be used ({error}); the run is kept offline, in {run / 'wandb'}")
+        else:
+            return logger
+    raise AssertionError("unreachable")

@@ -1,0 +1,224 @@
+"""Everything that several processes could answer differently, answered once: corpus, name, folder, checkpoint."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minigpt.checkpoint import checkpoints_of, clean_leftovers, newest_valid, read_training_state
+from minigpt.data.batches import Batches
+from minigpt.data.shards import Corpus, prepare
+from minigpt.durable import disk_errors, locked, write_text
+from minigpt.errors import CheckpointError, ConfigError, DataError
+from minigpt.terminal import notice
+from minigpt.training.config import TrainConfig
+from minigpt.training.each_step import due
+from minigpt.training.metrics import read_metrics
+
+# A run with other values here is another run. (Tokenizer and text are held by the hash of the tokens.)
+FIXED = ("model.", "data.order", "batch.tokens", "seed")
+NOT_COMPARED = ("run_name", "runs_dir", "resume")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to be trained."""
+
+    config: TrainConfig
+    """Resolved: every field has its number."""
+    run: Path
+    """runs/NAME."""
+    corpus: Path
+    """The prepared corpus."""
+    start: Path | None
+    """The checkpoint to go on from."""
+    first_step: int
+    """Steps that are done already."""
+    owed: tuple[str, ...]
+    """What was due at the last step and was cut off: "validation", "sample"."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.first_step >= self.config.trainer.max_steps and not self.owed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, to hand to another process."""
+        return {
+            "config": self.config.to_dict(),
+            "run": str(self.run),
+            "corpus": str(self.corpus),
+            "start": str(self.start) if self.start else None,
+            "first_step": self.first_step,
+            "owed": list(self.owed),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Job:
+        """The inverse of to_dict."""
+        return cls(
+            config=TrainConfig.from_dict(values["config"]),
+            run=Path(values["run"]),
+            corpus=Path(values["corpus"]),
+            start=Path(values["start"]) if values["start"] else None,
+            first_step=values["first_step"],
+            owed=tuple(values["owed"]),
+        )
+
+
+def settle(config: TrainConfig, held: ExitStack) -> Job:
+    """Prepare the corpus, fill in what depends on it, settle name and checkpoint, and write the run's config.yaml.
+
+    Args:
+        config: as the user gave it.
+        held: takes the lock on the run's folder; closing it lets the run go.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, DiskError: the run cannot start; nothing was changed.
+    """
+    config.check()
+    _check_devices(config)
+    corpus = prepare(config.data, config.tokenizer)
+    vocab_size = config.model.vocab_size or corpus.tokenizer.vocab_size
+    if vocab_size < corpus.tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {vocab_size} is less than the tokenizer's {corpus.tokenizer.vocab_size}; leave it out"
+        )
+    Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)  # long enough?
+    run = _folder_of(config)
+    config = replace(config, run_name=run.name, model=replace(config.model, vocab_size=vocab_size))
+    with disk_errors(str(run), "or choose another --runs_dir"):
+        run.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(run))
+
+    start = _checkpoint_to_resume(config, run, corpus)
+    first_step = read_training_state(start)["step"] if start else 0
+    job = Job(config, run, corpus.folder, start, first_step, _owed(config, run, first_step, len(corpus.val) > 1))
+    if first_step > config.trainer.max_steps:
+        raise ConfigError(
+            f"trainer.max_steps: {config.trainer.max_steps} is less than the {first_step} steps that {run} has done"
+        )
+    if not job.finished:
+        with disk_errors(str(run), "or choose another --runs_dir"):
+            (run / "checkpoints").mkdir(exist_ok=True)
+        clean_leftovers(run)
+        stored = replace(config, resume="auto").to_dict()
+        write_text(run / "config.yaml", yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
+    return job
+
+
+def _check_devices(config: TrainConfig) -> None:
+    import torch
+
+    wanted, devices = config.trainer.accelerator, config.trainer.devices
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "gpu" and not gpus:
+        raise ConfigError("trainer.accelerator: gpu, but torch sees none here; choose cpu or auto")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("trainer.accelerator: mps, but torch sees none here; choose cpu or auto")
+    if wanted in ("auto", "gpu") and 0 < gpus < devices:
+        raise ConfigError(f"trainer.devices: {devices}, but there are {gpus} GPUs here; give at most {gpus}")
+
+
+def _folder_of(config: TrainConfig) -> Path:
+    """runs/NAME; without a name a new folder, named after the corpus and the time."""
+    runs = Path(config.runs_dir)
+    if config.run_name is not None:
+        if Path(config.run_name).name != config.run_name or config.run_name.startswith("."):
+            raise ConfigError(
+                f"run_name: '{config.run_name}' is not a plain folder name; leave slashes and leading dots out"
+            )
+        return runs / config.run_name
+    source = re.sub(r"[^\w.-]+", "-", Path(config.data.source).stem).strip("-.") or "run"
+    name = f"{source}-{datetime.now():%Y%m%d-%H%M%S}"
+    for again in range(1, 1000):
+        run = runs / (name if again == 1 else f"{name}-{again}")
+        try:
+            with disk_errors(str(runs), "or choose another --runs_dir"):
+                runs.mkdir(parents=True, exist_ok=True)
+            run.mkdir()
+        except FileExistsError:
+            continue
+        return run
+    raise ConfigError(f"runs_dir: {runs} holds a thousand runs named {name}; give a --run_name")
+
+
+def _checkpoint_to_resume(config: TrainConfig, run: Path, corpus: Corpus) -> Path | None:
+    stored = run / "config.yaml"
+    if not stored.is_file() and not checkpoints_of(run):
+        if config.resume == "must":
+            raise CheckpointError(f"{run}: no run to resume there (--resume must); check --run_name and --runs_dir")
+        return None
+    if config.resume == "never":
+        raise ConfigError(f"run_name: {run} exists already (--resume never); choose another name")
+    start = newest_valid(run, notice)
+    if not stored.is_file() and start is not None:  # every checkpoint carries the config too
+        stored = start / "train_config.yaml"
+    _compare(_read_config(stored), config.to_dict(), run)
+    if start is None:
+        if config.resume == "must":
+            raise CheckpointError(f"{run}: holds no finished checkpoint to resume from (--resume must)")
+        if found := checkpoints_of(run):
+            raise CheckpointError(
+                f"{run}: none of its {len(found)} checkpoints is whole; move it away, or choose another --run_name"
+            )
+        notice(f"{run}: no checkpoint was finished yet, starting from the first step")
+        return None
+    trained_on = read_training_state(start).get("corpus")
+    if trained_on != corpus.hash:
+        raise DataError(
+            f"data.source: {config.data.source}, or its tokenizer, has changed since {run} was trained on it (its "
+            f"tokens hash to {corpus.hash[:12]}, then {str(trained_on)[:12]}); restore it, or choose another --run_name"
+        )
+    notice(f"resuming {run} from {start.name}")
+    return start
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TrainConfig.from_dict(values).to_dict()
+    except (OSError, yaml.YAMLError, ConfigError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); put back the copy that every checkpoint carries (train_config.yaml)"
+        ) from error
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+    """Refuse to go on with another model or data order; announce every other change."""
+    old, new = _flatten(before), _flatten(now)
+    changed = [key for key in new if key not in NOT_COMPARED and old.get(key) != new[key]]
+    fixed = [key for key in changed if key.startswith(FIXED)]
+    differences = ", ".join(f"{key} {old.get(key)!r} -> {new[key]!r}" for key in (fixed or changed))
+    if fixed:
+        raise ConfigError(f"{run}: cannot be resumed with {differences}; choose another --run_name")
+    if changed:
+        notice(f"{run}: goes on with {differences}")
+
+
+def _owed(config: TrainConfig, run: Path, step: int, validates: bool) -> tuple[str, ...]:
+    """What the step that a run goes on from should have shown, and was stopped before it did."""
+    if not step:
+        return ()
+    owed = []
+    if validates and due(step, config.eval.every, config.trainer.max_steps):
+        rows = read_metrics(run / "metrics.jsonl")
+        if not any(row["step"] == step and "val/loss" in row for row in rows):
+            owed.append("validation")
+    drawn = (run / "samples" / f"step-{step:08d}.txt").is_file() or not config.sample.max_new_tokens
+    if not drawn and due(step, config.sample.every, config.trainer.max_steps):
+        owed.append("sample")
+    return tuple(owed)
