@@ -93,8 +93,9 @@ def main() -> None:
         )
         for number in range(arguments.rounds):
             job = settle(replace(config, run_name=f"round-{number}"), ExitStack())
-            times["minigpt through Lightning"].append(through_minigpt(job))
-            times["plain PyTorch loop"].append(plain_loop(job))
+            sides = [("minigpt through Lightning", through_minigpt), ("plain PyTorch loop", plain_loop)]
+            for name, measure in sides if number % 2 else reversed(sides):
+                times[name].append(measure(job))
     ratios = [a / b for a, b in zip(times["minigpt through Lightning"], times["plain PyTorch loop"], strict=True)]
     print(
         f"\n{path.name}: {arguments.steps} steps, {arguments.rounds} alternating rounds, "

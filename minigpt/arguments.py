@@ -61,13 +61,10 @@ def _explain(parser: Any, message: str) -> str:
     message = message.replace("typing.Literal", "one of ").replace("<class 'int'>", "whole number")
     message = message.replace("<class 'float'>", "number").replace("<class 'str'>", "text").replace("Parser key ", "")
     message = re.sub(r"(typing\.)?Optional\[(.*?)\]", r"\2 or null", message)
-    if "Union subtypes" in message:
-        key, expected = message.split(":")[0], dict.fromkeys(re.findall(r"Expected an? ([^.]*)\.", message))
-        given = message.rpartition("Got value: ")[2]
-        nothing = "null where it is off"
-        message = (
-            f"{key}: Expected {' or '.join(n if 'None' not in n else nothing for n in expected)}. Got value: {given}"
-        )
+    several = r"^(.*?): Does not validate against any of the Union .*? Subtypes: \[(.*)\] Errors.* value: (.*)$"
+    if union := re.search(several, message):
+        kinds = union[2].replace(", <class 'NoneType'>", " or null")
+        message = f"{union[1]}: Expected {kinds}. Got value: {union[3]}"
     unknown = (
         re.search(r"unrecognized arguments: --?([\w.]+)", message)
         or re.search(r"[Oo]ption '([\w.]+)' is not accepted", message)

@@ -52,6 +52,8 @@ def said(capsys: pytest.CaptureFixture):
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--tokenizer.kind", "bpee"], "tokenizer.kind is 'bpee'"),
         (["sample", "--temprature", "1"], "--temprature: no such setting; did you mean --temperature?"),
+        (["sample", "--top_k", "2.5"], '"top_k": Expected whole number or null. Got value: 2.5'),
+        (["train", "--model.norm", "x"], "Expected one of ['layernorm', 'rmsnorm'] or null. Got value: x"),
         (["sample", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
         (["info", "--model.n_head", "5"], "model.n_head: 5 does not divide n_embd (128)"),
     ],
@@ -192,7 +194,7 @@ def test_readme_names_only_what_is_there() -> None:
         assert name == "FILE" or (ROOT / "configs" / f"{name}.yaml").is_file()
     for name in re.findall(r"`(tests|benchmarks)/(\w+\.py)`", readme):
         assert ROOT.joinpath(*name).is_file()
-    tree = readme.partition("```text")[2].partition("```")[0]
+    tree = readme.partition("## The map")[2].partition("```text")[2].partition("```")[0]
     for path in (ROOT / "minigpt").glob("*/"):
         if path.name not in ("__pycache__", "_shipped"):
             assert f"{path.name}/" in tree, f"{path.name} is not in README's map"

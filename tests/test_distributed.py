@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import losses, run_and_read, saved_tensors, tiny_run
+from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 from minigpt.checkpoint import verify
 from minigpt.training.launch import train
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    """Over 50 steps, with accumulation, clipping and validation; then a stop and a resume on two processes."""
+    """Over 50 steps, with accumulation, clipping and validation; also when the end is lost and done again."""
     changes = {"trainer__max_steps": 50, "eval__every": 20, "model__preset": "llama", "checkpoint__every": 40}
     one, one_rows = run_and_read(tiny_run(tmp_path, "one", batch__micro_batch_size=2, **changes))
     two, two_rows = run_and_read(tiny_run(tmp_path, "two", batch__micro_batch_size=2, trainer__devices=2, **changes))
@@ -32,10 +33,12 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
-    # Lose the end of the two-process run; one process goes on from step 40.
-    import shutil
+    shutil.rmtree(two / "checkpoints/step-00000050")  # two processes go on from step 40, to the bit
+    _, again = run_and_read(tiny_run(tmp_path, "two", batch__micro_batch_size=2, trainer__devices=2, **changes))
+    assert losses(again) == losses(two_rows)
+    assert_equal_to_the_bit(saved_tensors(two, 50), b)
 
-    shutil.rmtree(two / "checkpoints/step-00000050")
+    shutil.rmtree(two / "checkpoints/step-00000050")  # now one process does
     _, again = run_and_read(tiny_run(tmp_path, "two", batch__micro_batch_size=4, **changes))
     assert losses(again) == pytest.approx(losses(one_rows), abs=1e-5)
 

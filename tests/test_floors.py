@@ -80,7 +80,10 @@ def test_no_import_cycle_between_files() -> None:
     edges: dict[str, set[str]] = {}
     for name, path in names.items():
         body = ast.parse(path.read_text(encoding="utf-8")).body
-        modules = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.module]
+        modules = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+        for node in body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         edges[name] = {module for module in modules if module in names and module != name}
     done: set[str] = set()
 

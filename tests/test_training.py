@@ -198,9 +198,11 @@ def test_rows_past_the_checkpoint_move_aside(tmp_path: Path) -> None:
     [
         ({"batch__tokens": 100}, r"batch\.tokens: 100 is no multiple of model\.block_size \(16\); try 96"),
         ({"batch__micro_batch_size": 3}, r"8 rows a step .* do not divide among 1 processes x micro_batch_size 3"),
+        ({"batch__micro_batch_size": 0}, r"batch\.micro_batch_size: 0 is not positive"),
         ({"checkpoint__keep": 1}, r"checkpoint\.keep: 1 is less than 2"),
         ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate: 0\.0 is not positive"),
         ({"seed": 10**30}, r"seed: 1000000000000000000000000000000 is not below 2\*\*63"),
+        ({"trainer__devices": 0}, r"trainer\.devices: 0 is not positive"),
         ({"trainer__accelerator": "mps"}, r"trainer\.accelerator: mps, but torch sees none here"),
         ({"optimizer__beta2": 1.0}, r"optimizer\.beta2: 1\.0 is not in \[0, 1\)"),
         ({"name": "../escape"}, r"run_name: '\.\./escape' is not a plain folder name"),

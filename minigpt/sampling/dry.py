@@ -9,8 +9,9 @@ z of v is lowered by multiplier * base^(n - allowed_length), for the greatest su
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,14 +47,14 @@ class DRY:
     multiplier: Parameter
     base: Parameter = 1.75
     allowed_length: Parameter = 2
-    breakers: Sequence[int | Sequence[int]] = ()
+    breakers: Sequence[Any] = ()
     scope: str = "both"
     window: int | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self, multiplier=NOT_NEGATIVE, base=AT_LEAST_ONE, allowed_length=COUNT)
         check(self, scope=SCOPE, window=COUNT_OR_NONE)
-        if isinstance(self.breakers, (str, bytes)):
+        if isinstance(self.breakers, (str, bytes)) or not isinstance(self.breakers, Iterable):
             raise ConfigError(f"sampling: DRY's breakers are {self.breakers!r}; expected token ids, or lists of them")
         object.__setattr__(self, "breakers", tuple(token_ids(self, "breakers", one) for one in self.breakers))
 

@@ -92,6 +92,15 @@ def token_ids(processor: Any, name: str, value: Any) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
+def check_vocabulary(processor: Any, largest: int, size: int) -> None:
+    """Raise ConfigError if a processor names a token that a vocabulary of this size does not have."""
+    if largest >= size:
+        raise ConfigError(
+            f"sampling: {type(processor).__name__} names token {largest}; expected an id below the model's vocabulary "
+            f"size of {size}"
+        )
+
+
 def _accept(processor: Any, name: str, value: Any, rule: Rule) -> None:
     if not rule.accepts(value):
         raise ConfigError(f"sampling: {type(processor).__name__}'s {name} is {value!r}; expected {rule.expected}")

@@ -22,15 +22,24 @@ def span(context: Context, scope: str, window: int | None = None) -> tuple[Tenso
 
 
 def seen(context: Context, scope: str, window: int | None = None) -> tuple[Tensor, Tensor]:
-    """The tokens in a scope and how often each occurs in it: (B, L) int64 each.
+    """The tokens in a scope: ids (B, L) int64, and whether each of them is in it, (B, L) bool.
 
-    Each place holds a token that counts, so that writing a token's new logit from each of its places writes one value.
-    A row in which nothing counts holds one token everywhere, with the count 0.
+    A place outside of the scope holds token 0, which may be in it elsewhere. So each place may write what becomes of
+    its token: places of equal tokens agree.
     """
+    ids, inside = _marked(context, scope, window)
+    return ids, inside | ((ids == 0) & inside).any(1, keepdim=True)
+
+
+def occurrences(context: Context, scope: str, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """The same ids, and how often each occurs in the scope: (B, L) int64 each."""
+    ids, inside = _marked(context, scope, window)
+    ordered = torch.where(inside, ids, -1).sort(dim=-1).values
+    return ids, torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+
+
+def _marked(context: Context, scope: str, window: int | None) -> tuple[Tensor, Tensor]:
     start, stop = span(context, scope, window)
     place = torch.arange(context.ids.shape[1], device=context.ids.device)
     inside = (place >= start[:, None]) & (place < stop[:, None])
-    last = context.ids.gather(1, (stop - 1).clamp(min=0)[:, None])
-    ids = torch.where(inside, context.ids, last)
-    ordered = torch.where(inside, context.ids, -1).sort(dim=-1).values
-    return ids, torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    return torch.where(inside, context.ids, 0), inside

@@ -156,7 +156,8 @@ class TrainConfig:
     @property
     def micro_batch_size(self) -> int:
         """Rows of one forward on one process."""
-        return self.batch.micro_batch_size or self.batch_size // self.processes
+        given = self.batch.micro_batch_size
+        return self.batch_size // self.processes if given is None else given
 
     @property
     def accumulation(self) -> int:
@@ -165,6 +166,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, for numbers that cannot be trained with."""
+        for name in ("devices", "num_nodes"):
+            if getattr(self.trainer, name) < 1:
+                raise ConfigError(f"trainer.{name}: {getattr(self.trainer, name)} is not positive")
         block, rows = self.model.block_size, self.batch_size
         if self.batch.tokens < block or self.batch.tokens % block:
             near = max(1, round(self.batch.tokens / block)) * block
@@ -173,8 +177,6 @@ class TrainConfig:
             )
         positive = {
             "trainer.max_steps": self.trainer.max_steps,
-            "trainer.devices": self.trainer.devices,
-            "trainer.num_nodes": self.trainer.num_nodes,
             "trainer.log_every_n_steps": self.trainer.log_every_n_steps,
             "checkpoint.every": self.checkpoint.every,
             "eval.tokens": self.eval.tokens,
