@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     """What a number is for. The values are part of what a seed means: append, never renumber."""
 
     CHOICE = 0
+    XTC = 1
 
 
 def fresh_seed() -> int:

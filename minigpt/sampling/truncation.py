@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from minigpt.sampling.noise import Purpose
 from minigpt.sampling.processors import NEVER, Context, Parameter
 from minigpt.sampling.rules import (
     BELOW_ONE,
@@ -25,9 +26,6 @@ from minigpt.sampling.rules import (
     check_vocabulary,
     token_ids,
 )
-
-# What the coin of XTC is for in `Context.uniform`. It is part of what a seed means; 0 is the choice of the token.
-COIN = 1
 
 
 class Filter:
@@ -292,7 +290,7 @@ class XTC(Filter):
         top = (p >= context.column(self.threshold, p.dtype)) & (logits > NEVER)
         least = p.masked_fill(~top, 2).argmin(-1, keepdim=True)
         go = top.scatter(-1, least, False)
-        heads = context.uniform(COIN).unsqueeze(1) < context.column(self.probability)
+        heads = context.uniform(Purpose.XTC).unsqueeze(1) < context.column(self.probability)
         left = (logits > NEVER).sum(-1, keepdim=True) - go.sum(-1, keepdim=True)
         check_vocabulary(self, max(self.spare, default=0), p.shape[-1])
         spared = go[:, list(self.spare)].any(-1, keepdim=True)
