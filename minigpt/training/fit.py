@@ -38,9 +38,10 @@ def fit(job: Job) -> None:
         NonFiniteError: loss or gradient stayed NaN or infinite.
     """
     config, run = job.config, job.run
-    rank, world_size = int(os.environ.get("RANK", 0)), config.processes
+    world_size = config.processes
+    rank = int(os.environ["RANK"]) if world_size > 1 else 0
     if config.trainer.threads or world_size > 1:
-        torch.set_num_threads(config.trainer.threads or max(1, (os.cpu_count() or 1) // config.trainer.devices))
+        torch.set_num_threads(config.trainer.threads or max(1, torch.get_num_threads() // config.trainer.devices))
 
     corpus = open_corpus(job.corpus)
     batches = Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)
@@ -115,4 +116,3 @@ def quiet_lightning() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
-    os.environ.setdefault("PL_DISABLE_FORK", "1")
