@@ -77,7 +77,7 @@ def _fields(values: Any, kind: Any) -> dict[str, Any]:
 def _stored_config(argv: list[str]) -> list[str]:
     """A run that goes on starts from its own stored config; what is given on the command line is laid over it."""
     found = {"run_name": "", "runs_dir": "runs", "resume": "auto"}
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = flag.removeprefix("--").partition("=")
         if flag.startswith("--") and name in found:
             found[name] = value if equals else following

@@ -87,6 +87,24 @@ def test_a_config_file_is_data_never_code(said, tmp_path: Path) -> None:
     assert not (tmp_path / "hacked").exists()
 
 
+def test_training_needs_no_arguments(said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: Path) -> None:
+    from minigpt.training import launch
+    from minigpt.training.config import TrainConfig
+
+    given: list[TrainConfig] = []
+
+    def remember(config: TrainConfig) -> Path:
+        given.append(config)
+        return trained
+
+    monkeypatch.setattr(launch, "train", remember)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = said("train")
+    assert (code, err) == (0, "")
+    assert given == [TrainConfig()]
+    assert "validation loss" in out
+
+
 def test_every_shipped_config_is_valid() -> None:
     from minigpt.arguments import parse
     from minigpt.cli import _fields, _parser, add_training_settings
