@@ -7,6 +7,7 @@ number, or one for each prompt of the call; `keep` is how many tokens survive at
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,14 +29,14 @@ from minigpt.sampling.rules import (
 )
 
 
-class Filter:
+class Filter(ABC):
     """A processor that forbids the tokens of `removed`."""
 
     shaping: ClassVar[bool] = True
 
+    @abstractmethod
     def removed(self, context: Context, logits: Tensor) -> Tensor:
         """Which tokens go: (B, V) bool."""
-        raise NotImplementedError
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for the tokens that go."""
