@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 from minigpt.checkpoint import verify
 from minigpt.training.launch import train
+from minigpt.training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -41,6 +45,17 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     shutil.rmtree(two / "checkpoints/step-00000050")  # now one process does
     _, again = run_and_read(tiny_run(tmp_path, "two", batch__micro_batch_size=4, **changes))
     assert losses(again) == pytest.approx(losses(one_rows), abs=1e-5)
+
+
+def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, "started", trainer__devices=2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "train.py", "--config", str(tmp_path / "config.yaml")]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1], timeout=120)
+    _, one = run_and_read(tiny_run(tmp_path, "one"))
+    started = read_metrics(tmp_path / "runs/started/metrics.jsonl")
+    assert losses(started) == pytest.approx(losses(one), abs=1e-5)
 
 
 def test_a_process_that_fails_gives_its_exit_code(tmp_path: Path) -> None:

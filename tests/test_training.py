@@ -16,7 +16,7 @@ from training_runs import losses, run_and_read, saved_tensors, tiny_run
 import minigpt
 from minigpt.data.batches import Batches
 from minigpt.data.shards import prepare
-from minigpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from minigpt.errors import CheckpointError, ConfigError, DataError, Interrupted, MemoryExceeded, NonFiniteError
 from minigpt.model.gpt import GPT
 from minigpt.training import module as training_module
 from minigpt.training.config import OptimizerConfig, TrainConfig
@@ -159,6 +159,65 @@ def test_without_a_compiler_training_goes_on_uncompiled(
     _, rows = run_and_read(tiny_run(tmp_path, "compiled", trainer__compile=True))
     assert losses(rows) == losses(plain)
     assert capsys.readouterr().err.count("torch.compile does not work here") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_says_how_to_need_less(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(training_module, "next_token_loss", too_large)
+    with pytest.raises(MemoryExceeded, match=r"with 8 rows of 16 tokens a forward; give --batch\.micro_batch_size 4"):
+        train(tiny_run(tmp_path))
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(training_module, "next_token_loss", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(tiny_run(tmp_path))
+
+
+def test_ctrl_c_before_the_first_step_has_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minigpt.training.checkpoints import Checkpoints
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "on_fit_start", interrupted)
+    with pytest.raises(Interrupted, match="--resume auto") as raised:
+        train(tiny_run(tmp_path))
+    assert raised.value.exit_code == 130
+
+
+def test_wandb_goes_offline_where_its_server_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import lightning.pytorch.loggers
+
+    from minigpt.training.loggers import make_loggers
+
+    class Unreachable:
+        def __init__(self, offline: bool, **options: object) -> None:
+            self.offline = offline
+
+        @property
+        def experiment(self) -> str:
+            if not self.offline:
+                raise ConnectionError("no answer")
+            return "a run"
+
+    monkeypatch.setattr(lightning.pytorch.loggers, "WandbLogger", Unreachable)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    loggers = make_loggers(tiny_run(tmp_path, log="wandb"), tmp_path, 0)
+    assert isinstance(loggers, list)
+    [logger] = loggers
+    assert logger.offline
+    assert "the server cannot be used (no answer); the run is kept offline" in capsys.readouterr().err
 
 
 def test_gradients_that_stay_nan_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

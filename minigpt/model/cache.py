@@ -73,11 +73,6 @@ class KVCache:
         """S: how many tokens a row can hold."""
         return self.keys[0].shape[2]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(tensor.nbytes for tensor in self.keys + self.values)
-
     def begin(self, length: int) -> Step:
         """Positions and mask of the `length` tokens a row that come next. Raises ConfigError past the capacity."""
         if self.longest + length > self.capacity:

@@ -5,48 +5,34 @@ Imports nothing heavy, so that the command line can show its help at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any, Literal
 
 from minigpt.errors import ConfigError
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: object) -> bool:
-    return _is_number(value) and value == int(value)  # type: ignore[call-overload]
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
-
+from minigpt.sampling.rules import is_id, is_number, is_whole
 
 # field -> (accepts the value, what to write instead)
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda v: _is_whole(v) and v >= 0, "a whole number of tokens, 0 or more"),
+    "max_new_tokens": (lambda v: is_whole(v) and v >= 0, "a whole number of tokens, 0 or more"),
     "temperature": (
-        lambda v: _is_number(v) and (v == 0 or v >= 1e-30),  # a smaller divisor overflows float32
+        lambda v: is_number(v) and (v == 0 or v >= 1e-30),  # a smaller divisor overflows float32
         "0 (always the likeliest token) or a number above it, such as 0.8",
     ),
     "top_k": (
-        lambda v: v is None or (_is_whole(v) and v >= 0),
+        lambda v: v is None or (is_whole(v) and v >= 0),
         "a whole number of tokens, 1 or more; 0 or null is off",
     ),
-    "top_p": (lambda v: v is None or (_is_number(v) and 0 <= v <= 1), "a number from 0 to 1; 1 or null is off"),
-    "num_return_sequences": (lambda v: _is_whole(v) and v >= 1, "a whole number of samples, 1 or more"),
-    "seed": (lambda v: v is None or (_is_id(v) and v < 2**64), "a whole number from 0 to 2**64 - 1; null draws one"),
+    "top_p": (lambda v: v is None or (is_number(v) and 0 <= v <= 1), "a number from 0 to 1; 1 or null is off"),
+    "num_return_sequences": (lambda v: is_whole(v) and v >= 1, "a whole number of samples, 1 or more"),
+    "seed": (lambda v: v is None or (is_id(v) and v < 2**64), "a whole number from 0 to 2**64 - 1; null draws one"),
     "stop": (
         lambda v: isinstance(v, (list, tuple)) and all(isinstance(text, str) and text for text in v),
         "a list of texts, none of them empty",
     ),
     "include_stop": (lambda v: isinstance(v, bool), "true or false"),
     "eos_token_id": (
-        lambda v: v is None or _is_id(v) or (isinstance(v, (list, tuple)) and all(map(_is_id, v))),
+        lambda v: v is None or is_id(v) or (isinstance(v, (list, tuple)) and all(map(is_id, v))),
         "a token id or a list of them; null takes the tokenizer's end-of-text",
     ),
     "ignore_eos": (lambda v: isinstance(v, bool), "true or false"),

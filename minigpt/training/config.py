@@ -63,7 +63,7 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines; more than one are started by torchrun or a scheduler, one command a machine."""
     strategy: Literal["auto", "ddp"] = "auto"
-    """How processes share the work; auto is ddp where there are several."""
+    """How several processes share the work: auto means ddp. One process has nothing to share, whatever is given."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Number format of the computation."""
     gradient_clip_val: float = 1.0
