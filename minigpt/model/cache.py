@@ -123,17 +123,26 @@ class KVCache:
         """Row i becomes what row rows[i] was: select, repeat or reorder. `rows` (B') may change the number of rows.
 
         `start` says that row i and row rows[i] hold the same tokens before that slot, so that only later slots are
-        copied (beams share most of their past). It needs as many rows as there were.
+        copied (beams share most of their past). It needs as many rows as there were. Rows that stay where they are
+        are not copied at all.
         """
         rows = rows.to(self.lengths.device)
-        if start and len(rows) != self.rows:
-            raise ConfigError(f"cache: gather from slot {start} keeps {self.rows} rows, but {len(rows)} were asked for")
+        count = len(rows)
+        if start and count != self.rows:
+            raise ConfigError(f"cache: gather from slot {start} keeps {self.rows} rows, but {count} were asked for")
+        if count <= self.rows:
+            # Only rows that change are copied: dropping one costs at most a row, and beams that stay cost nothing.
+            moved = (rows != torch.arange(count, device=rows.device)).nonzero().squeeze(1)
+            source = rows[moved]
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):
-                if len(rows) == self.rows:
-                    tensor[:, :, start : self.longest] = tensor[rows, :, start : self.longest]
-                else:
-                    tensors[layer] = tensor[rows]
+                if count > self.rows:
+                    tensors[layer] = tensor.new_zeros(count, *tensor.shape[1:])
+                    tensors[layer][:, :, : self.longest] = tensor[rows, :, : self.longest]
+                    continue
+                if len(moved):
+                    tensor[moved, :, start : self.longest] = tensor[source, :, start : self.longest]
+                tensors[layer] = tensor[:count]
         self.lengths = self.lengths[rows]
         plain = self.lengths.tolist()
         self.longest = max(plain, default=0)

@@ -1,4 +1,4 @@
-"""The rows being written, in step with the model: reading tokens, choosing the next, letting go of rows that ended.
+"""The rows being written, in step with the model: reading tokens, choosing the next, moving and dropping rows.
 
 All that has a row axis is here, so that whatever moves rows moves every part of them: the model's cache, the
 processors' states, the context that they look at, the noise.
@@ -11,7 +11,6 @@ read anew into a fresh cache.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.sampling.choice import choose
 from minigpt.sampling.decodable import Decodable, device_of
-from minigpt.sampling.noise import Noise, Purpose
+from minigpt.sampling.noise import Noise
 from minigpt.sampling.pipeline import Pipeline, gather_state
 from minigpt.sampling.processors import Context
 from minigpt.sampling.stopping import Reader
@@ -42,16 +40,8 @@ class Row:
     left: int
     """How many may still be written."""
     reader: Reader | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a row goes on with, or why it cannot."""
-
-    token: int
-    log_prob: float
-    """The model's own log-probability of the token, before any processor."""
-    error: str | None = None
+    forced: tuple[int, ...] = ()
+    """What it has to write, whatever the logits say."""
 
 
 def window_start(n: int, context: int) -> int:
@@ -63,11 +53,17 @@ def window_start(n: int, context: int) -> int:
 
 
 class Batch:
-    """Rows whose next tokens are chosen together. A turn is read, choose, keep.
+    """Rows whose next tokens are chosen together. A turn is
+
+        raw = batch.read()                      what the model says
+        processed = batch.process(raw)          what the processors make of it
+        batch.take(tokens, raw, processed)      what was chosen
+
+    and between turns `gather` moves, copies and drops rows.
 
     Args:
         model: what predicts.
-        rows: at least one; `Row.tokens` is theirs to extend between `choose` and `read`.
+        rows: at least one; `Row.tokens` grow as tokens are taken.
         pipeline: what the logits go through before a choice.
         end_ids: told to the processors.
     """
@@ -92,12 +88,12 @@ class Batch:
         )
         self.cache: Any = None
         self.states: Any = pipeline.start(self.context)
-        # The last choice, which the states have yet to accept: tokens (B,), raw and processed logits (B, V).
+        # The last choice: tokens (B,) that the model has yet to read; for the states also raw and processed logits.
         self.latest: Any = None
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """Have the model read what it has not seen: (B, V) logits for every row's next token."""
+        """Have the model read what it has not seen: (B, V) logits for every row's next token, at least float32."""
         if self.latest is not None:
             self.states = self.pipeline.accept(self.states, *self.latest)
         context = self.model.max_context
@@ -105,8 +101,12 @@ class Batch:
         if self.cache is not None and all(
             start == window_start(len(row.tokens) - 1, context) for start, row in zip(starts, self.rows, strict=True)
         ):
-            return self.model.next_logits(self.latest[0].unsqueeze(1).to(self.model_device), self.cache, None)
-        return self._read_anew([tuple(row.tokens[start:]) for start, row in zip(starts, self.rows, strict=True)])
+            logits = self.model.next_logits(self.latest[0].unsqueeze(1).to(self.model_device), self.cache, None)
+        else:
+            logits = self._read_anew(
+                [tuple(row.tokens[start:]) for start, row in zip(starts, self.rows, strict=True)]
+            )
+        return logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
 
     def _read_anew(self, windows: list[tuple[int, ...]]) -> Tensor:
         """Read the rows' windows into a fresh cache, equal ones once: (B, V) logits."""
@@ -123,45 +123,50 @@ class Batch:
         return logits
 
     @torch.no_grad()
-    def choose(self, logits: Tensor) -> list[Choice]:
-        """Choose each row's next token from the model's (B, V) logits and append it to the context."""
-        raw = logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
-        processed = self.pipeline(self.context, raw, self.states)
-        greedy = self.pipeline.greedy(self.context)
-        uniforms = None if all(greedy) else self.context.uniform(Purpose.CHOICE)
-        tokens = choose(processed, uniforms, greedy)
-        log_probs = raw.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        # One transfer to the host for all three: float64 holds every token id exactly.
-        on_host = torch.stack((tokens.double(), log_probs.double(), processed.amax(-1).double()), dim=1).tolist()
-        choices = []
-        for row, (token, log_prob, peak) in enumerate(on_host):
-            sound = math.isfinite(peak) and not math.isnan(log_prob)
-            choices.append(Choice(int(token), log_prob, None if sound else self._error(raw, row)))
+    def process(self, raw: Tensor) -> Tensor:
+        """The model's logits after every processor: (B, V) in and out."""
+        return self.pipeline(self.context, raw, self.states)
+
+    @torch.no_grad()
+    def take(self, tokens: Tensor, raw: Tensor, processed: Tensor, on_host: Sequence[int] | None = None) -> None:
+        """Append a token to every row.
+
+        Args:
+            tokens: (B,) int64.
+            raw: (B, V) the model's logits, from which processors with memory learn.
+            processed: (B, V) those that the tokens were chosen from.
+            on_host: the tokens as plain numbers, if they are known.
+        """
+        for row, token in zip(self.rows, tokens.tolist() if on_host is None else on_host, strict=True):
+            row.tokens.append(token)
+            row.left -= 1
         self.latest = (tokens, raw, processed) if self.pipeline.remembers else (tokens, None, None)
-        self._append(tokens)
-        return choices
-
-    def _error(self, raw: Tensor, row: int) -> str:
-        reason = self.pipeline.blame(self.context, raw, self.states, row)
-        return f"no token for position {self.context.positions[row]}: {reason}"
-
-    def _append(self, tokens: Tensor) -> None:
-        lengths, positions = self.context.lengths, self.context.positions + 1
+        context, positions = self.context, self.context.positions + 1
         longest = int(positions.max())
         if longest > self.ids.shape[1]:
             self.ids = torch.nn.functional.pad(self.ids, (0, self.ids.shape[1] + 64))
-        self.ids.scatter_(1, lengths.unsqueeze(1), tokens.unsqueeze(1))
-        self.context = replace(self.context, ids=self.ids[:, :longest], lengths=lengths + 1, positions=positions)
+        self.ids.scatter_(1, context.lengths.unsqueeze(1), tokens.unsqueeze(1))
+        self.context = replace(
+            context, ids=self.ids[:, :longest], lengths=context.lengths + 1, positions=positions
+        )
 
     @torch.no_grad()
-    def keep(self, alive: list[int]) -> None:
-        """Let go of all rows but these."""
-        index = torch.tensor(alive, device=self.device)
-        self.cache.gather(index.to(self.model_device))
-        self.rows = [self.rows[i] for i in alive]
-        self.states, self.latest = gather_state((self.states, self.latest), alive)
+    def gather(self, rows: Sequence[int], start: int = 0) -> None:
+        """Make row i a copy of the former row rows[i]: select, repeat or reorder.
+
+        Args:
+            rows: row numbers, at least one.
+            start: places before it are known to agree between row i and row rows[i]; not 0 only for as many rows.
+        """
+        rows = list(rows)
+        index = torch.tensor(rows, device=self.device)
+        if self.cache is not None:
+            self.cache.gather(index.to(self.model_device), start)
+        # A row that goes on several times needs a list of tokens for each.
+        self.rows = [replace(self.rows[i], tokens=list(self.rows[i].tokens)) for i in rows]
+        self.states, self.latest = gather_state((self.states, self.latest), rows)
         self.ids = self.ids[index]
-        positions = self.context.positions[alive]
+        positions = self.context.positions[rows]
         self.context = replace(
             self.context,
             ids=self.ids[:, : positions.max()],
@@ -169,7 +174,7 @@ class Batch:
             lengths=self.context.lengths[index],
             positions=positions,
             rows=tuple(row.prompt for row in self.rows),
-            noise=self.context.noise.gather(alive),
+            noise=self.context.noise.gather(rows),
         )
 
 

@@ -40,10 +40,20 @@ class Pipeline:
 
     def __call__(self, context: Context, logits: Tensor, states: tuple[Any, ...] | None = None) -> Tensor:
         """The logits after every processor: (B, V) float32 in and out."""
-        greedy = self.greedy(context)
-        for processor, state in self._with_states(states):
-            logits = _apply(processor, context, logits, state, greedy)
+        for _, logits in self.stages(context, logits, states):  # noqa: B007 - the last one is the answer
+            pass
         return logits
+
+    def stages(
+        self, context: Context, logits: Tensor, states: tuple[Any, ...] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The model's logits, then those after each processor that does something, with its name."""
+        yield "model", logits
+        greedy = self.greedy(context)
+        for processor, state in zip(self.processors, states or [None] * len(self.processors), strict=True):
+            if not (getattr(processor, "shaping", False) and all(greedy)):
+                logits = _apply(processor, context, logits, state, greedy)
+                yield _name(processor), logits
 
     def accept(self, states: tuple[Any, ...], tokens: Tensor, raw: Tensor, processed: Tensor) -> tuple[Any, ...]:
         """The states after the chosen tokens (B,), given the model's and the final logits, (B, V) each."""
@@ -57,31 +67,25 @@ class Pipeline:
 
     def blame(self, context: Context, logits: Tensor, states: tuple[Any, ...] | None, row: int) -> str:
         """Why a row has no token to choose from: the step after which its logits were all -inf, or not numbers."""
-        if not is_choosable(logits[row]):
-            return "the model's logits hold no finite maximum (NaN, +inf, or -inf everywhere)"
-        greedy = self.greedy(context)
-        for processor, state in self._with_states(states):
-            logits = _apply(processor, context, logits, state, greedy)
-            if not is_choosable(logits[row]):
-                return f"{_name(processor)} left no token to choose from"
-        return "the model's logits hold NaN"
-
-    def _with_states(self, states: tuple[Any, ...] | None) -> Iterator[tuple[Any, Any]]:
-        return zip(self.processors, states or [None] * len(self.processors), strict=True)
+        place = f"no token for position {context.positions[row]}: "
+        for name, stage in self.stages(context, logits, states):
+            if is_choosable(stage[row]):
+                continue
+            if name == "model":
+                return f"{place}the model's logits hold no finite maximum (NaN, +inf, or -inf everywhere)"
+            return f"{place}{name} left no token to choose from"
+        return f"{place}the model's logits hold NaN"
 
 
 def _apply(processor: Any, context: Context, logits: Tensor, state: Any, greedy: list[bool]) -> Tensor:
     """One processor's logits; greedy rows skip those that shape."""
-    shaping = getattr(processor, "shaping", False)
-    if shaping and all(greedy):
-        return logits
     processed = processor(context, logits, state)
     if not isinstance(processed, Tensor) or processed.shape != logits.shape:
         got = f"shape {tuple(processed.shape)}" if isinstance(processed, Tensor) else repr(processed)
         raise ConfigError(
             f"sampling: processor {_name(processor)} returned {got}; expected logits of shape {tuple(logits.shape)}"
         )
-    if shaping and any(greedy):
+    if any(greedy) and getattr(processor, "shaping", False):
         return torch.where(torch.tensor(greedy, device=logits.device).unsqueeze(1), logits, processed)
     return processed
 

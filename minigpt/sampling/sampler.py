@@ -121,7 +121,7 @@ class Sampler:
             seeds=[config.seed for config in configs],
             end_ids=() if common.ignore_eos else self._end_ids(common),
             overflow=common.overflow,
-            reader=lambda prompt: self._reader(prompt, common),
+            readers=lambda number: self._reader(ids[number], common),
             criteria=self.criteria,
         )
 

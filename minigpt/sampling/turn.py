@@ -1,0 +1,135 @@
+"""One turn of the plain loop: every row's next token chosen, and what may be told about the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minigpt.sampling.batch import Batch
+from minigpt.sampling.choice import choose
+from minigpt.sampling.noise import Purpose
+from minigpt.sampling.processors import NEVER
+
+Scored = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, the likeliest first
+
+
+class Details(NamedTuple):
+    """How a token stood among the others."""
+
+    processed_log_prob: float
+    """Its log-probability in the distribution that it was chosen from, after every processor (nats)."""
+    rank: int
+    """Its place in the model's own distribution: 1 is the likeliest, equals share the best place."""
+    top: Scored
+    """The model's likeliest tokens."""
+    processed_top: Scored
+    """The likeliest tokens after every processor; fewer where fewer are possible."""
+
+
+class Stage(NamedTuple):
+    """What the distribution was like after one processor."""
+
+    name: str
+    """The processor's; "model" before the first."""
+    possible: int
+    """Tokens that could be chosen."""
+    removed: int
+    """Tokens that were possible before this stage and no longer are."""
+    probabilities: dict[int, float]
+    """Of the tokens worth showing, the same ones at every stage: the likeliest at the beginning, at the end, and the
+    chosen one."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a row goes on with, or why it cannot."""
+
+    token: int
+    log_prob: float
+    """The model's own log-probability of the token, before any processor."""
+    error: str | None = None
+    details: Details | None = None
+    work: tuple[Stage, ...] = ()
+
+
+@torch.no_grad()
+def take_turn(batch: Batch, top: int | None = None, show: int = 0) -> list[Choice]:
+    """Have every row read, choose and take its next token.
+
+    Args:
+        batch: the rows.
+        top: None for no details, else how many of the likeliest tokens they list.
+        show: how many of the likeliest tokens `Choice.work` shows at every stage; 0 for no work.
+    """
+    raw = batch.read()
+    context, states = batch.context, batch.states
+    processed = batch.process(raw)
+    greedy = batch.pipeline.greedy(context)
+    tokens = choose(processed, None if all(greedy) else context.uniform(Purpose.CHOICE), greedy)
+    forced = [_forced(row.forced, row.left) for row in batch.rows]
+    if any(token is not None for token in forced):
+        own = tokens.tolist()
+        tokens = torch.tensor(
+            [mine if token is None else token for token, mine in zip(forced, own, strict=True)], device=tokens.device
+        )
+    column = tokens.unsqueeze(1)
+    log_probs = raw.gather(1, column).squeeze(1) - raw.logsumexp(-1)
+    # One transfer to the host for all: float64 holds every token id exactly.
+    host = torch.stack((tokens.double(), log_probs.double(), processed.amax(-1).double()), dim=1).tolist()
+    details = _details(raw, processed, column, top) if top is not None else [None] * len(host)
+    works = _work(batch, raw, [int(row[0]) for row in host], show) if show else [()] * len(host)
+    choices = []
+    for row, (token, log_prob, peak) in enumerate(host):
+        sound = not math.isnan(log_prob) and (math.isfinite(peak) or forced[row] is not None)
+        error = None if sound else batch.pipeline.blame(context, raw, states, row)
+        choices.append(Choice(int(token), log_prob, error, details[row], works[row]))
+    batch.take(tokens, raw, processed, [choice.token for choice in choices])
+    return choices
+
+
+def _forced(forced: Sequence[int], left: int) -> int | None:
+    """The token that a row has to write now: the forced ones are its last, `left` of them are to come."""
+    return forced[len(forced) - left] if 0 < left <= len(forced) else None
+
+
+def _details(raw: Tensor, processed: Tensor, column: Tensor, top: int) -> list[Details]:
+    before, after = raw.log_softmax(-1), processed.log_softmax(-1)
+    chosen = after.gather(1, column).squeeze(1).tolist()
+    ranks = (1 + (raw > raw.gather(1, column)).sum(-1)).tolist()
+    return [Details(*each) for each in zip(chosen, ranks, _top(before, top), _top(after, top), strict=True)]
+
+
+def _top(log_probs: Tensor, count: int) -> list[Scored]:
+    values, tokens = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
+    return [
+        tuple((token, value) for token, value in zip(*pair, strict=True) if value > NEVER)
+        for pair in zip(tokens.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _work(batch: Batch, raw: Tensor, chosen: list[int], show: int) -> list[tuple[Stage, ...]]:
+    """Each row's stages, by running the processors once more, one at a time."""
+    names, stages = zip(*batch.pipeline.stages(batch.context, raw, batch.states), strict=True)
+    probabilities = [logits.softmax(-1) for logits in stages]
+    possible = [(logits > NEVER).sum(-1).tolist() for logits in stages]
+    works = []
+    for row, token in enumerate(chosen):
+        likeliest = [each[row].topk(min(show, raw.shape[-1])).indices.tolist() for each in probabilities[::-1]]
+        shown = list(dict.fromkeys([*likeliest[0], *likeliest[-1], token]))
+        counts = [each[row] for each in possible]
+        works.append(
+            tuple(
+                Stage(name, counts[i], max(0, counts[i - 1] - counts[i]) if i else 0, _at(probabilities[i][row], shown))
+                for i, name in enumerate(names)
+            )
+        )
+    return works
+
+
+def _at(probabilities: Tensor, tokens: list[int]) -> dict[int, float]:
+    return dict(zip(tokens, probabilities[tokens].tolist(), strict=True))
