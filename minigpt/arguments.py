@@ -10,18 +10,21 @@ from typing import Any
 from minigpt.errors import ConfigError
 
 
-def shipped(name: str) -> Path | None:
-    """A file that comes with minigpt (configs/NAME): from the repository, or from the wheel."""
+def shipped(name: str, folder: str = "") -> Path | None:
+    """A file that comes with minigpt (configs/FOLDER/NAME): from the repository, or from the wheel."""
     package = Path(__file__).parent
     for root in (package / "_shipped", package.parent):
-        for path in (root / "configs" / name, root / "configs" / f"{name}.yaml"):
+        for path in (root / "configs" / folder / name, root / "configs" / folder / f"{name}.yaml"):
             if path.is_file():
                 return path
     return None
 
 
-def make_parser(command: str, description: str, positional: str = "") -> Any:
-    """A jsonargparse parser for a command; our dataclasses' attribute docstrings become its help."""
+def make_parser(command: str, description: str, positional: str = "", folder: str = "") -> Any:
+    """A jsonargparse parser for a command; our dataclasses' attribute docstrings become its help.
+
+    --config finds shipped files in configs/FOLDER/ by their names.
+    """
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -31,6 +34,7 @@ def make_parser(command: str, description: str, positional: str = "") -> Any:
         description=re.sub(r"\s+", " ", description),
         exit_on_error=False,
     )
+    parser.shipped_folder = folder
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file of values; may be repeated")
     return parser
 
@@ -39,20 +43,20 @@ def parse(parser: Any, argv: list[str]) -> Any:
     """Parse, and turn jsonargparse's errors into one line that names the nearest field."""
     import argparse
 
-    argv = [_shipped_config(previous, item) for previous, item in zip(["", *argv], argv, strict=False)]
+    argv = [_shipped_config(previous, item, parser.shipped_folder) for previous, item in zip(["", *argv], argv, strict=False)]
     try:
         return parser.instantiate(parser.parse_args(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(_explain(parser, str(error))) from error
 
 
-def _shipped_config(previous: str, item: str) -> str:
+def _shipped_config(previous: str, item: str, folder: str) -> str:
     """--config NAME may name a shipped config where no file of that name is there."""
     flag, _, value = item.partition("=")
     if previous == "--config" and not Path(item).exists():
-        return str(shipped(Path(item).name) or item)
+        return str(shipped(Path(item).name, folder) or item)
     if flag == "--config" and value and not Path(value).exists():
-        return f"--config={shipped(Path(value).name) or value}"
+        return f"--config={shipped(Path(value).name, folder) or value}"
     return item
 
 
@@ -79,3 +83,34 @@ def _explain(parser: Any, message: str) -> str:
         hint = next((key for key in known if near and (key == near[0] or key.endswith(f".{near[0]}"))), None)
         return f"--{name}: no such setting" + (f"; did you mean --{hint}?" if hint else f"; see {parser.prog} --help")
     return message
+
+
+def latest_run(folder: str = "runs") -> Path:
+    """The run trained last in `folder`: what a person means who names none."""
+    runs = [path for path in Path(folder).glob("*") if any((path / "checkpoints").glob("step-*"))]
+    if not runs:
+        raise ConfigError(
+            f"no run given, and {folder}/ holds none; train one first, or give a run or checkpoint folder"
+        )
+    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+
+
+def split_positional(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The RUN that a verb is given first, and the rest. Raises ConfigError where it stands elsewhere."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    if argv and not argv[-1].startswith("-") and Path(argv[-1]).is_dir() and not argv[-2:-1][0].startswith("-"):
+        raise ConfigError(f"{argv[-1]}: RUN comes first, before the flags")
+    return None, argv
+
+
+def pick_device(name: str) -> str:
+    """The device of that name. Raises ConfigError where the machine has none."""
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name.partition(":")[0], False):
+        raise ConfigError(
+            f"--device {name}: not here; there is {', '.join(kind for kind, here in there.items() if here)}"
+        )
+    return name

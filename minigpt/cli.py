@@ -13,7 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minigpt.arguments import make_parser, parse
+from minigpt.arguments import latest_run, make_parser, parse, pick_device, split_positional
+from minigpt.cli_sample import sample
 from minigpt.errors import ConfigError, MinigptError
 
 PROG = "minigpt"
@@ -30,25 +31,6 @@ def add_training_settings(parser: Any) -> None:
 
     parser.add_class_arguments(TrainConfig)
     parser.set_defaults({f"model.{f.name}": f.default for f in fields(GPTConfig)})
-
-
-def latest_run(folder: str = "runs") -> Path:
-    """The run trained last in `folder`: what a person means who names none."""
-    runs = [path for path in Path(folder).glob("*") if any((path / "checkpoints").glob("step-*"))]
-    if not runs:
-        raise ConfigError(
-            f"no run given, and {folder}/ holds none; train one first, or give a run or checkpoint folder"
-        )
-    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
-
-
-def split_positional(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The RUN that a verb is given first, and the rest. Raises ConfigError where it stands elsewhere."""
-    if argv and not argv[0].startswith("-"):
-        return argv[0], argv[1:]
-    if argv and not argv[-1].startswith("-") and Path(argv[-1]).is_dir() and not argv[-2:-1][0].startswith("-"):
-        raise ConfigError(f"{argv[-1]}: RUN comes first, before the flags")
-    return None, argv
 
 
 # The verbs.
@@ -107,70 +89,6 @@ def _summarise(run: Path) -> None:
     print(f"run: {run}\nsample from it: python sample.py {run} --prompt 'your text'")
 
 
-def sample(argv: list[str]) -> None:
-    """Continue a prompt: minigpt sample RUN --prompt TEXT. RUN is a run, a checkpoint folder or a Hugging Face GPT-2 or
-    Llama folder; without it the run trained last.
-    """
-    from minigpt.sampling.config import SamplingConfig
-
-    path, rest = split_positional(argv)
-    parser = _parser("sample", "[RUN]")
-    parser.add_argument("--prompt", action="append", help="text to continue; repeat it for several (default: empty)")
-    parser.add_argument("--prompt_file", type=str, help="file whose text is continued; '-' is standard input")
-    parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
-    parser.add_class_arguments(SamplingConfig)
-    parse(parser, rest)  # a mistake is told before anything is loaded
-
-    from minigpt.checkpoint import load
-    from minigpt.sampling.sampler import Sampler
-
-    run = load(path or latest_run(), device=_device("cpu"))
-    parser.set_defaults(_fields(SamplingConfig.from_dict(run.sampling), SamplingConfig))
-    values = parse(parser, rest)
-    config = SamplingConfig(**_fields(values, SamplingConfig))
-    config.validate()
-    prompts = _prompts(values)
-    sampler = Sampler(run.model.to(_device(values.device)), run.tokenizer, config)
-    if values.json:
-        for prompt, completions in zip(prompts, sampler.generate(prompts), strict=True):
-            for completion in completions:
-                print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=False), flush=True)
-    elif len(prompts) * config.num_return_sequences == 1:
-        print(prompts[0], end="", flush=True)
-        for event in sampler.stream(prompts):
-            print(event.text, end="", flush=True)
-        print()
-    else:
-        for prompt, completions in zip(prompts, sampler.generate(prompts), strict=True):
-            for number, completion in enumerate(completions, 1):
-                print(f"--- {number} of {len(completions)} (seed {completion.seed}) ---\n{prompt}{completion.text}")
-
-
-def _prompts(values: Any) -> list[str]:
-    if values.prompt and values.prompt_file:
-        raise ConfigError("--prompt and --prompt_file: give one of them")
-    if values.prompt_file == "-":
-        return [sys.stdin.read()]
-    if values.prompt_file:
-        try:
-            return [Path(values.prompt_file).read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompt_file {values.prompt_file}: cannot be read as UTF-8 text ({error})") from error
-    return values.prompt or [""]
-
-
-def _device(name: str) -> str:
-    import torch
-
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name.partition(":")[0], False):
-        raise ConfigError(
-            f"--device {name}: not here; there is {', '.join(kind for kind, here in there.items() if here)}"
-        )
-    return name
-
-
 def prepare(argv: list[str]) -> None:
     """Tokenize a corpus into memory-mapped shards: minigpt prepare --data.source FILE --tokenizer.kind bpe. Training
     does this by itself; here it can be done before, and looked at.
@@ -211,7 +129,7 @@ def evaluate(argv: list[str]) -> None:
     from minigpt.checkpoint import load
     from minigpt.evaluation.text import evaluate_run
 
-    run = load(path or latest_run(), device=_device(values.device))
+    run = load(path or latest_run(), device=pick_device(values.device))
     data = values.data if values.data.source else None
     result, what = evaluate_run(run, data, values.block_size or None, values.tokens or None)
     figures = {

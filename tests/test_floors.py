@@ -28,9 +28,10 @@ FLOORS = {
     "internals": 5,
     "training": 6,
     "arguments": 1,
-    "cli": 7,
-    "__main__": 8,
-    "__init__": 8,
+    "cli_sample": 7,
+    "cli": 8,
+    "__main__": 9,
+    "__init__": 9,
 }
 # Third-party packages with one home. (huggingface's tokenizers trains and reads vocabularies.)
 HOMES = {

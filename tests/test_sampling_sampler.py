@@ -262,7 +262,7 @@ def test_an_error_in_one_sample_is_told_in_its_completion():
     ("overrides", "message"),
     [
         ({"temprature": 1}, r"no field 'temprature'; did you mean 'temperature'\?"),
-        ({"num_beams": 4}, "no field 'num_beams'"),
+        ({"num_beans": 4}, "no field 'num_beans'; did you mean 'num_beams'"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "hot"}, "temperature is 'hot'"),

@@ -5,86 +5,229 @@ Imports nothing heavy, so that the command line can show its help at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.rules import is_id, is_number, is_whole
+from minigpt.sampling import rules
+from minigpt.sampling.rules import Rule
 
-# field -> (accepts the value, what to write instead)
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda v: is_whole(v) and v >= 0, "a whole number of tokens, 0 or more"),
-    "temperature": (
-        lambda v: is_number(v) and (v == 0 or v >= 1e-30),  # a smaller divisor overflows float32
-        "0 (always the likeliest token) or a number above it, such as 0.8",
-    ),
-    "top_k": (
-        lambda v: v is None or (is_whole(v) and v >= 0),
-        "a whole number of tokens, 1 or more; 0 or null is off",
-    ),
-    "top_p": (lambda v: v is None or (is_number(v) and 0 <= v <= 1), "a number from 0 to 1; 1 or null is off"),
-    "num_return_sequences": (lambda v: is_whole(v) and v >= 1, "a whole number of samples, 1 or more"),
-    "seed": (lambda v: v is None or (is_id(v) and v < 2**64), "a whole number from 0 to 2**64 - 1; null draws one"),
-    "stop": (
-        lambda v: isinstance(v, (list, tuple)) and all(isinstance(text, str) and text for text in v),
-        "a list of texts, none of them empty",
-    ),
-    "include_stop": (lambda v: isinstance(v, bool), "true or false"),
-    "eos_token_id": (
-        lambda v: v is None or is_id(v) or (isinstance(v, (list, tuple)) and all(map(is_id, v))),
-        "a token id or a list of them; null takes the tokenizer's end-of-text",
-    ),
-    "ignore_eos": (lambda v: isinstance(v, bool), "true or false"),
-    "overflow": (lambda v: v in ("slide", "stop"), "'slide' or 'stop'"),
-}
+Number = float | None
 
 
-def check_field(name: str, value: Any) -> None:
-    """Raise ConfigError, naming the field, the value and what was expected, unless the field accepts the value."""
-    accepts, expected = _RULES[name]
-    if not accepts(value):
-        raise ConfigError(f"sampling: {name} is {value!r}; expected {expected}")
+def setting(default: Any, rule: Rule, off: float | None = None, each: bool = False) -> Any:
+    """A field with what it accepts.
+
+    Args:
+        default: its value where none is given.
+        rule: which values it accepts.
+        off: the number at which it does nothing. Such a field may be null, and may differ from prompt to prompt.
+        each: it may differ from prompt to prompt though it is never off.
+    """
+    if off is not None:
+        rule = Rule(lambda value, accepts=rule.accepts: value is None or accepts(value), f"{rule.expected}; null is off")
+    extra = {"rule": rule, "off": off, "each": each or off is not None}
+    return field(default_factory=list, metadata=extra) if default == [] else field(default=default, metadata=extra)
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are chosen and when to stop. Names are those of transformers' GenerationConfig where it has them."""
+    """How tokens are chosen and when to stop. Names are those of transformers' GenerationConfig where it has them.
 
-    max_new_tokens: int = 256
+    Every number that has a neutral value may be null, and in a call be a list of one value for each prompt. Which
+    strategy is which, with formulas and sources: docs/sampling.md.
+    """
+
+    # Length and end.
+
+    max_new_tokens: int = setting(256, rules.COUNT_OR_ZERO, each=True)
     """Most tokens to write after the prompt; 0 writes none."""
-    temperature: float = 0.8
-    """Logits are divided by it: below 1 is safer, above 1 wilder; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens only, and what ties with the k-th; null or 0 is off."""
-    top_p: float | None = None
-    """Draw from the fewest likeliest tokens whose probabilities reach p together; null or 1 is off."""
-    num_return_sequences: int = 1
-    """Samples written for each prompt."""
-    seed: int | None = None
-    """0 .. 2**64 - 1: the same prompt, seed and settings give the same text; null draws a seed and reports it."""
-    stop: list[str] = field(default_factory=list)
-    """Texts that end a sample where one of them appears in what was written; the prompt does not count."""
-    include_stop: bool = False
-    """Keep the stop text at the end of the sample rather than cut it off."""
-    eos_token_id: int | list[int] | None = None
+    min_new_tokens: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
+    """No end-of-text before this many tokens were written."""
+    min_length: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
+    """No end-of-text before prompt and output together have this many tokens."""
+    eos_token_id: int | list[int] | None = setting(None, rules.IDS_OR_NONE)
     """Token ids that end a sample; null takes the tokenizer's end-of-text."""
-    ignore_eos: bool = False
+    ignore_eos: bool = setting(False, rules.YES_OR_NO)
     """Write on after an end-of-text token."""
-    overflow: Literal["slide", "stop"] = "slide"
+    stop: list[str] = setting([], rules.TEXTS)
+    """Texts that end a sample where one of them appears in what was written; the prompt does not count."""
+    stop_sequences: list[list[int]] = setting([], rules.ID_LISTS)
+    """The same for sequences of token ids; they stay in the sample."""
+    include_stop: bool = setting(False, rules.YES_OR_NO)
+    """Keep the stop text at the end of the sample rather than cut it off."""
+    max_time: float | None = setting(None, rules.POSITIVE_OR_NONE)
+    """Seconds after which every sample ends, complete or not."""
+    repetition_stop: int | None = setting(None, rules.TWO_OR_MORE_OR_NONE)
+    """End a sample once a piece of it came this many times in a row."""
+    repetition_stop_length: int = setting(32, rules.COUNT)
+    """Tokens of the longest piece that repetition_stop looks for."""
+    overflow: Literal["slide", "stop"] = setting("slide", rules.one_of("slide", "stop"))
     """Past the model's context length: 'slide' goes on with the latest tokens in view, 'stop' ends the sample."""
 
+    # Samples.
+
+    num_return_sequences: int = setting(1, rules.COUNT)
+    """Samples written for each prompt; with beams, how many of the best are returned."""
+    seed: int | None = setting(None, rules.SEED, each=True)
+    """0 .. 2**64 - 1: the same prompt, seed and settings give the same text; null draws a seed and reports it."""
+
+    # The shape of the distribution.
+
+    temperature: float = setting(0.8, rules.TEMPERATURE, each=True)
+    """Logits are divided by it: below 1 is safer, above 1 wilder; 0 always takes the likeliest token."""
+    dynatemp_range: Number = setting(None, rules.NOT_NEGATIVE, off=0)
+    """The temperature moves this far up where the model is unsure, and down where it is sure."""
+    dynatemp_exponent: Number = setting(None, rules.NOT_NEGATIVE, off=1)
+    """How the temperature follows the unsureness between its ends."""
+    smoothing_factor: Number = setting(None, rules.NOT_NEGATIVE, off=0)
+    """Quadratic smoothing of the logits: flattens the top and cuts the tail."""
+    smoothing_curve: Number = setting(None, rules.ONE_TO_THREE, off=1)
+    """1 .. 3: how much steeper the fall of smoothing_factor becomes."""
+    top_k: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
+    """Draw from the k likeliest tokens only, and what ties with the k-th."""
+    exact_top_k: bool = setting(False, rules.YES_OR_NO)
+    """Of several tokens that tie with the k-th, keep only the first, so that k are left."""
+    top_p: Number = setting(None, rules.FRACTION, off=1)
+    """Draw from the fewest likeliest tokens whose probabilities reach p together."""
+    min_p: Number = setting(None, rules.FRACTION, off=0)
+    """Remove tokens below this share of the likeliest one's probability."""
+    typical_p: Number = setting(None, rules.POSITIVE_FRACTION, off=1)
+    """Draw from the tokens of the most usual surprise whose probabilities reach this together."""
+    epsilon_cutoff: Number = setting(None, rules.BELOW_ONE, off=0)
+    """Remove tokens below this probability."""
+    eta_cutoff: Number = setting(None, rules.BELOW_ONE, off=0)
+    """Remove tokens below a probability that is lower where the model is unsure."""
+    top_a: Number = setting(None, rules.FRACTION, off=0)
+    """Remove tokens below this times the square of the likeliest one's probability."""
+    tail_free: Number = setting(None, rules.FRACTION, off=1)
+    """Cut the tail where the curve of probabilities has spent this share of its bends."""
+    top_n_sigma: Number = setting(None, rules.NOT_NEGATIVE, off=0)
+    """Remove tokens whose logit is this many standard deviations below the highest."""
+    top_h: Number = setting(None, rules.POSITIVE_FRACTION, off=1)
+    """Keep the likeliest tokens that make up this share of the entropy."""
+    p_less: bool = setting(False, rules.YES_OR_NO)
+    """Remove tokens less likely than it is that two draws agree."""
+    xtc_probability: Number = setting(None, rules.FRACTION, off=0)
+    """How often to exclude the top choices: all tokens of at least xtc_threshold but the least likely one."""
+    xtc_threshold: float = setting(0.1, rules.FRACTION, each=True)
+    """The probability from which a token is a top choice; above 0.5 nothing happens."""
+    adaptive_target: Number = setting(None, rules.FRACTION_OR_NONE)
+    """Prefer tokens of a middling probability, so that the chosen ones have this one on average."""
+    adaptive_decay: float = setting(0.9, rules.ZERO_TO_099, each=True)
+    """How slowly adaptive_target forgets."""
+    mirostat: int = setting(0, rules.one_of(0, 1, 2))
+    """Keep the average surprise at mirostat_tau: version 1 or 2; replaces the filters above."""
+    mirostat_tau: float = setting(5.0, rules.POSITIVE, each=True)
+    """The surprise that mirostat aims at, in bits a token."""
+    mirostat_eta: float = setting(0.1, rules.NOT_NEGATIVE, each=True)
+    """How quickly mirostat follows."""
+
+    # Penalties.
+
+    repetition_penalty: Number = setting(None, rules.POSITIVE, off=1)
+    """Divides positive and multiplies negative logits of tokens seen; above 1 discourages."""
+    repetition_scope: Literal["prompt", "output", "both"] = setting("both", rules.SCOPE)
+    """Which tokens repetition_penalty counts."""
+    repetition_normalised: bool = setting(False, rules.YES_OR_NO)
+    """Multiply log-probabilities instead, so that the zero of the logits does not matter."""
+    encoder_repetition_penalty: Number = setting(None, rules.POSITIVE, off=1)
+    """Above 1 encourages the prompt's tokens."""
+    presence_penalty: Number = setting(None, rules.NUMBER, off=0)
+    """Lowers the logits of tokens seen."""
+    frequency_penalty: Number = setting(None, rules.NUMBER, off=0)
+    """Lowers the logits of tokens by how often they were seen."""
+    penalty_scope: Literal["prompt", "output", "both"] = setting("output", rules.SCOPE)
+    """Which tokens presence_penalty and frequency_penalty count."""
+    penalty_window: int | None = setting(None, rules.COUNT_OR_NONE)
+    """Count only the last this many tokens of the scope, for repetition, presence and frequency; null counts all."""
+    dry_multiplier: Number = setting(None, rules.NOT_NEGATIVE, off=0)
+    """DRY: lower a token that would go on with a repetition by this, times dry_base for every token too many."""
+    dry_base: float = setting(1.75, rules.AT_LEAST_ONE, each=True)
+    """How the penalty grows with the length of the repetition."""
+    dry_allowed_length: int = setting(2, rules.COUNT, each=True)
+    """Tokens that may be repeated without a penalty."""
+    dry_sequence_breakers: list[str] = setting([], rules.TEXTS)
+    """Texts across which nothing counts as repeated, such as a line break."""
+    dry_window: int | None = setting(None, rules.COUNT_OR_NONE)
+    """Look back only this many tokens."""
+    no_repeat_ngram_size: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
+    """Never write the same this many tokens in a row again, the prompt's included."""
+    encoder_no_repeat_ngram_size: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
+    """Never write this many tokens in a row of the prompt again."""
+
+    # Biases and bans.
+
+    logit_bias: dict[int, float] | None = setting(None, rules.BIASES_OR_NONE)
+    """Added to the logits of these token ids: {50256: -5.0}."""
+    sequence_bias: list[Any] = setting([], rules.SEQUENCE_BIASES)
+    """Added to a token's logit where it would complete a sequence: [[[7, 8], -2.0], [[5], 1.0]]."""
+    bad_words: list[str] = setting([], rules.TEXTS)
+    """Texts that are never written, alone or after a space, spelled as the tokenizer spells them."""
+    bad_words_ids: list[list[int]] = setting([], rules.ID_LISTS)
+    """Sequences of token ids that are never completed."""
+    allowed_token_ids: list[int] = setting([], rules.ID_LIST)
+    """Write only these tokens; an empty list allows all."""
+    suppress_tokens: list[int] = setting([], rules.ID_LIST)
+    """Never write these tokens."""
+    begin_suppress_tokens: list[int] = setting([], rules.ID_LIST)
+    """Never write these tokens first."""
+    forced_bos_token_id: int | None = setting(None, rules.ID_OR_NONE)
+    """The token to write first."""
+    forced_eos_token_id: int | list[int] | None = setting(None, rules.IDS_OR_NONE)
+    """The token, or one of the tokens, to write as the last of max_new_tokens."""
+    exponential_decay_length_penalty: list[Any] | None = setting(None, rules.DECAY_OR_NONE)
+    """[after, factor]: raise the end's logit by factor, above 1, for every token written beyond `after`."""
+
+    # Order.
+
+    order: str | list[str] = setting("transformers", rules.TEXT_OR_TEXTS)
+    """In which the above is applied: as in 'transformers', 'vllm' or 'llama_cpp', or a list of step names."""
+    renormalize_logits: bool = setting(False, rules.YES_OR_NO)
+    """Make the processed logits log-probabilities again, which beams then add up."""
+
+    # Search.
+
+    num_beams: int = setting(1, rules.COUNT)
+    """Texts followed at once in search of the likeliest; 1 is no search."""
+    beam_method: Literal["beam", "sample", "stochastic"] = setting("beam", rules.one_of("beam", "sample", "stochastic"))
+    """'beam' follows the best, 'sample' draws among them, 'stochastic' draws texts without replacement."""
+    length_penalty: float = setting(1.0, rules.NUMBER)
+    """A text's score is its log-probability over its length to this power: above 0 favours long texts."""
+    early_stopping: bool | Literal["never"] = setting(False, rules.one_of(True, False, "never"))
+    """Stop at num_beams finished texts (true), when better ones are unlikely (false) or impossible ('never')."""
+    num_beam_groups: int = setting(1, rules.COUNT)
+    """Groups of beams that keep clear of each other's tokens by diversity_penalty."""
+    diversity_penalty: float = setting(0.0, rules.NOT_NEGATIVE)
+    """Taken from a token's score for every earlier group that chose it in the same step."""
+    force_words: list[Any] = setting([], rules.WORDS)
+    """Texts that must appear in a beam search's result; a list in place of a text holds alternatives."""
+    force_words_ids: list[Any] = setting([], rules.WORD_IDS)
+    """The same as token ids: [[5, 6], [[7], [8, 9]]] asks for 5 6 and for 7 or 8 9."""
+
+    # What is told, and how much is done at once.
+
+    top_logprobs: int | None = setting(None, rules.COUNT_OR_ZERO_OR_NONE)
+    """Tell for each token its rank, its probability after processing, and this many of the likeliest tokens."""
+    max_rows: int | None = setting(None, rules.COUNT_OR_NONE)
+    """Most samples written at once; more are sorted by length and written batch by batch."""
+    max_batch_tokens: int | None = setting(None, rules.COUNT_OR_NONE)
+    """Most tokens that the cache has room for at once."""
+
     def validate(self) -> None:
-        """Raise ConfigError for the first field whose value it does not accept."""
-        for name in _RULES:
-            check_field(name, getattr(self, name))
+        """Raise ConfigError for the first field whose value it does not accept, or for fields that contradict."""
+        for spec in fields(self):
+            check_field(spec.name, getattr(self, spec.name))
+        from minigpt.sampling.conflicts import check_conflicts
+
+        check_conflicts(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As generation_config.json holds it: transformers' names, then our own for what it has no field for."""
         record = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         record["stop_strings"] = list(record.pop("stop"))
-        record["do_sample"] = self.temperature > 0
-        if not record["do_sample"]:
+        record["do_sample"] = self.temperature > 0 if self.num_beams == 1 else self.beam_method != "beam"
+        if self.temperature == 0:
             del record["temperature"]  # transformers has no temperature 0
         return {name: value for name, value in record.items() if value not in (None, [])}
 
@@ -101,8 +244,29 @@ class SamplingConfig:
         values = {name: value for name, value in record.items() if name in known and value is not None}
         if stop := record.get("stop_strings"):
             values["stop"] = [stop] if isinstance(stop, str) else stop
-        if record.get("do_sample") is False:
+        if isinstance(bias := values.get("logit_bias"), dict):  # JSON has no numbers for keys
+            values["logit_bias"] = {_number(token): value for token, value in bias.items()}
+        searches = values.get("num_beams", 1) != 1
+        if record.get("do_sample") is False and not (searches and "temperature" in values):
             values["temperature"] = 0.0
+        if record.get("do_sample") and searches and "beam_method" not in values:
+            values["beam_method"] = "sample"
         config = cls(**values)
         config.validate()
         return config
+
+
+def _number(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+
+
+FIELDS = {spec.name: spec for spec in fields(SamplingConfig)}
+PER_PROMPT = tuple(name for name, spec in FIELDS.items() if spec.metadata["each"])
+"""Fields that in a call may be a list of one value for each prompt."""
+
+
+def check_field(name: str, value: Any) -> None:
+    """Raise ConfigError, naming the field, the value and what was expected, unless the field accepts the value."""
+    rule = FIELDS[name].metadata["rule"]
+    if not rule.accepts(value):
+        raise ConfigError(f"sampling: {name} is {value!r}; expected {rule.expected}")

@@ -29,6 +29,8 @@ class Purpose(IntEnum):
 
     CHOICE = 0
     XTC = 1
+    SEARCH = 2
+    SEARCH_ROOT = 3
 
 
 def fresh_seed() -> int:
@@ -55,7 +57,7 @@ def philox(counter: Sequence[np.ndarray], key: Sequence[np.ndarray]) -> tuple[np
     return c0, c1, c2, c3
 
 
-def uniforms(seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray, purpose: int, draw: int = 0) -> np.ndarray:
+def uniforms(seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray, purpose: int, draw: int | np.ndarray = 0) -> np.ndarray:
     """Numbers in [0, 1) with 53 random bits, float64, of the arguments' common shape.
 
     Args:
@@ -94,6 +96,10 @@ class Noise:
             self._stretches[purpose, draw] = positions.copy(), numbers
             offset = np.zeros_like(positions)
         return numbers[np.arange(len(positions)), offset]
+
+    def table(self, positions: np.ndarray, lanes: np.ndarray, purpose: int, draws: int) -> np.ndarray:
+        """Many numbers a row, in [0, 1): (B, draws) float64; `lanes` (B,) stand in for the sample indexes."""
+        return uniforms(self._seeds[:, None], lanes[:, None], positions[:, None], purpose, np.arange(draws))
 
     def gather(self, rows: Sequence[int]) -> Noise:
         """The noise of a batch whose row i is the present row rows[i]."""

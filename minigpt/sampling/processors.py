@@ -184,6 +184,16 @@ class TopP:
 
 
 @dataclass(frozen=True)
+class Normalised:
+    """Logits shifted to be log-probabilities, of which a search adds up those of a text (renormalize_logits)."""
+
+    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
+        """The log-softmax; a row without a possible token as it is."""
+        total = logits.logsumexp(-1, keepdim=True)
+        return torch.where(total > NEVER, logits - total, logits)
+
+
+@dataclass(frozen=True)
 class Plain:
     """A user's function (context, logits) -> logits as a processor; it gets a copy, so it may write into its logits."""
 

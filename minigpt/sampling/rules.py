@@ -35,6 +35,15 @@ def is_id(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
+def is_list(value: object) -> bool:
+    """Whether the value is a list or a tuple."""
+    return isinstance(value, (list, tuple))
+
+
+def _is_sequence(value: Any) -> bool:
+    return is_list(value) and len(value) > 0 and all(map(is_id, value))
+
+
 NUMBER = Rule(is_number, "a number")
 POSITIVE = Rule(lambda v: is_number(v) and v > 0, "a number above 0")
 NOT_NEGATIVE = Rule(lambda v: is_number(v) and v >= 0, "a number, 0 or more")
@@ -45,10 +54,55 @@ AT_LEAST_ONE = Rule(lambda v: is_number(v) and v >= 1, "a number, 1 or more")
 COUNT = Rule(lambda v: is_whole(v) and v >= 1, "a whole number, 1 or more")
 COUNT_OR_ZERO = Rule(lambda v: is_whole(v) and v >= 0, "a whole number, 0 or more")
 COUNT_OR_NONE = Rule(lambda v: v is None or COUNT.accepts(v), "a whole number, 1 or more, or None for no limit")
+COUNT_OR_ZERO_OR_NONE = Rule(lambda v: v is None or COUNT_OR_ZERO.accepts(v), "a whole number, 0 or more, or None")
+TWO_OR_MORE_OR_NONE = Rule(lambda v: v is None or (is_whole(v) and v >= 2), "a whole number, 2 or more, or None")
+FRACTION_OR_NONE = Rule(lambda v: v is None or FRACTION.accepts(v), "a number from 0 to 1, or None")
+POSITIVE_OR_NONE = Rule(lambda v: v is None or POSITIVE.accepts(v), "a number above 0, or None for no limit")
+ONE_TO_THREE = Rule(lambda v: is_number(v) and 1 <= v <= 3, "a number from 1 to 3")
+ZERO_TO_099 = Rule(lambda v: is_number(v) and 0 <= v <= 0.99, "a number from 0 to 0.99")
 SCOPE = Rule(lambda v: v in ("prompt", "output", "both"), "'prompt', 'output' or 'both'")
 YES_OR_NO = Rule(lambda v: isinstance(v, bool), "True or False")
 BIAS = Rule(lambda v: is_number(v) or v == -math.inf, "a number, or minus infinity to forbid")
 FUNCTION = Rule(callable, "a function")
+TEMPERATURE = Rule(
+    lambda v: is_number(v) and (v == 0 or v >= 1e-30),  # a smaller divisor overflows float32
+    "0 (always the likeliest token) or a number above it, such as 0.8",
+)
+SEED = Rule(lambda v: v is None or (is_id(v) and v < 2**64), "a whole number from 0 to 2**64 - 1; null draws one")
+TEXTS = Rule(lambda v: is_list(v) and all(isinstance(text, str) and text for text in v), "a list of texts, none empty")
+TEXT_OR_TEXTS = Rule(lambda v: (isinstance(v, str) and v != "") or TEXTS.accepts(v), "a name, or a list of names")
+ID_OR_NONE = Rule(lambda v: v is None or is_id(v), "a token id, or None")
+ID_LIST = Rule(lambda v: is_list(v) and all(map(is_id, v)), "a list of token ids")
+IDS_OR_NONE = Rule(lambda v: v is None or is_id(v) or ID_LIST.accepts(v), "a token id or a list of them, or None")
+ID_LISTS = Rule(lambda v: is_list(v) and all(map(_is_sequence, v)), "a list of lists of token ids, none empty")
+BIASES_OR_NONE = Rule(
+    lambda v: v is None or (isinstance(v, dict) and all(map(is_id, v)) and all(map(BIAS.accepts, v.values()))),
+    "a bias for each token id, such as {50256: -5.0}",
+)
+SEQUENCE_BIASES = Rule(
+    lambda v: is_list(v) and all(is_list(one) and len(one) == 2 and _is_sequence(one[0]) and BIAS.accepts(one[1]) for one in v),
+    "a list of pairs of token ids and a bias, such as [[[7, 8], -2.0]]",
+)
+DECAY_OR_NONE = Rule(
+    lambda v: v is None or (is_list(v) and len(v) == 2 and COUNT_OR_ZERO.accepts(v[0]) and POSITIVE.accepts(v[1])),
+    "[a whole number of tokens, a factor above 0], or None",
+)
+WORDS = Rule(
+    lambda v: is_list(v) and all((isinstance(one, str) and one) or (one and TEXTS.accepts(one)) for one in v),
+    "a list of texts, or of lists of alternative texts",
+)
+WORD_IDS = Rule(
+    lambda v: is_list(v) and all(_is_sequence(one) or (one and ID_LISTS.accepts(one)) for one in v),
+    "a list of lists of token ids, or of lists of alternative lists",
+)
+
+
+def one_of(*values: Any) -> Rule:
+    """A rule that accepts these values and no others (True is not 1)."""
+    return Rule(
+        lambda v: any(v == value and type(v) is type(value) for value in values),
+        " or ".join(repr(value) for value in values),
+    )
 
 
 def check(processor: Any, **rules: Rule) -> None:

@@ -1,26 +1,27 @@
-"""The front door: text or token ids in, completions or a stream of events out."""
+"""The front door: text or token ids in, completions, a stream of events or scores out."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from numbers import Integral
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minigpt.errors import ConfigError, MinigptError
-from minigpt.sampling.config import SamplingConfig
+from minigpt.errors import ConfigError
+from minigpt.sampling.config import FIELDS, PER_PROMPT, SamplingConfig
+from minigpt.sampling.criteria import MaxTime, Repeats, StopSequences
 from minigpt.sampling.decodable import Decodable
-from minigpt.sampling.loop import Event, check_prompts, stream_rows
-from minigpt.sampling.processors import AllowedVocabulary, Temperature, TopK, TopP
-from minigpt.sampling.stopping import Criterion, TextReader
+from minigpt.sampling.loop import Event, stream_rows
+from minigpt.sampling.noise import fresh_seed
+from minigpt.sampling.orders import Order
+from minigpt.sampling.prompts import Prompt, encode_all, encode_prompts, holds_stop, plain, read_all, text_reader
+from minigpt.sampling.recipe import cook, spellings
+from minigpt.sampling.scoring import Score, score_ids
+from minigpt.sampling.stopping import Criterion
+from minigpt.sampling.turn import Details, Stage
 
 if TYPE_CHECKING:
     from minigpt.tokenizer.base import Tokenizer
-
-PER_PROMPT = ("temperature", "top_k", "top_p", "seed")
-
-Prompt = str | Sequence[int]
 
 
 class Usage(NamedTuple):
@@ -41,14 +42,20 @@ class Completion:
     text: str
     """Their text, without the end token and (but for include_stop) the stop string."""
     finish_reason: str
-    """end, stop, length, context, error or a criterion's own: see `Event.finish_reason`."""
-    seed: int
-    """The prompt's seed: with it the sample can be written again."""
+    """end, stop, length, context, time, repetition, error or a criterion's own: see `Event.finish_reason`."""
+    seed: int | None
+    """The prompt's seed: with it the sample can be written again; None where nothing was drawn."""
     log_probs: list[float]
     """The model's own log-probability of each written token, before any processor (nats)."""
     usage: Usage
     error: str | None = None
     """Why, where the reason is error."""
+    score: float | None = None
+    """Of a search: the sum of the log-probabilities that it added up, over length ** length_penalty."""
+    details: list[Details] | None = None
+    """With top_logprobs: how each token stood among the others."""
+    work: list[tuple[Stage, ...]] | None = None
+    """What each processor did for each token, where asked for."""
 
 
 class Sampler:
@@ -66,11 +73,11 @@ class Sampler:
         model: what predicts; its mode and its gradients are left as they were.
         tokenizer: turns text into the model's tokens and back.
         config: settings for every call; a call can override each of them.
-        processors: applied to the logits before temperature, top-k and top-p, in this order.
+        processors: the caller's own, applied where `config.order` has the step "processors".
         criteria: endings beyond those of the config.
 
     Raises:
-        ConfigError: a field of the config holds a value that it does not accept.
+        ConfigError: a field of the config holds a value that it does not accept, or fields contradict each other.
     """
 
     def __init__(
@@ -88,54 +95,183 @@ class Sampler:
         self.processors = tuple(processors)
         self.criteria = tuple(criteria)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **overrides: Any) -> list[list[Completion]]:
-        """Continue one prompt or several: result[prompt][sample]. Arguments as for `stream`, which it collects."""
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], *, show_work: int = 0, **overrides: Any
+    ) -> list[list[Completion]]:
+        """Continue one prompt or several: result[prompt][sample], or [prompt][the best of num_beams].
+
+        Arguments as for `stream`, whose events it collects unless num_beams asks for a search.
+        """
         ids = self._encode(prompts)
+        common, configs = self._configs(len(ids), overrides)
+        if common.num_beams > 1:
+            if show_work:
+                raise ConfigError("show_work: shows one text as it is written; leave num_beams out")
+            return self._search(ids, common, configs)
         collected: dict[tuple[int, int], list[Event]] = {}
-        for event in self.stream(ids, **overrides):
+        for event in self._stream(ids, common, configs, show=show_work):
             collected.setdefault((event.prompt, event.sample), []).append(event)
         result: list[list[Completion]] = [[] for _ in ids]
         for (prompt, _), events in sorted(collected.items()):
             result[prompt].append(_completion(ids[prompt], events))
         return result
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], **overrides: Any) -> Iterator[Event]:
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], *, show_work: int = 0, **overrides: Any
+    ) -> Iterator[Event]:
         """Continue one prompt or several and tell each token as it is chosen.
 
         Args:
             prompts: a text, token ids, or a list of such.
-            overrides: fields of `SamplingConfig` for this call; temperature, top_k, top_p and seed may be lists of one
-                value for each prompt.
+            show_work: let `Event.work` tell what each processor did to this many of the likeliest tokens.
+            overrides: fields of `SamplingConfig` for this call; those of `config.PER_PROMPT`, and stop, may be lists of
+                one value for each prompt.
 
         Raises:
-            ConfigError: at once, not at the first event: an unknown or ill-valued field, a prompt that cannot be used.
+            ConfigError: at once, not at the first event: an unknown or ill-valued field, a prompt that cannot be used,
+                a search, which knows its texts only at its end.
         """
         ids = self._encode(prompts)
         common, configs = self._configs(len(ids), overrides)
+        if common.num_beams > 1:
+            raise ConfigError(
+                f"sampling: num_beams is {common.num_beams}, and a search knows its texts only at its end, so that it "
+                "cannot be streamed; use generate, or num_beams 1"
+            )
+        return self._stream(ids, common, configs, show=show_work)
+
+    def replay(self, prompts: Any, continuations: Any, *, show_work: int = 0, **overrides: Any) -> list[Completion]:
+        """Have each prompt continued by given tokens, and tell of each what it would have been told if chosen.
+
+        Args:
+            prompts: as for `stream`.
+            continuations: one for each prompt, as text or token ids.
+            show_work: as for `stream`.
+            overrides: as for `stream`.
+        """
+        ids = self._encode(prompts)
+        forced = encode_all(self.tokenizer, continuations, "continuation")
+        if len(forced) != len(ids):
+            raise ConfigError(f"there are {len(ids)} prompts and {len(forced)} continuations; give one for each")
+        common, configs = self._configs(len(ids), {"top_logprobs": 0, "num_return_sequences": 1, **overrides})
+        collected: list[list[Event]] = [[] for _ in ids]
+        for event in self._stream(ids, common, configs, forced, show_work):
+            collected[event.prompt].append(event)
+        return [_completion(prompt, events) for prompt, events in zip(ids, collected, strict=True)]
+
+    def score(self, texts: Any, *, stride: int | None = None, top: int = 0, show: bool = False) -> list[Score]:
+        """The model's log-probability of each token of one or several given texts; see `scoring.score_ids`.
+
+        A text is read as if it stood at the beginning of a document, if the tokenizer has an end-of-text token: then
+        that predicts the first token. Otherwise nothing does.
+        """
+        start = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
+        encoded = [[*start, *ids] for ids in encode_all(self.tokenizer, texts, "text")]
+        return score_ids(self.model, encoded, stride=stride, top=top, show=show)
+
+    def processors_for(self, **overrides: Any) -> tuple[list[Any], Order]:
+        """The processors of a call with these overrides, in their order, and the order itself."""
+        _, configs = self._configs(1, overrides)
+        return cook(configs, self.tokenizer, self.model.vocab_size, self.processors)
+
+    def _stream(
+        self,
+        ids: list[list[int]],
+        common: SamplingConfig,
+        configs: list[SamplingConfig],
+        forced: Sequence[Sequence[int]] | None = None,
+        show: int = 0,
+    ) -> Iterator[Event]:
+        processors, _ = cook(configs or [common], self.tokenizer, self.model.vocab_size, self.processors)
         return stream_rows(
             self.model,
             ids,
-            max_new_tokens=int(common.max_new_tokens),
-            processors=[*self._vocabulary(), *self.processors, *shaping(configs)],
+            max_new_tokens=[int(config.max_new_tokens) for config in configs],
+            processors=processors,
             samples=int(common.num_return_sequences),
             seeds=[config.seed for config in configs],
-            end_ids=() if common.ignore_eos else self._end_ids(common),
+            end_ids=self._end_ids(common),
             overflow=common.overflow,
-            readers=lambda number: self._reader(ids[number], common),
-            criteria=self.criteria,
+            readers=lambda n: text_reader(
+                self.tokenizer, ids[n], configs[n].stop if forced is None else (), common.include_stop
+            ),
+            criteria=[*_criteria(common), *self.criteria] if forced is None else (),
+            forced=forced,
+            top=common.top_logprobs,
+            show=show,
+            max_rows=common.max_rows,
+            max_tokens=common.max_batch_tokens,
         )
+
+    def _search(
+        self, ids: list[list[int]], common: SamplingConfig, configs: list[SamplingConfig]
+    ) -> list[list[Completion]]:
+        from minigpt.sampling.search import SearchSettings, search_rows
+
+        end_ids = self._end_ids(common)
+        draws = common.beam_method != "beam"
+        # As in transformers: drawing several continuations, one of which may be an end, needs tokens to draw from.
+        keep = max(2, len(end_ids) + 1) if draws else 1
+        processors, order = cook(configs or [common], self.tokenizer, self.model.vocab_size, self.processors, keep)
+        seeds = [_seed(config) if draws else None for config in configs]
+        words = [[spellings(self.tokenizer, text) for text in _alternatives(word)] for word in common.force_words]
+        constraints = [[ids for spelled in word for ids in spelled] for word in words]
+        constraints += [[one] if isinstance(one[0], int) else list(one) for one in common.force_words_ids]
+        found = search_rows(
+            self.model,
+            ids,
+            SearchSettings(
+                num_beams=common.num_beams,
+                num_return_sequences=common.num_return_sequences,
+                length_penalty=common.length_penalty,
+                early_stopping=common.early_stopping,
+                method=common.beam_method,
+                num_beam_groups=common.num_beam_groups,
+                diversity_penalty=common.diversity_penalty,
+            ),
+            max_new_tokens=[int(config.max_new_tokens) for config in configs],
+            processors=processors,
+            feed=order.feed,
+            seeds=seeds,
+            end_ids=end_ids,
+            overflow=common.overflow,
+            stopped=self._stopped(configs) if any(config.stop for config in configs) else None,
+            constraints=[constraints] * len(ids) if constraints else (),
+        )
+        return [
+            [
+                Completion(
+                    prompt_ids=prompt,
+                    ids=best.tokens,
+                    text=read_all(
+                        text_reader(self.tokenizer, prompt, config.stop, common.include_stop), best.tokens, end_ids
+                    ),
+                    finish_reason=best.finish_reason,
+                    seed=seed,
+                    log_probs=best.log_probs,
+                    usage=Usage(len(prompt), len(best.tokens)),
+                    error=best.error,
+                    score=best.score,
+                )
+                for best in hypotheses
+            ]
+            for prompt, config, seed, hypotheses in zip(ids, configs, seeds, found, strict=True)
+        ]
+
+    def _stopped(self, configs: list[SamplingConfig]) -> Callable[[int, list[int]], bool]:
+        return lambda n, written: bool(configs[n].stop) and holds_stop(self.tokenizer, written, configs[n].stop)
 
     def _configs(self, count: int, overrides: dict[str, Any]) -> tuple[SamplingConfig, list[SamplingConfig]]:
         """The settings that all of `count` prompts share, and those of each."""
-        names = [spec.name for spec in fields(SamplingConfig)]
         several = {}
         for name, value in overrides.items():
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(names)}"
+            if name not in FIELDS:
+                near = difflib.get_close_matches(name, FIELDS, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(FIELDS)}"
                 raise ConfigError(f"sampling: there is no field '{name}'; {hint}")
-            values = _plain(value)
-            if name in PER_PROMPT and isinstance(values, (list, tuple)):
+            values = plain(value)
+            listed = isinstance(values, (list, tuple))
+            if (name in PER_PROMPT and listed) or (name == "stop" and listed and any(map(_is_list, values))):
                 if len(values) != count:
                     raise ConfigError(
                         f"sampling: {name} has {len(values)} values for {count} prompts; give one for each"
@@ -143,57 +279,17 @@ class Sampler:
                 several[name] = values
         common = replace(self.config, **{name: value for name, value in overrides.items() if name not in several})
         configs = [replace(common, **{name: values[i] for name, values in several.items()}) for i in range(count)]
-        for config in (common, *configs) if several else (common,):
+        for config in configs if several else (common,):
             config.validate()
         return common, configs
 
     def _encode(self, prompts: Any) -> list[list[int]]:
-        """The prompts' token ids, each at least one."""
-        prompts = _plain(prompts)
-        if isinstance(prompts, str) or (len(prompts) and _is_id(prompts[0])):
-            prompts = [prompts]
-        encoded = []
-        for number, prompt in enumerate(map(_plain, prompts)):
-            if isinstance(prompt, str):
-                ids = list(self.tokenizer.encode(prompt))
-            elif isinstance(prompt, Sequence) and all(map(_is_id, prompt)):
-                ids = [int(token) for token in prompt]
-            else:
-                raise ConfigError(f"prompt {number} is {str(prompt)[:80]}; expected a text or a list of token ids")
-            encoded.append(ids or self._start())
-        check_prompts(encoded, min(self.model.vocab_size, self.tokenizer.vocab_size))
-        return encoded
-
-    def _start(self) -> list[int]:
-        """What an empty prompt starts from."""
-        if self.tokenizer.eot is not None:
-            return [self.tokenizer.eot]
-        try:
-            newline = list(self.tokenizer.encode("\n"))
-        except MinigptError:
-            newline = []
-        if not newline:
-            raise ConfigError(
-                "the prompt is empty, and the tokenizer has neither an end-of-text token nor a newline to start from; "
-                "give a prompt of at least one character"
-            )
-        return newline
-
-    def _reader(self, prompt: Sequence[int], config: SamplingConfig) -> TextReader:
-        """What turns the tokens after the prompt into text that continues the prompt's."""
-        decoder = self.tokenizer.stream_decoder()
-        tail = list(prompt[-8:])  # more bytes than a character has
-        if self.tokenizer.eot in tail:
-            tail = tail[len(tail) - tail[::-1].index(self.tokenizer.eot) :]
-        # Some vocabularies drop a space at the start of a text, which a continuation is not: the decoder has to have
-        # seen a token. Half a character at the prompt's end stays with the prompt, so then it has not.
-        if not self.tokenizer.decode(tail).endswith("\ufffd"):
-            for token in tail:
-                decoder.push(token)
-        return TextReader(decoder, config.stop, config.include_stop)
+        return encode_prompts(self.tokenizer, prompts, self.model.vocab_size)
 
     def _end_ids(self, config: SamplingConfig) -> list[int]:
-        given = _plain(self.tokenizer.eot if config.eos_token_id is None else config.eos_token_id)
+        if config.ignore_eos:
+            return []
+        given = plain(self.tokenizer.eot if config.eos_token_id is None else config.eos_token_id)
         end_ids = [] if given is None else [given] if isinstance(given, int) else list(given)
         if end_ids and max(end_ids) >= self.model.vocab_size:
             raise ConfigError(
@@ -202,43 +298,41 @@ class Sampler:
             )
         return end_ids
 
-    def _vocabulary(self) -> list[AllowedVocabulary]:
-        size = self.tokenizer.vocab_size
-        return [AllowedVocabulary(size)] if size < self.model.vocab_size else []
 
-
-def shaping(configs: Sequence[SamplingConfig]) -> list[Temperature | TopK | TopP]:
-    """Temperature, top-k and top-p in transformers' order, for one config a prompt; what is off for all is left out."""
-    everything = 2**31  # a top-k that keeps every token, beside prompts that have one
-    temperature = [float(config.temperature) for config in configs]
-    top_k = [int(config.top_k or everything) for config in configs]
-    top_p = [1.0 if config.top_p is None else float(config.top_p) for config in configs]
-    steps = ((Temperature, temperature, 1.0), (TopK, top_k, everything), (TopP, top_p, 1.0))
-    return [
-        make(values[0] if len(set(values)) == 1 else tuple(values))
-        for make, values, off in steps
-        if set(values) - {off}
-    ]
+def _criteria(config: SamplingConfig) -> list[Criterion]:
+    criteria: list[Criterion] = []
+    if config.stop_sequences:
+        criteria.append(StopSequences(config.stop_sequences))
+    if config.repetition_stop is not None:
+        criteria.append(Repeats(config.repetition_stop, config.repetition_stop_length))
+    if config.max_time is not None:
+        criteria.append(MaxTime(config.max_time))
+    return criteria
 
 
 def _completion(prompt_ids: list[int], events: list[Event]) -> Completion:
-    ids = [event.token for event in events if event.token is not None]
+    told = [event for event in events if event.token is not None]
     return Completion(
         prompt_ids=prompt_ids,
-        ids=ids,
+        ids=[event.token for event in told],  # type: ignore[misc]
         text="".join(event.text for event in events),
         finish_reason=str(events[-1].finish_reason),
         seed=events[-1].seed,
-        log_probs=[event.log_prob for event in events if event.log_prob is not None],
-        usage=Usage(len(prompt_ids), len(ids)),
+        log_probs=[event.log_prob for event in told],  # type: ignore[misc]
+        usage=Usage(len(prompt_ids), len(told)),
         error=events[-1].error,
+        details=[event.details for event in told] if told and told[0].details else None,  # type: ignore[misc]
+        work=[event.work for event in told] if told and told[0].work else None,
     )
 
 
-def _plain(value: Any) -> Any:
-    """Tensors and arrays as Python numbers and lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
+def _seed(config: SamplingConfig) -> int:
+    return fresh_seed() if config.seed is None else int(config.seed)
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def _alternatives(word: str | Sequence[str]) -> Sequence[str]:
+    return [word] if isinstance(word, str) else word
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))

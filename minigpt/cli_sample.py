@@ -1,0 +1,180 @@
+"""The verb that samples: a prompt continued, searched, shown at work, scored or replayed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minigpt.arguments import latest_run, make_parser, parse, pick_device, split_positional
+from minigpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minigpt.sampling.sampler import Completion, Sampler
+
+
+def sample(argv: list[str]) -> None:
+    """Continue a prompt: minigpt sample RUN --prompt TEXT. RUN is a run, a checkpoint folder or a Hugging Face GPT-2 or
+    Llama folder; without it the run trained last. --config takes a file of settings or one of greedy, precise,
+    creative, beam, llama_cpp_defaults.
+    """
+    from minigpt.sampling.config import SamplingConfig
+
+    path, rest = split_positional(argv)
+    parser = make_parser("minigpt sample", sample.__doc__ or "", "[RUN]", folder="sampling")
+    parser.add_argument("--prompt", action="append", help="text to continue; repeat it for several (default: empty)")
+    parser.add_argument("--prompt_ids", type=list[int], help="token ids to continue, such as [1,2,3]")
+    parser.add_argument("--prompt_file", type=str, help="file whose text is continued; '-' is standard input")
+    parser.add_argument("--prompt_lines", type=str, help="file with a prompt in every line; '-' is standard input")
+    parser.add_argument("--continuation", type=str, help="write this text, and tell how likely each of its tokens was")
+    parser.add_argument("--score", action="store_true", help="tell how likely the prompt itself is; nothing is written")
+    parser.add_argument("--stride", type=int, help="with --score: tokens by which the window moves on in a long text")
+    told = "show what each processor does to the N (5) likeliest tokens"
+    parser.add_argument("--show_work", "--show-work", nargs="?", const=5, default=0, type=int, metavar="N", help=told)
+    parser.add_argument("--show_order", action="store_true", help="print the processors in their order, and stop")
+    parser.add_argument("--compile", action="store_true", help="compile the model first: pays for many tokens")
+    parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
+    parser.add_class_arguments(SamplingConfig)
+    parse(parser, rest)  # a mistake is told before anything is loaded
+
+    from minigpt.checkpoint import load
+    from minigpt.sampling.sampler import Sampler
+
+    run = load(path or latest_run(), device=pick_device("cpu"))
+    stored = SamplingConfig.from_dict(run.sampling)
+    parser.set_defaults({field.name: getattr(stored, field.name) for field in fields(stored)})
+    values = parse(parser, rest)
+    config = SamplingConfig(**{field.name: getattr(values, field.name) for field in fields(SamplingConfig)})
+    config.validate()
+    prompts = _prompts(values)
+    model = run.model.to(pick_device(values.device))
+    if values.compile:
+        from minigpt.model.fast import compiled
+
+        model = compiled(model)
+    sampler = Sampler(model, run.tokenizer, config)
+    if values.show_order:
+        _print_order(sampler)
+    elif values.score:
+        _score(sampler, prompts, values)
+    elif values.continuation is not None:
+        completions = sampler.replay(prompts, [values.continuation] * len(prompts), show_work=values.show_work)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            if values.json:
+                _print_json(prompt, completion)
+            else:
+                _print_tokens(sampler, completion)
+    else:
+        _write(sampler, prompts, config, values)
+
+
+def _write(sampler: Sampler, prompts: list[Any], config: Any, values: Any) -> None:
+    if values.json:
+        for prompt, completions in zip(prompts, sampler.generate(prompts, show_work=values.show_work), strict=True):
+            for completion in completions:
+                _print_json(prompt, completion)
+        return
+    if config.top_logprobs is not None:
+        raise ConfigError("--top_logprobs: is told in JSON; add --json, or see --show_work")
+    alone = len(prompts) == 1 and config.num_return_sequences == 1 and config.num_beams == 1
+    if alone and values.show_work:
+        from minigpt.sampling.show import show_work
+
+        for event in sampler.stream(prompts, show_work=values.show_work):
+            if event.work:
+                print(show_work(event, sampler.tokenizer), flush=True)
+            if event.error:
+                raise ConfigError(event.error)
+        return
+    if values.show_work:
+        raise ConfigError("--show_work: shows one text as it is written; give one prompt, one sample and no beams")
+    if alone:
+        print(_text(prompts[0], sampler), end="", flush=True)
+        for event in sampler.stream(prompts):
+            print(event.text, end="", flush=True)
+        print()
+        if event.error:
+            raise ConfigError(event.error)
+        return
+    for prompt, completions in zip(prompts, sampler.generate(prompts), strict=True):
+        for number, done in enumerate(completions, 1):
+            of = f"{number} of {len(completions)}"
+            told = f"seed {done.seed}" if done.seed is not None else ""
+            told = ", ".join(filter(None, (told, "" if done.score is None else f"score {done.score:.4f}", done.error)))
+            print(f"--- {of} ({told}) ---\n{_text(prompt, sampler)}{done.text}")
+
+
+def _score(sampler: Sampler, prompts: list[Any], values: Any) -> None:
+    top = sampler.config.top_logprobs or 0
+    for prompt, score in zip(prompts, sampler.score(prompts, stride=values.stride, top=top, show=True), strict=True):
+        text = _text(prompt, sampler)
+        per_byte = -score.total / max(1, len(text.encode())) / 0.6931471805599453
+        if values.json:
+            figures = {"perplexity": score.perplexity, "bits_per_byte": per_byte, "total": score.total}
+            print(json.dumps({"prompt": prompt, **figures, **asdict(score)}, ensure_ascii=False), flush=True)
+            continue
+        for token, log_prob, rank in zip(score.ids, score.log_probs, score.ranks, strict=True):
+            if log_prob is not None:
+                print(f"{log_prob:9.4f}  rank {rank:<6} {sampler.tokenizer.decode([token])!r}")
+        print(
+            f"{score.count} tokens  {score.total:.4f} nats  perplexity {score.perplexity:.4f}  "
+            f"{per_byte:.4f} bits a byte"
+        )
+
+
+def _print_order(sampler: Sampler) -> None:
+    processors, order = sampler.processors_for()
+    name = sampler.config.order if isinstance(sampler.config.order, str) else "own"
+    print(f"order {name}: beams feed {order.feed.replace('_', '-')} to the processors")
+    for processor in processors:
+        print(f"  {processor}")
+
+
+def _print_json(prompt: Any, completion: Completion) -> None:
+    print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=False), flush=True)
+
+
+def _print_tokens(sampler: Sampler, completion: Completion) -> None:
+    print("  model's   after processors   rank")
+    for token, log_prob, details in zip(completion.ids, completion.log_probs, completion.details or [], strict=True):
+        print(
+            f"{log_prob:9.4f}  {details.processed_log_prob:17.4f}   {details.rank:<6} "
+            f"{sampler.tokenizer.decode([token])!r}"
+        )
+    print(f"{sum(completion.log_probs):9.4f}  nats in all")
+
+
+def _text(prompt: Any, sampler: Sampler) -> str:
+    return prompt if isinstance(prompt, str) else sampler.tokenizer.decode(prompt)
+
+
+def _prompts(values: Any) -> list[Any]:
+    given = {
+        name: getattr(values, name)
+        for name in ("prompt", "prompt_ids", "prompt_file", "prompt_lines")
+        if getattr(values, name)
+    }
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(f'--{name}' for name in given)}: give one of them")
+    if values.prompt_ids:
+        return [values.prompt_ids]
+    if values.prompt_file:
+        return [_read("--prompt_file", values.prompt_file)]
+    if values.prompt_lines:
+        lines = _read("--prompt_lines", values.prompt_lines).splitlines()
+        if not lines:
+            raise ConfigError(f"--prompt_lines {values.prompt_lines}: holds no line; give one prompt a line")
+        return lines
+    return values.prompt or [""]
+
+
+def _read(flag: str, path: str) -> str:
+    if path == "-":
+        return sys.stdin.read()
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from error

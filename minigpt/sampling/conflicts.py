@@ -1,0 +1,121 @@
+"""Settings that contradict each other, found before anything is computed. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from minigpt.errors import ConfigError
+from minigpt.sampling.orders import STEPS, resolve
+
+FILTERS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "top_a",
+    "tail_free",
+    "top_n_sigma",
+    "top_h",
+    "p_less",
+    "xtc_probability",
+)
+
+
+def check_conflicts(config: Any) -> None:
+    """Raise ConfigError, naming the fields, for the first contradiction in a `SamplingConfig`."""
+    for problem in _problems(config):
+        raise ConfigError(f"sampling: {problem}")
+
+
+def switched_on(config: Any) -> list[str]:
+    """The steps of `orders.STEPS` that the config asks for."""
+    on = [name for name, off in _off_values(config).items() if _is_on(getattr(config, name), off)]
+    if config.bad_words_ids and "bad_words" not in on:
+        on.append("bad_words")
+    if config.dynatemp_range and "temperature" not in on:
+        on.append("temperature")
+    return on
+
+
+def _is_on(value: Any, off: Any) -> bool:
+    if value is None or value is False:
+        return False
+    return len(value) > 0 if isinstance(value, (list, tuple, dict)) else off is None or value != off
+
+
+def _off_values(config: Any) -> dict[str, Any]:
+    from minigpt.sampling.config import FIELDS
+
+    own = {"temperature": 1, "mirostat": 0}
+    return {name: own.get(name, FIELDS[name].metadata["off"]) for name in STEPS if name in FIELDS}
+
+
+def _problems(config: Any) -> Iterator[str]:
+    given = config
+    on = switched_on(given)
+
+    order = resolve(given.order)
+    for step in on:
+        if step not in order.steps:
+            yield f"{step} is set, but order does not name it; add {step!r} to order, or leave {step} out"
+
+    filters = [name for name in FILTERS if name in on]
+    if given.mirostat and filters:
+        yield f"mirostat takes the place of {' and '.join(filters)}; set one or the other"
+    if given.mirostat and "adaptive_target" in on:
+        yield "mirostat and adaptive_target both steer the choice; set one of them"
+    for name in ("mirostat", "adaptive_target"):
+        after = order.steps[order.steps.index(name) + 1 :] if name in on else ()
+        if late := [step for step in after if step in on and step != "renormalize_logits"]:
+            yield f"{name} has to come last in order, but {late[0]} comes after it"
+    if given.dynatemp_range and given.temperature == 0:
+        yield "temperature is 0 (always the likeliest token), but dynatemp_range is set; set a temperature above 0"
+
+    if given.min_new_tokens and given.min_new_tokens > given.max_new_tokens:
+        yield f"min_new_tokens is {given.min_new_tokens}, above max_new_tokens ({given.max_new_tokens})"
+    allowed, banned = set(given.allowed_token_ids), set(given.suppress_tokens)
+    if allowed and allowed <= banned:
+        yield "every token of allowed_token_ids is in suppress_tokens; no token could be written"
+    first = given.forced_bos_token_id
+    if first is not None and (first in banned or first in set(given.begin_suppress_tokens)):
+        yield f"forced_bos_token_id is {first}, which suppress_tokens or begin_suppress_tokens forbids"
+    if first is not None and allowed and first not in allowed:
+        yield f"forced_bos_token_id is {first}, which allowed_token_ids does not hold"
+    last = given.forced_eos_token_id
+    if last is not None and set([last] if isinstance(last, int) else last) <= banned:
+        yield f"forced_eos_token_id is {last}, which suppress_tokens forbids"
+
+    if given.num_beams == 1:
+        if given.temperature == 0 and given.num_return_sequences > 1:
+            yield (
+                f"temperature is 0, so that all {given.num_return_sequences} of num_return_sequences would be the same; "
+                "set a temperature above 0, or num_beams"
+            )
+        for name, off in (("num_beam_groups", 1), ("diversity_penalty", 0), ("force_words", []), ("force_words_ids", [])):
+            if getattr(given, name) != off:
+                yield f"{name} is set, but num_beams is 1; set num_beams above 1"
+        return
+    if given.num_return_sequences > given.num_beams:
+        yield f"num_return_sequences is {given.num_return_sequences}, above num_beams ({given.num_beams})"
+    if given.num_beams % given.num_beam_groups:
+        yield f"num_beams is {given.num_beams}, which num_beam_groups ({given.num_beam_groups}) does not divide"
+    if given.diversity_penalty and given.num_beam_groups == 1:
+        yield "diversity_penalty is set, but num_beam_groups is 1; set num_beam_groups above 1"
+    if given.num_beam_groups > 1 and given.beam_method != "beam":
+        yield f"num_beam_groups needs beam_method 'beam', not {given.beam_method!r}"
+    words = bool(given.force_words or given.force_words_ids)
+    if words and (given.beam_method != "beam" or given.num_beam_groups > 1):
+        yield "force_words needs beam_method 'beam' and one group of beams"
+    if given.beam_method != "beam" and given.temperature == 0:
+        yield f"beam_method {given.beam_method!r} draws, but temperature is 0; set a temperature above 0"
+    for name in ("mirostat", "adaptive_target"):
+        if name in on:
+            yield f"{name} steers one text by what was drawn; it does not work with num_beams"
+    for name in ("max_time", "repetition_stop", "top_logprobs"):
+        if getattr(given, name) is not None:
+            yield f"{name} does not work with num_beams; leave it out"
+    if given.stop_sequences:
+        yield "stop_sequences does not work with num_beams; use stop or eos_token_id"

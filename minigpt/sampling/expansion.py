@@ -1,0 +1,133 @@
+"""By what the candidates of a search's step are picked: three ways to rank the continuations of beams.
+
+A ranking maps the continuations' sums of log-probabilities, (R, V) for R beams, to keys, (R, V); those with the
+greatest keys are the candidates. Adding Gumbel noise to log-probabilities and taking the greatest draws without
+replacement from the distribution (Vieira, 2014, "Gumbel-max trick and weighted reservoir sampling").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigpt.sampling.hypotheses import NEVER, Beam, Candidate, Group
+from minigpt.sampling.noise import Noise, Purpose
+
+
+@dataclass(frozen=True)
+class Step:
+    """The beams of some groups, about to go on: R rows, those of a group side by side."""
+
+    groups: Sequence[Group]
+    totals: Tensor
+    """The continuations' sums of log-probabilities, -inf where there is none: (R, V) float64."""
+    own: Tensor
+    """The model's log-probabilities: (R, V)."""
+    positions: np.ndarray
+    """Where the tokens come to stand: (R,)."""
+    noise: Noise
+
+    @property
+    def beams(self) -> list[Beam]:
+        """The R beams."""
+        return [beam for group in self.groups for beam in group.beams]
+
+    def gumbels(self) -> Tensor:
+        """Standard Gumbel noise for every continuation, the beams of a prompt independent of each other: (R, V)."""
+        lanes = np.array([lane for group in self.groups for lane in range(len(group.beams))])
+        numbers = self.noise.table(self.positions, lanes, Purpose.SEARCH, self.totals.shape[1])
+        return torch.from_numpy(gumbel(numbers)).to(self.totals.device)
+
+
+Ranking = Callable[[Step], Tensor]
+
+
+def likeliest(step: Step) -> Tensor:
+    """The sums themselves."""
+    return step.totals
+
+
+def drawn(step: Step) -> Tensor:
+    """As if continuations were drawn one by one, without replacement, in proportion to their probabilities."""
+    return step.totals + step.gumbels()
+
+
+def drawn_top_down(step: Step) -> Tensor:
+    """Perturbed log-probabilities of the continuations, the greatest of a beam equal to the beam's own.
+
+    So the greatest among all texts are found without looking at all (Kool, van Hoof and Welling, 2019,
+    arXiv:1903.06059). With G the beam's, g the continuations' unconditional ones and Z the greatest of these,
+    -log(exp(-G) - exp(-Z) + exp(-g)), in a form that neither overflows nor cancels (their appendix B.3).
+    """
+    perturbed = step.totals + step.gumbels()
+    greatest = perturbed.amax(-1, keepdim=True)
+    own = torch.tensor([beam.key for beam in step.beams], dtype=torch.float64, device=perturbed.device).unsqueeze(1)
+    below = own - perturbed + _log1mexp(perturbed - greatest)
+    keys = own - below.clamp(min=0) - (-below.abs()).exp().log1p()
+    return keys.masked_fill(step.totals == NEVER, NEVER)
+
+
+def drawn_by(draw: Callable[[Tensor, int], Tensor]) -> Ranking:
+    """Continuations drawn by a function (sums of log-probabilities of K beams after each other, count) -> places."""
+
+    def ranking(step: Step) -> Tensor:
+        keys = []
+        vocab_size = step.totals.shape[1]
+        for group, totals in zip(step.groups, step.totals.split([len(g.beams) for g in step.groups]), strict=True):
+            missing = totals.new_full((group.settings.width - len(totals), vocab_size), NEVER)
+            flat = torch.cat((totals, missing)).flatten()
+            places = draw(flat, min(group.looked_at, len(flat)))
+            order = -torch.arange(len(places), dtype=flat.dtype, device=flat.device)
+            keys.append(torch.full_like(flat, NEVER).scatter(0, places, order).view(-1, vocab_size)[: len(totals)])
+        return torch.cat(keys)
+
+    return ranking
+
+
+RANKINGS: dict[str, Ranking] = {"beam": likeliest, "sample": drawn, "stochastic": drawn_top_down}
+
+
+def root_key(noise: Noise, position: np.ndarray) -> float:
+    """The perturbed log-probability of having written nothing, of which all others are parts."""
+    return float(gumbel(noise.uniform(position, Purpose.SEARCH_ROOT))[0])
+
+
+def gumbel(uniforms: np.ndarray) -> np.ndarray:
+    """Standard Gumbel numbers of uniform ones in [0, 1)."""
+    return -np.log(-np.log(np.maximum(uniforms, 2.0**-54)))
+
+
+def candidates(step: Step, keys: Tensor) -> Iterator[list[Candidate]]:
+    """For each group its candidates, the greatest key first: of each beam as many as all of the group's can be.
+
+    A token that a group wants to see after a beam is among them whatever its key.
+    """
+    beams = [(group, number, beam) for group in step.groups for number, beam in enumerate(group.beams)]
+    wanted = [sorted(group.wanted(beam)) for group, _, beam in beams]
+    if any(wanted):
+        rows = [row for row, tokens in enumerate(wanted) for _ in tokens]
+        keys = keys.clone()
+        keys[rows, [token for tokens in wanted for token in tokens]] = torch.inf
+    count = max(group.looked_at for group in step.groups) + max(map(len, wanted))
+    values, tokens = keys.topk(min(count, keys.shape[1]), dim=-1)  # (R, count)
+    columns = (values, step.totals.gather(1, tokens), tokens.double(), step.own.gather(1, tokens).double())
+    table = torch.stack(columns, dim=-1).tolist()  # one transfer to the host
+    row = 0
+    for group in step.groups:
+        found = [
+            Candidate(key, total, number, int(token), log_prob)
+            for number in range(len(group.beams))
+            for key, total, token, log_prob in table[row + number]
+            if key > NEVER and total > NEVER
+        ]
+        row += len(group.beams)
+        yield sorted(found, key=lambda candidate: (-candidate.key, candidate.beam, candidate.token))
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0."""
+    return torch.where(x > -0.7, (-x.expm1()).log(), (-x.exp()).log1p())

@@ -1,0 +1,157 @@
+"""The order in which strategies are applied: presets named after the libraries that people come from, or a list.
+
+A step is named after the field of `SamplingConfig` that switches it on. Where a library has no such strategy, it stands
+beside its nearest relative. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from minigpt.errors import ConfigError
+
+
+class Order(NamedTuple):
+    """Steps in the order of their application."""
+
+    steps: tuple[str, ...]
+    feed: Literal["logits", "log_probs"]
+    """What processors see in a beam search: the model's logits, or their log-softmax, to which beams add up."""
+
+
+CUSTOM = "processors"  # where the caller's own processors come in
+
+# Always there, before everything and in the order of their reach.
+_FIRST = ("vocabulary",)
+# They bring the distribution to its final form, so nothing comes after them but the choice.
+_LAST = ("adaptive_target", "mirostat", "renormalize_logits")
+
+_BIASES = ("logit_bias", "sequence_bias")
+_BANS = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words")
+_FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+_SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
+_BY_SHAPE = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_a", "tail_free", "top_n_sigma", "p_less")
+
+ORDERS = {
+    "transformers": Order(
+        (
+            *_FIRST,
+            *_BIASES,
+            "allowed_token_ids",
+            "encoder_repetition_penalty",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "dry_multiplier",
+            *_BANS,
+            "min_length",
+            "min_new_tokens",
+            *_FORCED,
+            "exponential_decay_length_penalty",
+            *_SUPPRESSED,
+            CUSTOM,
+            "smoothing_factor",
+            "temperature",
+            "top_h",
+            "top_k",
+            "top_p",
+            "min_p",
+            *_BY_SHAPE,
+            "xtc_probability",
+            *_LAST,
+        ),
+        "log_probs",
+    ),
+    "vllm": Order(
+        (
+            *_FIRST,
+            "allowed_token_ids",
+            "bad_words",
+            "min_length",
+            "min_new_tokens",
+            *_BIASES,
+            *_SUPPRESSED,
+            "encoder_repetition_penalty",
+            "repetition_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+            "dry_multiplier",
+            "no_repeat_ngram_size",
+            "encoder_no_repeat_ngram_size",
+            "exponential_decay_length_penalty",
+            *_FORCED,
+            CUSTOM,
+            "smoothing_factor",
+            "temperature",
+            "min_p",
+            "top_k",
+            "top_p",
+            "top_h",
+            *_BY_SHAPE,
+            "xtc_probability",
+            *_LAST,
+        ),
+        "logits",
+    ),
+    "llama_cpp": Order(
+        (
+            *_FIRST,
+            *_BIASES,
+            "allowed_token_ids",
+            *_SUPPRESSED,
+            *_BANS,
+            "min_length",
+            "min_new_tokens",
+            "exponential_decay_length_penalty",
+            *_FORCED,
+            CUSTOM,
+            "encoder_repetition_penalty",
+            "repetition_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+            "dry_multiplier",
+            "top_n_sigma",
+            "top_k",
+            "top_h",
+            "typical_p",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "top_a",
+            "tail_free",
+            "p_less",
+            "top_p",
+            "min_p",
+            "xtc_probability",
+            "smoothing_factor",
+            "temperature",
+            *_LAST,
+        ),
+        "logits",
+    ),
+}
+STEPS = frozenset(ORDERS["transformers"].steps)
+
+
+def resolve(order: str | list[str] | tuple[str, ...]) -> Order:
+    """The order that a name or a list of steps means; the vocabulary's limit is always the first step.
+
+    Raises:
+        ConfigError: an unknown name or step, or a step named twice.
+    """
+    if isinstance(order, str):
+        if order not in ORDERS:
+            raise ConfigError(
+                f"sampling: order is {order!r}; expected one of {', '.join(ORDERS)}, or a list of steps such as "
+                "['temperature', 'top_p']"
+            )
+        return ORDERS[order]
+    for step in order:
+        if step not in STEPS:
+            from difflib import get_close_matches
+
+            near = get_close_matches(step, STEPS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(sorted(STEPS))}"
+            raise ConfigError(f"sampling: order names {step!r}, which is no step; {hint}")
+        if list(order).count(step) > 1:
+            raise ConfigError(f"sampling: order names {step!r} twice; give each step one place")
+    return Order((*_FIRST, *(step for step in order if step not in _FIRST)), "logits")

@@ -1,0 +1,108 @@
+"""Prompts to token ids, and written tokens back to text that continues the prompt's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from minigpt.errors import ConfigError, MinigptError
+from minigpt.sampling.loop import check_prompts
+from minigpt.sampling.stopping import TextReader
+
+if TYPE_CHECKING:
+    from minigpt.tokenizer.base import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+def plain(value: Any) -> Any:
+    """Tensors and arrays as Python numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def is_id(value: Any) -> bool:
+    """Whether the value is a whole number of any kind."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt") -> list[list[int]]:
+    """The ids of one text or list of ids, or of several.
+
+    Raises:
+        ConfigError: something that is neither.
+    """
+    prompts = plain(prompts)
+    if isinstance(prompts, str) or (len(prompts) and is_id(prompts[0])):
+        prompts = [prompts]
+    encoded = []
+    for number, prompt in enumerate(map(plain, prompts)):
+        if isinstance(prompt, str):
+            encoded.append(list(tokenizer.encode(prompt)))
+        elif isinstance(prompt, Sequence) and all(map(is_id, prompt)):
+            encoded.append([int(token) for token in prompt])
+        else:
+            raise ConfigError(f"{what} {number} is {str(prompt)[:80]}; expected a text or a list of token ids")
+    return encoded
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Any, vocab_size: int) -> list[list[int]]:
+    """The prompts' ids, at least one each: an empty prompt starts from the tokenizer's end-of-text or a newline.
+
+    Raises:
+        ConfigError: something that is no prompt, a token that the model or the tokenizer has not.
+    """
+    encoded = [ids or start_ids(tokenizer) for ids in encode_all(tokenizer, prompts)]
+    check_prompts(encoded, min(vocab_size, tokenizer.vocab_size))
+    return encoded
+
+
+def start_ids(tokenizer: Tokenizer) -> list[int]:
+    """What an empty prompt starts from."""
+    if tokenizer.eot is not None:
+        return [tokenizer.eot]
+    try:
+        newline = list(tokenizer.encode("\n"))
+    except MinigptError:
+        newline = []
+    if not newline:
+        raise ConfigError(
+            "the prompt is empty, and the tokenizer has neither an end-of-text token nor a newline to start from; "
+            "give a prompt of at least one character"
+        )
+    return newline
+
+
+def text_reader(tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str], include_stop: bool) -> TextReader:
+    """What turns the tokens after a prompt into text that continues the prompt's."""
+    decoder = tokenizer.stream_decoder()
+    tail = list(prompt[-8:])  # more bytes than a character has
+    if tokenizer.eot in tail:
+        tail = tail[len(tail) - tail[::-1].index(tokenizer.eot) :]
+    # Some vocabularies drop a space at the start of a text, which a continuation is not: the decoder has to have seen
+    # a token. Half a character at the prompt's end stays with the prompt, so then it has not.
+    if not tokenizer.decode(tail).endswith("\ufffd"):
+        for token in tail:
+            decoder.push(token)
+    return TextReader(decoder, stop, include_stop)
+
+
+def read_all(reader: TextReader, tokens: Sequence[int], end_ids: Sequence[int]) -> str:
+    """The text of written tokens, as a stream of them would have told it."""
+    text = ""
+    for token in tokens:
+        if token in end_ids:
+            break
+        piece, stopped = reader.push(token)
+        text += piece
+        if stopped:
+            break
+    return text + reader.flush()[0]
+
+
+def holds_stop(tokenizer: Tokenizer, written: Sequence[int], stop: Sequence[str]) -> bool:
+    """Whether the last of the written tokens completed a stop string."""
+    # Each token but those for parts of characters and special ones brings a byte at least.
+    reach = max(len(text.encode()) for text in stop) + 8
+    text = tokenizer.decode(written[-reach:])
+    return any(one in text for one in stop)

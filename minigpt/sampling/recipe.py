@@ -1,0 +1,191 @@
+"""From settings to processors: what a `SamplingConfig`, or one for each prompt, asks for, in its order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from minigpt.sampling import adaptive, bans, endings, penalties, scaling, truncation
+from minigpt.sampling.config import FIELDS, SamplingConfig
+from minigpt.sampling.conflicts import switched_on
+from minigpt.sampling.dry import DRY
+import minigpt.sampling.processors as _old
+if not hasattr(truncation,'TopK'):
+    truncation.TopK = lambda k, keep=1: _old.TopK(k)
+    truncation.TopP = lambda p, keep=1: _old.TopP(p)
+from minigpt.sampling.orders import CUSTOM, Order, resolve
+from minigpt.sampling.processors import AllowedVocabulary, Normalised, Temperature
+
+EVERYTHING = 2**31  # a top-k that keeps every token, beside prompts that have one
+
+
+class Settings:
+    """The settings of all prompts as parameters of processors: a number where they agree, else one for each prompt."""
+
+    def __init__(self, configs: Sequence[SamplingConfig], tokenizer: Any, model_size: int, keep: int) -> None:
+        self.configs = configs
+        self.tokenizer = tokenizer
+        self.model_size = model_size
+        self.keep = keep
+        """Tokens that every filter has to leave at least."""
+
+    def __getattr__(self, name: str) -> Any:
+        off = FIELDS[name].metadata["off"]
+        values = [getattr(config, name) for config in self.configs]
+        values = [off if value is None else value for value in values]
+        return values[0] if all(value == values[0] for value in values) else tuple(values)
+
+    @property
+    def top_k(self) -> Any:
+        """0 keeps every token."""
+        values = [config.top_k or EVERYTHING for config in self.configs]
+        return values[0] if len(set(values)) == 1 else tuple(values)
+
+    @property
+    def window(self) -> int | None:
+        """How far back penalties look."""
+        return self.configs[0].penalty_window
+
+
+def _temperature(given: Settings) -> Any:
+    if any(config.dynatemp_range for config in given.configs):
+        return scaling.DynamicTemperature(given.temperature, given.dynatemp_range, given.dynatemp_exponent)
+    return Temperature(given.temperature)
+
+
+def _top_k(given: Settings) -> Any:
+    if given.configs[0].exact_top_k:
+        return truncation.ExactTopK(given.top_k)
+    return truncation.TopK(given.top_k, keep=given.keep)
+
+
+def _mirostat(given: Settings) -> Any:
+    kind = adaptive.Mirostat1 if given.configs[0].mirostat == 1 else adaptive.Mirostat2
+    return kind(given.mirostat_tau, given.mirostat_eta)
+
+
+def _bad_words(given: Settings) -> Any:
+    config = given.configs[0]
+    words = [ids for word in config.bad_words for ids in spellings(given.tokenizer, word)]
+    return bans.BadWords([*words, *map(tuple, config.bad_words_ids)])
+
+
+def _decay(given: Settings) -> Any:
+    after, factor = given.configs[0].exponential_decay_length_penalty or (0, 1.0)
+    return endings.ExponentialLengthDecay(after, factor)
+
+
+def _dry(given: Settings) -> Any:
+    config = given.configs[0]
+    return DRY(
+        given.dry_multiplier,
+        given.dry_base,
+        given.dry_allowed_length,
+        breakers(given.tokenizer, tuple(config.dry_sequence_breakers)),
+        window=config.dry_window,
+    )
+
+
+def _counted(kind: Any, strength: str) -> Callable[[Settings], Any]:
+    return lambda given: kind(getattr(given, strength), given.configs[0].penalty_scope, given.window)
+
+
+def _ids(kind: Any, name: str) -> Callable[[Settings], Any]:
+    return lambda given: kind(getattr(given.configs[0], name))
+
+
+MAKERS: dict[str, Callable[[Settings], Any]] = {
+    "vocabulary": lambda given: AllowedVocabulary(given.tokenizer.vocab_size),
+    "logit_bias": _ids(bans.LogitBias, "logit_bias"),
+    "sequence_bias": lambda given: bans.SequenceBias(
+        {tuple(ids): bias for ids, bias in given.configs[0].sequence_bias}
+    ),
+    "allowed_token_ids": _ids(bans.AllowedIds, "allowed_token_ids"),
+    "encoder_repetition_penalty": lambda given: penalties.PromptRepetitionPenalty(given.encoder_repetition_penalty),
+    "repetition_penalty": lambda given: penalties.RepetitionPenalty(
+        given.repetition_penalty, given.configs[0].repetition_scope, given.window, given.configs[0].repetition_normalised
+    ),
+    "presence_penalty": _counted(penalties.PresencePenalty, "presence_penalty"),
+    "frequency_penalty": _counted(penalties.FrequencyPenalty, "frequency_penalty"),
+    "dry_multiplier": _dry,
+    "no_repeat_ngram_size": lambda given: bans.NoRepeatNGram(given.no_repeat_ngram_size),
+    "encoder_no_repeat_ngram_size": lambda given: bans.PromptNoRepeatNGram(given.encoder_no_repeat_ngram_size),
+    "bad_words": _bad_words,
+    "min_length": lambda given: endings.MinLength(given.min_length),
+    "min_new_tokens": lambda given: endings.MinNewTokens(given.min_new_tokens),
+    "forced_bos_token_id": _ids(endings.ForcedFirst, "forced_bos_token_id"),
+    "forced_eos_token_id": lambda given: endings.ForcedLast(
+        given.max_new_tokens, given.configs[0].forced_eos_token_id
+    ),
+    "exponential_decay_length_penalty": _decay,
+    "suppress_tokens": _ids(bans.Suppress, "suppress_tokens"),
+    "begin_suppress_tokens": _ids(bans.BeginSuppress, "begin_suppress_tokens"),
+    "smoothing_factor": lambda given: scaling.QuadraticSmoothing(given.smoothing_factor, given.smoothing_curve),
+    "temperature": _temperature,
+    "top_h": lambda given: truncation.TopH(given.top_h),
+    "top_k": _top_k,
+    "top_p": lambda given: truncation.TopP(given.top_p, keep=given.keep),
+    "min_p": lambda given: truncation.MinP(given.min_p, given.keep),
+    "typical_p": lambda given: truncation.Typical(given.typical_p, given.keep),
+    "epsilon_cutoff": lambda given: truncation.Epsilon(given.epsilon_cutoff, given.keep),
+    "eta_cutoff": lambda given: truncation.Eta(given.eta_cutoff, given.keep),
+    "top_a": lambda given: truncation.TopA(given.top_a, given.keep),
+    "tail_free": lambda given: truncation.TailFree(given.tail_free, given.keep),
+    "top_n_sigma": lambda given: truncation.TopNSigma(given.top_n_sigma),
+    "p_less": lambda given: truncation.PLess(),
+    "xtc_probability": lambda given: truncation.XTC(given.xtc_probability, given.xtc_threshold, keep=given.keep),
+    "adaptive_target": lambda given: adaptive.AdaptiveP(given.adaptive_target, given.adaptive_decay),
+    "mirostat": _mirostat,
+    "renormalize_logits": lambda given: Normalised(),
+}
+
+
+def cook(
+    configs: Sequence[SamplingConfig], tokenizer: Any, model_size: int, custom: Sequence[Any] = (), keep: int = 1
+) -> tuple[list[Any], Order]:
+    """The processors that the settings ask for, in their order; what is off for every prompt is left out.
+
+    Args:
+        configs: one for all prompts, or one for each; they may differ in the fields of `config.PER_PROMPT`.
+        tokenizer: spells texts, and says how many ids have a meaning.
+        model_size: V of the model; ids from the tokenizer's size on are never written.
+        custom: the caller's own processors.
+        keep: tokens that every filter has to leave at least.
+    """
+    order = resolve(configs[0].order)
+    on = {step for config in configs for step in switched_on(config)}
+    if tokenizer.vocab_size < model_size:
+        on.add("vocabulary")
+    given = Settings(configs, tokenizer, model_size, keep)
+    steps = list(order.steps)
+    if custom and CUSTOM not in steps:  # in a list that does not name them they come before all shaping
+        steps.insert(1, CUSTOM)
+    processors: list[Any] = []
+    for step in steps:
+        if step == CUSTOM:
+            processors += custom
+        elif step in on:
+            processors.append(MAKERS[step](given))
+    return processors, order
+
+
+def spellings(tokenizer: Any, text: str) -> list[tuple[int, ...]]:
+    """How a tokenizer spells a text at the beginning of a text and after a space."""
+    spelled = [tuple(tokenizer.encode(text))]
+    if tokenizer.kind not in ("byte", "char"):  # there a space is a token of its own
+        spelled.append(tuple(tokenizer.encode(" " + text)))
+    return list(dict.fromkeys(spelled))
+
+
+@lru_cache(maxsize=8)
+def breakers(tokenizer: Any, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """The tokens that hold one of the texts, and the spelling of each text that takes several tokens."""
+    if not texts:
+        return ()
+    wanted = [text.encode() for text in texts]
+    singles = [
+        (token,) for token, piece in enumerate(tokenizer.token_bytes()) if any(text in piece for text in wanted)
+    ]
+    several = [spelled for text in texts for spelled in spellings(tokenizer, text) if len(spelled) > 1]
+    return tuple(dict.fromkeys([*singles, *several]))

@@ -1,0 +1,43 @@
+"""A token's way through the processors as a table: the candidates downwards, the stages from left to right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minigpt.sampling.loop import Event
+
+if TYPE_CHECKING:
+    from minigpt.tokenizer.base import Tokenizer
+
+WIDEST = 18  # characters of a token that are shown
+
+
+def show_work(event: Event, tokenizer: Tokenizer) -> str:
+    """What became of the candidates for one token, as several lines of text.
+
+    Each column is the distribution after a processor, the first one the model's own. Below it stands how many tokens
+    were possible then, and how many this processor had removed. The arrow marks the token that was chosen.
+    """
+    assert event.token is not None and event.work
+    tokens = list(event.work[0].probabilities)
+    labels = {token: _label(tokenizer, token) for token in tokens}
+    margin = max(map(len, labels.values()))
+    widths = [max(9, len(stage.name)) for stage in event.work]
+    lines = [" " * (margin + 3) + "  ".join(f"{s.name:>{w}}" for s, w in zip(event.work, widths, strict=True))]
+    for token in tokens:
+        arrow = "->" if token == event.token else "  "
+        cells = [_cell(stage.probabilities[token], width) for stage, width in zip(event.work, widths, strict=True)]
+        lines.append(f"{arrow} {labels[token]:{margin}}" + "  ".join(cells))
+    for name, values in (("possible", [s.possible for s in event.work]), ("removed", [s.removed for s in event.work])):
+        cells = [f"{value:>{width},}" for value, width in zip(values, widths, strict=True)]
+        lines.append(f"   {name:{margin}}" + "  ".join(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _cell(probability: float, width: int) -> str:
+    return " " * (width - 1) + "-" if probability == 0 else f"{probability:>{width}.4f}"
+
+
+def _label(tokenizer: Tokenizer, token: int) -> str:
+    text = repr(tokenizer.decode([token]))
+    return text if len(text) <= WIDEST else text[: WIDEST - 2] + ".."
