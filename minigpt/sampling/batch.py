@@ -59,7 +59,7 @@ class Batch:
         processed = batch.process(raw)          what the processors make of it
         batch.take(tokens, raw, processed)      what was chosen
 
-    and between turns `gather` moves, copies and drops rows.
+    and between turns `gather` moves, copies and drops rows. The caller has switched gradients off.
 
     Args:
         model: what predicts.
@@ -76,6 +76,7 @@ class Batch:
         self.device = torch.device("cpu") if self.model_device.type == "mps" else self.model_device
         self.ids = _padded([row.tokens for row in rows], self.device)  # (B, L and room to write)
         positions = np.array([len(row.tokens) for row in rows])
+        self.longest = int(positions.max())  # tokens of the longest row
         lengths = torch.tensor(positions, device=self.device)
         self.context = Context(
             ids=self.ids,
@@ -91,22 +92,24 @@ class Batch:
         # The last choice: tokens (B,) that the model has yet to read; for the states also raw and processed logits.
         self.latest: Any = None
 
-    @torch.no_grad()
     def read(self) -> Tensor:
         """Have the model read what it has not seen: (B, V) logits for every row's next token, at least float32."""
         if self.latest is not None:
             self.states = self.pipeline.accept(self.states, *self.latest)
-        context = self.model.max_context
-        starts = [window_start(len(row.tokens), context) for row in self.rows]
-        if self.cache is not None and all(
-            start == window_start(len(row.tokens) - 1, context) for start, row in zip(starts, self.rows, strict=True)
-        ):
+        if self.cache is not None and not self._window_moves():
             logits = self.model.next_logits(self.latest[0].unsqueeze(1).to(self.model_device), self.cache, None)
         else:
+            context = self.model.max_context
             logits = self._read_anew(
-                [tuple(row.tokens[start:]) for start, row in zip(starts, self.rows, strict=True)]
+                [tuple(row.tokens[window_start(len(row.tokens), context) :]) for row in self.rows]
             )
         return logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
+
+    def _window_moves(self) -> bool:
+        """Whether the latest token of some row made its window begin elsewhere."""
+        context = self.model.max_context
+        lengths = [len(row.tokens) for row in self.rows] if self.longest > context else []
+        return any(window_start(length, context) != window_start(length - 1, context) for length in lengths)
 
     def _read_anew(self, windows: list[tuple[int, ...]]) -> Tensor:
         """Read the rows' windows into a fresh cache, equal ones once: (B, V) logits."""
@@ -122,12 +125,10 @@ class Batch:
             logits = logits[source]
         return logits
 
-    @torch.no_grad()
-    def process(self, raw: Tensor) -> Tensor:
-        """The model's logits after every processor: (B, V) in and out."""
-        return self.pipeline(self.context, raw, self.states)
+    def process(self, raw: Tensor, greedy: list[bool] | None = None) -> Tensor:
+        """The model's logits after every processor: (B, V) in and out; greedy: as for `Pipeline.stages`."""
+        return self.pipeline(self.context, raw, self.states, greedy)
 
-    @torch.no_grad()
     def take(self, tokens: Tensor, raw: Tensor, processed: Tensor, on_host: Sequence[int] | None = None) -> None:
         """Append a token to every row.
 
@@ -141,13 +142,19 @@ class Batch:
             row.tokens.append(token)
             row.left -= 1
         self.latest = (tokens, raw, processed) if self.pipeline.remembers else (tokens, None, None)
-        context, positions = self.context, self.context.positions + 1
-        longest = int(positions.max())
-        if longest > self.ids.shape[1]:
+        context = self.context
+        self.longest += 1  # every row grows by one
+        if self.longest > self.ids.shape[1]:
             self.ids = torch.nn.functional.pad(self.ids, (0, self.ids.shape[1] + 64))
         self.ids.scatter_(1, context.lengths.unsqueeze(1), tokens.unsqueeze(1))
-        self.context = replace(
-            context, ids=self.ids[:, :longest], lengths=context.lengths + 1, positions=positions
+        self.context = Context(  # written out: a turn is short, and `replace` is slow
+            ids=self.ids[:, : self.longest],
+            prompt_lengths=context.prompt_lengths,
+            lengths=context.lengths + 1,
+            positions=context.positions + 1,
+            rows=context.rows,
+            end_ids=context.end_ids,
+            noise=context.noise,
         )
 
     @torch.no_grad()
@@ -167,9 +174,10 @@ class Batch:
         self.states, self.latest = gather_state((self.states, self.latest), rows)
         self.ids = self.ids[index]
         positions = self.context.positions[rows]
+        self.longest = int(positions.max())
         self.context = replace(
             self.context,
-            ids=self.ids[:, : positions.max()],
+            ids=self.ids[:, : self.longest],
             prompt_lengths=self.context.prompt_lengths[index],
             lengths=self.context.lengths[index],
             positions=positions,

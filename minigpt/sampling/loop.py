@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +23,7 @@ from minigpt.sampling.stopping import Criterion, Reader
 from minigpt.sampling.turn import Choice, Details, Stage, take_turn
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What happened to one sample in one step: a token, its end, or both."""
 
     prompt: int

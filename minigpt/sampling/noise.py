@@ -57,7 +57,9 @@ def philox(counter: Sequence[np.ndarray], key: Sequence[np.ndarray]) -> tuple[np
     return c0, c1, c2, c3
 
 
-def uniforms(seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray, purpose: int, draw: int | np.ndarray = 0) -> np.ndarray:
+def uniforms(
+    seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray, purpose: int, draw: int | np.ndarray = 0
+) -> np.ndarray:
     """Numbers in [0, 1) with 53 random bits, float64, of the arguments' common shape.
 
     Args:
@@ -84,22 +86,23 @@ class Noise:
     def __init__(self, seeds: Sequence[int] | np.ndarray, samples: Sequence[int] | np.ndarray) -> None:
         self._seeds = np.array(seeds, dtype=np.uint64)
         self._samples = np.array(samples, dtype=np.uint64)
+        self._each = np.arange(len(self._seeds))
         self._stretches: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # first positions (B,), numbers
 
     def uniform(self, positions: np.ndarray, purpose: int, draw: int = 0) -> np.ndarray:
         """One number a row, in [0, 1): (B,) float64; `positions` (B,) are the absolute positions to be decided."""
         first, numbers = self._stretches.get((purpose, draw), (positions, np.empty((len(positions), 0))))
         offset = positions - first
-        if ((offset < 0) | (offset >= numbers.shape[1])).any():
+        if offset.min() < 0 or offset.max() >= numbers.shape[1]:
             stretch = positions[:, None] + np.arange(STRETCH)
             numbers = uniforms(self._seeds[:, None], self._samples[:, None], stretch, purpose, draw)
             self._stretches[purpose, draw] = positions.copy(), numbers
             offset = np.zeros_like(positions)
-        return numbers[np.arange(len(positions)), offset]
+        return numbers[self._each, offset]
 
-    def table(self, positions: np.ndarray, lanes: np.ndarray, purpose: int, draws: int) -> np.ndarray:
-        """Many numbers a row, in [0, 1): (B, draws) float64; `lanes` (B,) stand in for the sample indexes."""
-        return uniforms(self._seeds[:, None], lanes[:, None], positions[:, None], purpose, np.arange(draws))
+    def table(self, positions: np.ndarray, lanes: np.ndarray, purpose: int, draws: np.ndarray) -> np.ndarray:
+        """A number for each row and each of N draws, in [0, 1): (B, N) float64; `lanes` (B,) are the sample indexes."""
+        return uniforms(self._seeds[:, None], lanes[:, None], positions[:, None], purpose, draws)
 
     def gather(self, rows: Sequence[int]) -> Noise:
         """The noise of a batch whose row i is the present row rows[i]."""

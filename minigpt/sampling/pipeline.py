@@ -38,18 +38,31 @@ class Pipeline:
         """Each processor's state before the first token; None for those without memory."""
         return tuple(processor.start(context) if hasattr(processor, "start") else None for processor in self.processors)
 
-    def __call__(self, context: Context, logits: Tensor, states: tuple[Any, ...] | None = None) -> Tensor:
+    def __call__(
+        self,
+        context: Context,
+        logits: Tensor,
+        states: tuple[Any, ...] | None = None,
+        greedy: list[bool] | None = None,
+    ) -> Tensor:
         """The logits after every processor: (B, V) float32 in and out."""
-        for _, logits in self.stages(context, logits, states):  # noqa: B007 - the last one is the answer
+        for _, logits in self.stages(context, logits, states, greedy):  # noqa: B007 - the last one is the answer
             pass
         return logits
 
     def stages(
-        self, context: Context, logits: Tensor, states: tuple[Any, ...] | None = None
+        self,
+        context: Context,
+        logits: Tensor,
+        states: tuple[Any, ...] | None = None,
+        greedy: list[bool] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """The model's logits, then those after each processor that does something, with its name."""
+        """The model's logits, then those after each processor that does something, with its name.
+
+        `greedy` says which rows skip the processors that shape; None for those that the processors call greedy.
+        """
         yield "model", logits
-        greedy = self.greedy(context)
+        greedy = self.greedy(context) if greedy is None else greedy
         for processor, state in zip(self.processors, states or [None] * len(self.processors), strict=True):
             if not (getattr(processor, "shaping", False) and all(greedy)):
                 logits = _apply(processor, context, logits, state, greedy)

@@ -138,52 +138,6 @@ class Temperature:
 
 
 @dataclass(frozen=True)
-class TopK:
-    """Keep the k likeliest tokens, and whatever ties with the k-th (Fan, Lewis and Dauphin, 2018, arXiv:1805.04833)."""
-
-    k: Parameter
-    shaping: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k", numbers("top_k", self.k))
-        if min(self.k if isinstance(self.k, tuple) else (self.k,)) < 1:
-            raise ConfigError(
-                f"sampling: TopK's k is {self.k!r}; expected 1 or more (leave TopK out to keep every token)"
-            )
-
-    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
-        """Logits with -inf where a token is less likely than the k-th."""
-        most = int(min(max(self.k) if isinstance(self.k, tuple) else self.k, logits.shape[-1]))
-        top = logits.topk(most, dim=-1).values  # (B, most), falling
-        rank = torch.as_tensor(context.column(self.k), device=logits.device).clamp(max=most).long() - 1
-        return logits.masked_fill(logits < top.gather(-1, rank.expand(len(logits), 1)), NEVER)
-
-
-@dataclass(frozen=True)
-class TopP:
-    """Keep the fewest likeliest tokens whose mass reaches p, at least one (Holtzman et al., 2019, arXiv:1904.09751).
-
-    Probabilities (.5, .3, .1, .1) with p = .8 keep two. Of equally likely tokens the last ones go; p = 0 keeps the
-    likeliest token.
-    """
-
-    p: Parameter
-    shaping: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "p", numbers("top_p", self.p))
-
-    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
-        """Logits with -inf outside the kept set."""
-        p = torch.as_tensor(context.column(self.p), dtype=torch.float64, device=logits.device)
-        falling, order = logits.sort(dim=-1, descending=True, stable=True)
-        mass = falling.flip(-1).softmax(-1).cumsum(-1).flip(-1)  # of a token and all after it, small ones added first
-        remove = (mass <= (1 - p).to(mass.dtype)) | (p == 0)
-        remove[:, 0] = False
-        return logits.masked_fill(remove.scatter(-1, order, remove), NEVER)
-
-
-@dataclass(frozen=True)
 class Normalised:
     """Logits shifted to be log-probabilities, of which a search adds up those of a text (renormalize_logits)."""
 

@@ -10,10 +10,6 @@ from minigpt.sampling import adaptive, bans, endings, penalties, scaling, trunca
 from minigpt.sampling.config import FIELDS, SamplingConfig
 from minigpt.sampling.conflicts import switched_on
 from minigpt.sampling.dry import DRY
-import minigpt.sampling.processors as _old
-if not hasattr(truncation,'TopK'):
-    truncation.TopK = lambda k, keep=1: _old.TopK(k)
-    truncation.TopP = lambda p, keep=1: _old.TopP(p)
 from minigpt.sampling.orders import CUSTOM, Order, resolve
 from minigpt.sampling.processors import AllowedVocabulary, Normalised, Temperature
 

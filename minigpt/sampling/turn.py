@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -45,8 +44,7 @@ class Stage(NamedTuple):
     chosen one."""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What a row goes on with, or why it cannot."""
 
     token: int
@@ -68,19 +66,19 @@ def take_turn(batch: Batch, top: int | None = None, show: int = 0) -> list[Choic
     """
     raw = batch.read()
     context, states = batch.context, batch.states
-    processed = batch.process(raw)
     greedy = batch.pipeline.greedy(context)
+    processed = batch.process(raw, greedy)
     tokens = choose(processed, None if all(greedy) else context.uniform(Purpose.CHOICE), greedy)
-    forced = [_forced(row.forced, row.left) for row in batch.rows]
+    forced = [_forced(row.forced, row.left) if row.forced else None for row in batch.rows]
     if any(token is not None for token in forced):
         own = tokens.tolist()
         tokens = torch.tensor(
             [mine if token is None else token for token, mine in zip(forced, own, strict=True)], device=tokens.device
         )
     column = tokens.unsqueeze(1)
-    log_probs = raw.gather(1, column).squeeze(1) - raw.logsumexp(-1)
+    log_probs = raw.log_softmax(-1).gather(1, column)
     # One transfer to the host for all: float64 holds every token id exactly.
-    host = torch.stack((tokens.double(), log_probs.double(), processed.amax(-1).double()), dim=1).tolist()
+    host = torch.cat((column.double(), log_probs.double(), processed.amax(-1, keepdim=True).double()), dim=1).tolist()
     details = _details(raw, processed, column, top) if top is not None else [None] * len(host)
     works = _work(batch, raw, [int(row[0]) for row in host], show) if show else [()] * len(host)
     choices = []

@@ -1,0 +1,330 @@
+"""Decoding speed: minigpt beside transformers' generate on the same weights, and beside the bare floor.
+
+    python benchmarks/decode.py                   every table, about 20 minutes
+    python benchmarks/decode.py --only small      rows whose name holds a text
+    python benchmarks/decode.py --compile         the compiled rows too
+
+The floor is the same linear layers, in PyTorch's own layout, plus attention over as many cached tokens, and nothing else:
+no norms, no activations, no choice, no loop over rows. All sides work in float32 on the same threads without speculation
+or quantisation; each writes 200 tokens after a prompt of 16, with no end-of-text, and where the outcome is determined the
+tokens are compared before anything is timed. Sides take turns; medians are told, and the ratios are those of each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from minigpt.checkpoint import state_of
+from minigpt.model.config import GPTConfig
+from minigpt.model.fast import compiled
+from minigpt.model.gpt import GPT
+from minigpt.sampling.config import SamplingConfig
+from minigpt.sampling.sampler import Sampler
+from minigpt.weights import to_huggingface
+
+PROMPT, NEW = 16, 200
+
+
+class Numbers:
+    """A tokenizer for token ids alone: what is measured is decoding."""
+
+    kind, eot = "numbers", None
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """No text."""
+        return []
+
+    def decode(self, ids: list[int]) -> str:
+        """No text."""
+        return ""
+
+    def stream_decoder(self) -> Numbers:
+        """Itself: it remembers nothing."""
+        return self
+
+    def push(self, token: int) -> str:
+        """No text."""
+        return ""
+
+    def flush(self) -> str:
+        """No text."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of GPT-2's kind."""
+
+    name: str
+    layers: int
+    heads: int
+    width: int
+    vocabulary: int
+
+    def make(self) -> GPT:
+        """With random weights large enough that the likeliest token is clear."""
+        torch.manual_seed(0)
+        model = GPT(
+            GPTConfig(
+                preset="gpt2",
+                n_layer=self.layers,
+                n_head=self.heads,
+                n_embd=self.width,
+                vocab_size=self.vocabulary,
+                block_size=512,
+            )
+        )
+        return model.eval()
+
+
+SMALL = Shape("small (6 layers, 384, V 65)", 6, 6, 384, 65)
+GPT2 = Shape("GPT-2 (12 layers, 768, V 50257)", 12, 12, 768, 50257)
+
+
+def twin(model: GPT) -> transformers.GPT2LMHeadModel:
+    """transformers' model with the same weights."""
+    layout = to_huggingface(model.config, state_of(model))
+    assert layout is not None
+    values, tensors = layout
+    values = {name: value for name, value in values.items() if name != "architectures"}
+    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(**values, bos_token_id=None, eos_token_id=None))
+    other.load_state_dict(tensors, strict=False)
+    return other.eval()
+
+
+def floor(model: GPT, rows: int) -> Callable[[], None]:
+    """The linear layers and attention of NEW - 1 steps after a prompt; the prompt itself is not even read."""
+    config = model.config
+    width = config.n_embd // config.n_head
+    keys, values = torch.randn(2, config.n_layer, rows, config.n_head, PROMPT + NEW, width)
+    query, start = torch.randn(rows, config.n_head, 1, width), torch.randn(rows, config.n_embd)
+    layers = [
+        [(part.weight, part.bias) for part in (block.attn.qkv, block.attn.proj, block.mlp.up, block.mlp.down)]
+        for block in model.trunk.blocks
+    ]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for length in range(PROMPT + 1, PROMPT + NEW):
+            x = start
+            for layer, (qkv, proj, up, down) in enumerate(layers):
+                F.linear(x, *qkv)
+                F.scaled_dot_product_attention(query, keys[layer, :, :, :length], values[layer, :, :, :length])
+                x = F.linear(F.linear(F.linear(x, *proj), *up), *down)
+            F.linear(x, model.unembed.weight)
+
+    return run
+
+
+def rounds(sides: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
+    """Seconds of each side in each round; the sides take turns after one run each to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(count + 1):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            side()
+            if number:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def tell(name: str, times: dict[str, list[float]], tokens: int) -> None:
+    """A row: tokens a second of each side, and minigpt's ratios to the others."""
+    told = [f"{side} {tokens / statistics.median(each):,.0f}" for side, each in times.items()]
+    for side in times:
+        if side.startswith("minigpt"):
+            for other in ("transformers", "floor"):
+                if other in times:
+                    ratios = [theirs / ours for theirs, ours in zip(times[other], times[side], strict=True)]
+                    spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
+                    told.append(f"{side}/{other} {statistics.median(ratios):.2f} ({spread})")
+    print(f"{name:46} " + "   ".join(told), flush=True)
+
+
+def prompts_of(rows: int, vocabulary: int, lengths: list[int] | None = None) -> list[list[int]]:
+    """Token ids, never 0, which stands for padding."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randint(1, vocabulary, (length,), generator=generator).tolist() for length in lengths or [PROMPT] * rows
+    ]
+
+
+def decoding(shape: Shape, rows: int, count: int, compile_too: bool, beams: int = 1, samples: int = 1) -> None:
+    """One row of the main table."""
+    model = shape.make()
+    other = twin(model)
+    prompts = prompts_of(rows, shape.vocabulary)
+    ids = torch.tensor(prompts)
+    settings = {"max_new_tokens": NEW, "num_beams": beams, "num_return_sequences": samples}
+    settings["temperature"] = 1.0 if samples > 1 else 0.0
+    config = SamplingConfig(**settings, seed=1)  # type: ignore[arg-type]
+    theirs_extra = {"do_sample": samples > 1, "top_k": 0} if samples > 1 else {"do_sample": False}
+
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            return other.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW,
+                pad_token_id=0,
+                num_beams=beams,
+                num_return_sequences=samples,
+                **theirs_extra,
+            )
+
+    def ours(of: object) -> Callable[[], list[list[list[int]]]]:
+        sampler = Sampler(of, Numbers(shape.vocabulary), config)  # type: ignore[arg-type]
+        return lambda: [[one.ids for one in each] for each in sampler.generate(prompts)]
+
+    what = f"{beams} beams" if beams > 1 else f"{samples} samples" if samples > 1 else f"batch {rows}"
+    sides: dict[str, Callable[[], object]] = {
+        "floor": floor(model, rows * beams * samples),
+        "transformers": theirs,
+        "minigpt": ours(model),
+    }
+    if compile_too:
+        fast = compiled(model)
+        began = time.perf_counter()
+        ours(fast)()
+        seconds = time.perf_counter() - began
+        sides["minigpt compiled"] = ours(fast)
+    if samples == 1:
+        expected = theirs()[:, PROMPT:].tolist()
+        for name, side in sides.items():
+            if name.startswith("minigpt"):
+                same = [one[0] for one in side()] == expected  # type: ignore[attr-defined]
+                print(f"  {shape.name}, {what}: {name}'s tokens {'equal' if same else 'DIFFER FROM'} transformers'")
+    if compile_too:
+        print(f"  first call with compilation: {seconds:.0f} s")
+    tell(f"{shape.name}, {what}", rounds(sides, count), rows * samples * NEW)
+
+
+def ragged(count: int) -> None:
+    """Prompts of unequal lengths, of which each is to be continued by another number of tokens."""
+    model = SMALL.make()
+    other = twin(model)
+    chance = random.Random(2)
+    prompts = prompts_of(32, SMALL.vocabulary, [chance.randint(16, 200) for _ in range(32)])
+    wanted = [chance.randint(10, 300) for _ in prompts]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    ends = torch.tensor([longest + room for room in wanted])
+
+    class AllWritten(transformers.StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+            return input_ids.shape[1] >= ends
+
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            return other.generate(
+                ids,
+                attention_mask=(ids != 0).long(),
+                max_new_tokens=max(wanted),
+                pad_token_id=0,
+                do_sample=False,
+                stopping_criteria=[AllWritten()],
+            )
+
+    sampler = Sampler(model, Numbers(SMALL.vocabulary), SamplingConfig(temperature=0))  # type: ignore[arg-type]
+
+    def ours() -> list[list[int]]:
+        return [each[0].ids for each in sampler.generate(prompts, max_new_tokens=wanted)]
+
+    rows = theirs()[:, longest:].tolist()
+    same = [row[:room] for row, room in zip(rows, wanted, strict=True)] == ours()
+    print(f"  ragged rows: minigpt's tokens {'equal' if same else 'DIFFER FROM'} transformers'")
+    tell("small, 32 ragged prompts and ends", rounds({"transformers": theirs, "minigpt": ours}, count), sum(wanted))
+
+
+TEN = {
+    "repetition_penalty": 1.1,
+    "frequency_penalty": 0.1,
+    "presence_penalty": 0.1,
+    "no_repeat_ngram_size": 3,
+    "dry_multiplier": 0.8,
+    "logit_bias": {5: 0.5},
+    "temperature": 0.9,
+    "top_k": 50,
+    "top_p": 0.9,
+    "min_p": 0.05,
+}
+
+
+def processors(count: int) -> None:
+    """What ten processors add to a step of GPT-2 at batch 8."""
+    model = GPT2.make()
+    prompts = prompts_of(8, GPT2.vocabulary)
+    base = SamplingConfig(max_new_tokens=64, seed=1, temperature=1.0)
+    sampler = Sampler(model, Numbers(GPT2.vocabulary), base)  # type: ignore[arg-type]
+    without = {name: value for name, value in TEN.items() if name != "top_k"}
+    sides: dict[str, Callable[[], object]] = {
+        "plain sampling": lambda: sampler.generate(prompts),
+        "ten processors": lambda: sampler.generate(prompts, **TEN),
+        "without top-k": lambda: sampler.generate(prompts, **without),
+    }
+    times = rounds(sides, count)
+    for name in ("ten processors", "without top-k"):
+        added = [ours / plain - 1 for ours, plain in zip(times[name], times["plain sampling"], strict=True)]
+        print(f"GPT-2, batch 8, {name:24} add {statistics.median(added):6.1%} ({min(added):.1%}..{max(added):.1%})")
+
+
+def growth(count: int) -> None:
+    """Time a token against the tokens before it: a line, if nothing else grows."""
+    model = SMALL.make()
+    sampler = Sampler(model, Numbers(SMALL.vocabulary), SamplingConfig(temperature=0))  # type: ignore[arg-type]
+    runs = []
+    for _ in range(count + 2):
+        marks = [time.perf_counter()]
+        for _event in sampler.stream([prompts_of(1, SMALL.vocabulary)[0]], max_new_tokens=480):
+            marks.append(time.perf_counter())
+        runs.append([after - before for before, after in zip(marks[1:], marks[2:], strict=False)])
+    middle = torch.tensor(runs).double().median(0).values
+    steps = torch.arange(len(middle)).double() + PROMPT
+    for power in (1, 2):
+        terms = torch.stack([steps**n for n in range(power + 1)], dim=1)
+        fit = torch.linalg.lstsq(terms, middle.unsqueeze(1)).solution.squeeze(1)
+        shape = " + ".join(f"{value * 1e6:.4g} S^{n}" for n, value in enumerate(fit.tolist()))
+        print(f"small, batch 1: microseconds a token after S tokens = {shape}")
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    count, fast = arguments.rounds, arguments.compile
+    rows: dict[str, Callable[[], None]] = {
+        "small batch 1": lambda: decoding(SMALL, 1, count, fast),
+        "small batch 32": lambda: decoding(SMALL, 32, count, fast),
+        "small beams": lambda: decoding(SMALL, 1, count, fast, beams=5),
+        "small samples": lambda: decoding(SMALL, 1, count, fast, samples=8),
+        "gpt2 batch 1": lambda: decoding(GPT2, 1, max(2, count - 2), fast),
+        "gpt2 batch 16": lambda: decoding(GPT2, 16, max(2, count - 2), fast),
+        "ragged": lambda: ragged(count),
+        "processors": lambda: processors(count),
+        "growth": lambda: growth(count),
+    }
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
+    for name, row in rows.items():
+        if arguments.only in name:
+            row()
+
+
+if __name__ == "__main__":
+    main()
