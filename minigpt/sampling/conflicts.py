@@ -60,7 +60,8 @@ def _problems(config: Any) -> Iterator[str]:
     order = resolve(given.order)
     for step in on:
         if step not in order.steps:
-            yield f"{step} is set, but order does not name it; add {step!r} to order, or leave {step} out"
+            way_out = "set temperature to 1" if step == "temperature" else f"leave {step} out"
+            yield f"{step} is set, but order does not name it; add {step!r} to order, or {way_out}"
 
     filters = [name for name in FILTERS if name in on]
     if given.mirostat and filters:
@@ -85,16 +86,21 @@ def _problems(config: Any) -> Iterator[str]:
     if first is not None and allowed and first not in allowed:
         yield f"forced_bos_token_id is {first}, which allowed_token_ids does not hold"
     last = given.forced_eos_token_id
-    if last is not None and set([last] if isinstance(last, int) else last) <= banned:
+    if "forced_eos_token_id" in on and set([last] if isinstance(last, int) else last) <= banned:
         yield f"forced_eos_token_id is {last}, which suppress_tokens forbids"
 
     if given.num_beams == 1:
         if given.temperature == 0 and given.num_return_sequences > 1:
             yield (
-                f"temperature is 0, so that all {given.num_return_sequences} of num_return_sequences would be the same; "
-                "set a temperature above 0, or num_beams"
+                f"temperature is 0, so that all {given.num_return_sequences} of num_return_sequences would be the "
+                "same; set a temperature above 0, or num_beams"
             )
-        for name, off in (("num_beam_groups", 1), ("diversity_penalty", 0), ("force_words", []), ("force_words_ids", [])):
+        for name, off in (
+            ("num_beam_groups", 1),
+            ("diversity_penalty", 0),
+            ("force_words", []),
+            ("force_words_ids", []),
+        ):
             if getattr(given, name) != off:
                 yield f"{name} is set, but num_beams is 1; set num_beams above 1"
         return
@@ -111,10 +117,14 @@ def _problems(config: Any) -> Iterator[str]:
         yield "force_words needs beam_method 'beam' and one group of beams"
     if given.beam_method != "beam" and given.temperature == 0:
         yield f"beam_method {given.beam_method!r} draws, but temperature is 0; set a temperature above 0"
+    if given.beam_method == "stochastic" and (given.length_penalty != 1 or given.early_stopping is not False):
+        yield "beam_method 'stochastic' draws texts whatever their length; leave out length_penalty and early_stopping"
+    if abs(given.length_penalty) > 20:
+        yield f"length_penalty is {given.length_penalty}; expected a number from -20 to 20"
     for name in ("mirostat", "adaptive_target"):
         if name in on:
             yield f"{name} steers one text by what was drawn; it does not work with num_beams"
-    for name in ("max_time", "repetition_stop", "top_logprobs"):
+    for name in ("max_time", "repetition_stop", "top_logprobs", "max_rows", "max_batch_tokens"):
         if getattr(given, name) is not None:
             yield f"{name} does not work with num_beams; leave it out"
     if given.stop_sequences:

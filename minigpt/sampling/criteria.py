@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
 from minigpt.errors import ConfigError
 from minigpt.sampling.processors import Context
 from minigpt.sampling.rules import COUNT, FUNCTION, POSITIVE, Rule, check, is_id, is_whole
@@ -42,8 +39,9 @@ class StopSequences:
 
     def __call__(self, context: Context) -> list[str | None]:
         """The reason "stop" for the rows that end with a sequence."""
-        tails = _tails(context, max(map(len, self.sequences)))
-        return ["stop" if any(tail[-len(stop) :] == stop for stop in self.sequences) else None for tail in tails]
+        stops, sizes = set(self.sequences), set(map(len, self.sequences))
+        tails = _tails(context, max(sizes))
+        return ["stop" if any(tuple(tail[-size:]) in stops for size in sizes) else None for tail in tails]
 
 
 @dataclass(frozen=True)
@@ -95,22 +93,22 @@ class Repeats:
         """The reason "repetition" for the rows that end so."""
         return ["repetition" if self._repeats(tail) else None for tail in _tails(context, self.times * self.longest)]
 
-    def _repeats(self, tokens: tuple[int, ...]) -> bool:
-        for size in range(self.shortest, len(tokens) // self.times + 1):
-            # The last times * size tokens repeat with this period if they equal themselves moved by it.
+    def _repeats(self, tokens: list[int]) -> bool:
+        newest = tokens[::-1]
+        for size, token in enumerate(newest[self.shortest : len(tokens) // self.times + 1], self.shortest):
+            # The newest times * size tokens have this period if they equal themselves moved by it.
             span = self.times * size
-            if tokens[-1 - size] == tokens[-1] and tokens[size - span :] == tokens[-span:-size]:
+            if token == newest[0] and newest[size:span] == newest[: span - size]:
                 return True
         return False
 
 
-def _tails(context: Context, length: int) -> list[tuple[int, ...]]:
+def _tails(context: Context, length: int) -> list[list[int]]:
     """The last written tokens of each row: `length` of them, or all where fewer were written."""
-    length = min(length, context.ids.shape[1])
-    places = np.maximum(context.positions[:, None] + np.arange(-length, 0), 0)  # (B, length)
-    tokens = context.ids.gather(1, torch.from_numpy(places).to(context.ids.device)).tolist()
-    written = (context.positions - context.prompt_lengths.cpu().numpy()).tolist()
-    return [tuple(row[max(0, length - count) :]) for row, count in zip(tokens, written, strict=True)]
+    begin = max(0, int(context.positions.min()) - length)  # what no row needs stays where the model is
+    ids = context.ids[:, begin:].cpu().numpy()
+    places = zip(ids, context.prompt_lengths.tolist(), context.positions.tolist(), strict=True)
+    return [row[max(prompt, n - length) - begin : n - begin].tolist() for row, prompt, n in places]
 
 
 def _tuples(value: Any) -> Any:

@@ -37,10 +37,13 @@ class Step:
         return [beam for group in self.groups for beam in group.beams]
 
     def gumbels(self) -> Tensor:
-        """Standard Gumbel noise for every continuation, the beams of a prompt independent of each other: (R, V)."""
+        """Standard Gumbel noise for every possible continuation, independent between a prompt's beams: (R, V)."""
         lanes = np.array([lane for group in self.groups for lane in range(len(group.beams))])
-        numbers = self.noise.table(self.positions, lanes, Purpose.SEARCH, self.totals.shape[1])
-        return torch.from_numpy(gumbel(numbers)).to(self.totals.device)
+        possible = (self.totals > NEVER).any(0).nonzero().squeeze(1)  # often few of a large vocabulary
+        numbers = self.noise.table(self.positions, lanes, Purpose.SEARCH, possible.cpu().numpy())
+        noise = torch.zeros_like(self.totals)
+        noise[:, possible] = torch.from_numpy(gumbel(numbers)).to(noise.device)
+        return noise
 
 
 Ranking = Callable[[Step], Tensor]
@@ -72,18 +75,21 @@ def drawn_top_down(step: Step) -> Tensor:
 
 
 def drawn_by(draw: Callable[[Tensor, int], Tensor]) -> Ranking:
-    """Continuations drawn by a function (sums of log-probabilities of K beams after each other, count) -> places."""
+    """Continuations drawn by a function (sums of log-probabilities of K beams, the best first, count) -> places."""
 
     def ranking(step: Step) -> Tensor:
-        keys = []
-        vocab_size = step.totals.shape[1]
-        for group, totals in zip(step.groups, step.totals.split([len(g.beams) for g in step.groups]), strict=True):
-            missing = totals.new_full((group.settings.width - len(totals), vocab_size), NEVER)
-            flat = torch.cat((totals, missing)).flatten()
-            places = draw(flat, min(group.looked_at, len(flat)))
-            order = -torch.arange(len(places), dtype=flat.dtype, device=flat.device)
-            keys.append(torch.full_like(flat, NEVER).scatter(0, places, order).view(-1, vocab_size)[: len(totals)])
-        return torch.cat(keys)
+        keys = torch.full_like(step.totals, NEVER)
+        first, vocab_size = 0, keys.shape[1]
+        for group in step.groups:
+            order = sorted(range(len(group.beams)), key=lambda number: -group.beams[number].total)
+            rows = [first + number for number in order]
+            flat = keys.new_full((group.settings.width * vocab_size,), NEVER)
+            flat[: len(rows) * vocab_size] = step.totals[rows].flatten()
+            for rank, place in enumerate(draw(flat, min(group.looked_at, len(flat))).tolist()):
+                if place < len(rows) * vocab_size:
+                    keys[rows[place // vocab_size], place % vocab_size] = -rank
+            first += len(rows)
+        return keys
 
     return ranking
 

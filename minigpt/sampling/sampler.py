@@ -52,6 +52,8 @@ class Completion:
     """Why, where the reason is error."""
     score: float | None = None
     """Of a search: the sum of the log-probabilities that it added up, over length ** length_penalty."""
+    complete: bool = True
+    """Of a search: whether all of force_words appear."""
     details: list[Details] | None = None
     """With top_logprobs: how each token stood among the others."""
     work: list[tuple[Stage, ...]] | None = None
@@ -252,6 +254,7 @@ class Sampler:
                     usage=Usage(len(prompt), len(best.tokens)),
                     error=best.error,
                     score=best.score,
+                    complete=best.complete,
                 )
                 for best in hypotheses
             ]

@@ -37,7 +37,7 @@ from minigpt.sampling.loop import check_prompts, evaluating
 from minigpt.sampling.processors import NEVER
 from minigpt.terminal import progress
 
-LOGITS_AT_ONCE = 2**25  # 128 MiB of float32; a few times that while they are worked on
+LOGITS_AT_ONCE = 2**24  # 64 MiB of float32; a few times that while they are worked on
 
 
 @dataclass(frozen=True)
@@ -206,15 +206,14 @@ def _predict(model: Decodable, batch: list[Window], texts: list[list[int]], top:
 def _look_up(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B, T, V) logits, (B, T) targets -> their log-probabilities and ranks (B, T), and the likeliest (B, T, top)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normalizer = logits.logsumexp(-1, keepdim=True)  # (B, T, 1)
-    normalizer = normalizer.masked_fill(~normalizer.isfinite(), math.nan)
-    chosen = logits.gather(-1, targets.unsqueeze(-1))  # (B, T, 1)
-    likeliest = logits.topk(top, dim=-1)
+    log_probs = logits.log_softmax(-1)  # NaN throughout where the logits are no distribution
+    targets = targets.unsqueeze(-1)  # (B, T, 1)
+    likeliest = log_probs.topk(top, dim=-1)
     return (
-        (chosen - normalizer).squeeze(-1),
-        1 + (logits > chosen).sum(-1),
+        log_probs.gather(-1, targets).squeeze(-1),
+        1 + (logits > logits.gather(-1, targets)).sum(-1),
         likeliest.indices,
-        likeliest.values - normalizer,
+        likeliest.values,
     )
 
 

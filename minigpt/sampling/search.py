@@ -7,10 +7,9 @@ become copies of the rows that go on. The methods differ in the ranking and in t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, takewhile
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from minigpt.errors import ConfigError
 from minigpt.sampling.batch import Batch, Row, window_start
 from minigpt.sampling.choice import is_choosable
 from minigpt.sampling.config import check_field
-from minigpt.sampling.constraints import Phrases
+from minigpt.sampling.constraints import Constraint, required
 from minigpt.sampling.decodable import Decodable
 from minigpt.sampling.expansion import RANKINGS, Ranking, Step, candidates, drawn_by, root_key
 from minigpt.sampling.hypotheses import (
@@ -36,8 +35,6 @@ from minigpt.sampling.loop import check_prompts, evaluating
 from minigpt.sampling.noise import Noise, fresh_seed
 from minigpt.sampling.pipeline import Pipeline
 
-Constraints = Sequence[Sequence[Sequence[int]]]  # each with its alternatives, each of tokens
-
 
 @torch.no_grad()
 def search_rows(
@@ -47,12 +44,12 @@ def search_rows(
     *,
     max_new_tokens: int | Sequence[int],
     processors: Sequence[Callable] = (),
-    feed: str = "log_probs",
+    feed: Literal["log_probs", "logits"] = "log_probs",
     seeds: Sequence[int | None] | None = None,
     end_ids: Sequence[int] = (),
     overflow: str = "slide",
     stopped: Callable[[int, list[int]], bool] | None = None,
-    constraints: Sequence[Constraints] = (),
+    constraints: Sequence[Sequence[Constraint]] = (),
     draw: Callable[[Tensor, int], Tensor] | None = None,
 ) -> list[list[Hypothesis]]:
     """Continue token prompts by a search: for each prompt the best texts that it found, the best first.
@@ -69,7 +66,8 @@ def search_rows(
         feed: "log_probs": processors see the model's log-probabilities, and what they make of them is added up as it
             is, even if it no longer is a distribution (as in transformers). "logits": they see the logits, and the
             log-probabilities of what they make of them are added up. "stochastic" search normalises either.
-        seeds: one for each prompt; None draws a fresh one. Only what draws depends on them.
+        seeds: one for each prompt; None draws a fresh one. Only what draws depends on them. A processor's own noise is
+            the same for all beams of a prompt.
         end_ids: tokens that end a text; they count as written.
         overflow: "slide" moves the window on past the model's context, "stop" ends a text that has filled it.
         stopped: tells from a prompt's number and the written tokens whether a text ends here, as an end token would.
@@ -82,24 +80,33 @@ def search_rows(
             go with the settings, a temperature of 0 where a method draws.
     """
     check_prompts(prompts, model.vocab_size)
+    longest = max(map(len, prompts), default=0)
+    if overflow == "stop" and longest > model.max_context:
+        raise ConfigError(
+            f"a prompt has {longest} tokens, but the model's context is {model.max_context}; "
+            "shorten the prompt, or sample with overflow 'slide'"
+        )
     end_ids = tuple(map(int, end_ids))
     draws = settings.method != "beam"
     pipeline = Pipeline([p for p in processors if draws or not getattr(p, "shaping", False)])
     most = _for_each("max_new_tokens", max_new_tokens, len(prompts))
-    seeds = [fresh_seed() if seed is None else int(seed) for seed in _for_each("seed", seeds, len(prompts))]
-    phrases = _phrases(constraints, prompts, settings, most, end_ids, model.vocab_size)
+    own_seeds = [fresh_seed() if seed is None else int(seed) for seed in _for_each("seed", seeds, len(prompts))]
+    if constraints and (draws or settings.num_beam_groups > 1):
+        raise ConfigError("sampling: constraints need method 'beam' and num_beam_groups 1; expected these, or none")
+    phrases = required(constraints or [()] * len(prompts), most, end_ids, model.vocab_size)
 
     def make(number: int, place: int) -> Group:
         """Group `place` of a prompt."""
-        room = _room(model, prompts[number], overflow)
-        limit, full = (most[number], "length") if most[number] <= room else (room, "context")
+        limit = min(most[number], model.max_context - len(prompts[number])) if overflow == "stop" else most[number]
 
         def reason(written: tuple[int, ...]) -> str | None:
             if written and written[-1] in end_ids:
                 return "end"
             if written and stopped is not None and stopped(number, list(written)):
                 return "stop"
-            return full if len(written) >= limit else None
+            if len(written) < limit:
+                return None
+            return "length" if limit == most[number] else "context"
 
         looked_at = settings.width * (1 if settings.method == "stochastic" else max(2, 1 + len(end_ids)))
         given = (settings, number, place, limit, reason, looked_at)
@@ -107,13 +114,13 @@ def search_rows(
             return ConstrainedGroup(*given, phrases=phrases[number], end_ids=end_ids)
         if settings.method == "stochastic":
             position = np.array([len(prompts[number])])
-            return StochasticGroup(*given, [Beam(key=root_key(Noise([seeds[number]], [0]), position))])
+            return StochasticGroup(*given, [Beam(key=root_key(Noise([own_seeds[number]], [0]), position))])
         return Group(*given)
 
     groups = [make(number, place) for number in range(len(prompts)) for place in range(settings.num_beam_groups)]
     started = [group for group in groups if group.limit > 0]
     if started:
-        rows = [Row(g.prompt, 0, seeds[g.prompt], list(prompts[g.prompt]), g.limit) for g in started]
+        rows = [Row(g.prompt, 0, own_seeds[g.prompt], list(prompts[g.prompt]), g.limit) for g in started]
         with evaluating(model):
             batch = Batch(model, rows, pipeline, end_ids)
             if draws and any(pipeline.greedy(batch.context)):
@@ -121,11 +128,11 @@ def search_rows(
                     f"sampling: a temperature is 0, which leaves method {settings.method!r} nothing to draw; expected "
                     "one above 0, or method 'beam'"
                 )
-            ranking = drawn_by(draw) if draw else RANKINGS[settings.method]
+            ranking = drawn_by(draw) if draw and settings.method == "sample" else RANKINGS[settings.method]
             _Search(batch, started, ranking, feed == "logits", settings).run()
     return [
         _best([group for group in groups if group.prompt == number], settings, seed)
-        for number, seed in enumerate(seeds)
+        for number, seed in enumerate(own_seeds)
     ]
 
 
@@ -185,12 +192,12 @@ class _Search:
         row = 0
         for group in turn:
             earlier = [g for g in self.groups if g.prompt == group.prompt and g.number < group.number]
-            tokens = [beam.written[-1] for other in earlier for beam in other.beams]
+            tokens = [token for other in earlier for token in other.taken]
             for _ in group.beams:
                 rows += [row] * len(tokens)
                 taken += tokens
                 row += 1
-        index = torch.tensor(rows, device=totals.device), torch.tensor(taken, device=totals.device)
+        index = torch.tensor([rows, taken], dtype=torch.int64, device=totals.device).unbind()
         totals.index_put_(index, totals.new_tensor(-self.settings.diversity_penalty), accumulate=True)
 
     def _move(self, spans: list[range], raw: Tensor, processed: Tensor) -> None:
@@ -233,12 +240,10 @@ def _in_place(beams: list[Beam]) -> list[Beam]:
 
 def _best(groups: list[Group], settings: SearchSettings, seed: int) -> list[Hypothesis]:
     """The best texts of a prompt's groups."""
-    if groups[0].limit <= 0:
-        return [
-            Hypothesis(
-                [], 0.0, 0.0, [], groups[0].reason(()) or "length", seed=seed, complete=groups[0].complete(Beam())
-            )
-        ]
+    first = groups[0]
+    if first.limit <= 0:
+        reason, complete = str(first.reason(())), first.complete(first.beams[0])
+        return [Hypothesis([], 0.0, 0.0, [], reason, complete=complete, seed=seed)]
     ended = [
         Hypothesis(
             list(beam.written),
@@ -257,50 +262,6 @@ def _best(groups: list[Group], settings: SearchSettings, seed: int) -> list[Hypo
     if len(groups) > 1:
         ended.sort(key=lambda hypothesis: -hypothesis.score)
     return ended[: settings.num_return_sequences]
-
-
-def _phrases(
-    constraints: Sequence[Constraints],
-    prompts: Sequence[Sequence[int]],
-    settings: SearchSettings,
-    most: list[int],
-    end_ids: tuple[int, ...],
-    vocab_size: int,
-) -> list[Phrases]:
-    """What must appear for each prompt, checked."""
-    if not constraints:
-        return [Phrases(())] * len(prompts)
-    if len(constraints) != len(prompts):
-        raise ConfigError(
-            f"sampling: constraints for {len(constraints)} prompts; expected one list for each of {len(prompts)}"
-        )
-    if settings.method != "beam" or settings.num_beam_groups > 1:
-        raise ConfigError("sampling: constraints need method 'beam' and num_beam_groups 1")
-    phrases = [Phrases(one) for one in constraints]
-    for number, own in enumerate(phrases):
-        for phrase in own.phrases:
-            if max(phrase) >= vocab_size or not set(end_ids).isdisjoint(phrase[:-1]):
-                raise ConfigError(
-                    f"sampling: prompt {number} must have the phrase {list(phrase)}; expected ids below the vocabulary "
-                    f"size of {vocab_size}, and an end token ({list(end_ids)}) only as the last"
-                )
-        if (need := own.need(own.start)) > most[number]:
-            raise ConfigError(
-                f"sampling: prompt {number} must have phrases of {need} tokens, but max_new_tokens is {most[number]}; "
-                f"expected at least {need}"
-            )
-    return phrases
-
-
-def _room(model: Decodable, prompt: Sequence[int], overflow: str) -> float:
-    """How many tokens may follow a prompt for the sake of the context."""
-    room = model.max_context - len(prompt) if overflow == "stop" else math.inf
-    if room < 0:
-        raise ConfigError(
-            f"a prompt has {len(prompt)} tokens, but the model's context is {model.max_context}; "
-            "shorten the prompt, or sample with overflow 'slide'"
-        )
-    return room
 
 
 def _for_each(field: str, values: Any, count: int) -> list[Any]:

@@ -1,0 +1,149 @@
+"""Phrases that must appear in what is written: how far a text has come, and what brings it nearer.
+
+The phrases together are an automaton (Aho and Corasick, 1975): its state is the longest end of the text that begins one
+of them. So a match that breaks goes on with as much of it as still holds, and phrases may overlap.
+
+>>> phrases = Phrases([[[5, 5, 6]], [[6, 1], [6, 2]]])
+>>> progress = phrases.start
+>>> for token in (5, 5, 5, 6):
+...     progress = phrases.after(progress, token)
+>>> progress, phrases.need(progress), phrases.nearer(progress)
+(Progress(begun=(5, 5, 6), met=frozenset({0})), 1, {1, 2})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from minigpt.errors import ConfigError
+from minigpt.sampling.rules import is_id
+
+_EXACT = 5  # constraints up to which every order of meeting them is tried
+_WAYS = 24  # alternatives up to which
+
+Constraint = Sequence[Sequence[int]]  # alternative phrases of tokens
+
+
+class Progress(NamedTuple):
+    """What a text has of the phrases."""
+
+    begun: tuple[int, ...] = ()
+    """The longest end of the text that begins a phrase."""
+    met: frozenset[int] = frozenset()
+    """The numbers of the constraints of which a phrase has appeared."""
+
+
+class Phrases:
+    """What must appear in the text of one prompt.
+
+    Args:
+        constraints: each a list of alternative phrases, one of which must appear; a phrase is a list of tokens.
+
+    Raises:
+        ConfigError: a constraint without alternatives, a phrase without tokens, or something that is no token id.
+    """
+
+    start = Progress()
+
+    def __init__(self, constraints: Sequence[Constraint]) -> None:
+        for number, alternatives in enumerate(constraints):
+            if not alternatives or not all(phrase and all(map(is_id, phrase)) for phrase in alternatives):
+                raise ConfigError(
+                    f"sampling: constraint {number} is {alternatives!r}; expected a list of alternatives, each a list "
+                    "of token ids, at least one"
+                )
+        self.constraints = [tuple(tuple(map(int, phrase)) for phrase in one) for one in constraints]
+        self.phrases = {phrase for alternatives in self.constraints for phrase in alternatives}
+        self._shortest = [min(map(len, alternatives)) for alternatives in self.constraints]
+        self._prefixes = {phrase[:n] for phrase in self.phrases for n in range(len(phrase) + 1)}
+        self._met_by = {
+            prefix: frozenset(
+                number
+                for number, alternatives in enumerate(self.constraints)
+                if any(prefix[-len(phrase) :] == phrase for phrase in alternatives)
+            )
+            for prefix in self._prefixes
+        }
+        self._needs: dict[Progress, int] = {}
+
+    def after(self, progress: Progress, token: int) -> Progress:
+        """The progress with one more token."""
+        begun = (*progress.begun, token)
+        while begun not in self._prefixes:
+            begun = begun[1:]  # the empty one begins every phrase
+        return Progress(begun, progress.met | self._met_by[begun])
+
+    def need(self, progress: Progress) -> int:
+        """How many further tokens meet all constraints: the least number; with many constraints perhaps more than it.
+
+        Some next token always makes it less.
+        """
+        if progress not in self._needs:
+            self._needs[progress] = self._shortest_way(progress)
+        return self._needs[progress]
+
+    def nearer(self, progress: Progress) -> set[int]:
+        """The tokens that make the need less."""
+        tokens = {rest[0] for _, rest in self._ways(progress)}
+        return {token for token in tokens if self.need(self.after(progress, token)) < self.need(progress)}
+
+    def _shortest_way(self, progress: Progress) -> int:
+        """Over the phrases that may be met first: the rest of it, and then what is needed from there."""
+        ways = list(self._ways(progress))
+        if not ways:
+            return 0
+        unmet = [number for number in range(len(self.constraints)) if number not in progress.met]
+        if len(unmet) <= _EXACT and len(ways) <= _WAYS:
+            return min(len(rest) + self.need(self._along(progress, rest)) for _, rest in ways)
+        others = sum(self._shortest[number] for number in unmet)
+        return min(len(rest) + others - self._shortest[number] for number, rest in ways)
+
+    def _ways(self, progress: Progress) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Each constraint yet to be met with what is left of each of its phrases, going on from what is begun."""
+        begun = progress.begun
+        for number, alternatives in enumerate(self.constraints):
+            for phrase in alternatives if number not in progress.met else ():
+                had = next(
+                    n for n in range(min(len(begun), len(phrase)), -1, -1) if begun[len(begun) - n :] == phrase[:n]
+                )
+                yield number, phrase[had:]
+
+    def _along(self, progress: Progress, tokens: tuple[int, ...]) -> Progress:
+        for token in tokens:
+            progress = self.after(progress, token)
+        return progress
+
+
+def required(
+    constraints: Sequence[Sequence[Constraint]], most: Sequence[int], end_ids: tuple[int, ...], vocab_size: int
+) -> list[Phrases]:
+    """What must appear for each prompt.
+
+    Args:
+        constraints: for each prompt.
+        most: for each prompt, how many tokens may be written.
+        end_ids: tokens after which none follows.
+        vocab_size: ids are below it.
+
+    Raises:
+        ConfigError: not one list of constraints for each prompt, or one that cannot be met.
+    """
+    if len(constraints) != len(most):
+        raise ConfigError(
+            f"sampling: there are constraints for {len(constraints)} prompts; expected a list for each of {len(most)}"
+        )
+    several = [Phrases(own) for own in constraints]
+    for number, (phrases, room) in enumerate(zip(several, most, strict=True)):
+        for phrase in phrases.phrases:
+            if max(phrase) >= vocab_size or not set(end_ids).isdisjoint(phrase[:-1]):
+                raise ConfigError(
+                    f"sampling: prompt {number} must have the phrase {list(phrase)}; expected ids below the vocabulary "
+                    f"size of {vocab_size}, and an end token ({list(end_ids)}) only as the last"
+                )
+        if phrases.need(phrases.start) > room:
+            raise ConfigError(
+                f"sampling: prompt {number} must have phrases of {phrases.need(phrases.start)} tokens, but "
+                f"max_new_tokens is {room}; expected at least as many"
+            )
+    return several
