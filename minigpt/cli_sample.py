@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -49,8 +50,9 @@ def sample(argv: list[str]) -> None:
     values = parse(parser, rest)
     config = SamplingConfig(**{field.name: getattr(values, field.name) for field in fields(SamplingConfig)})
     config.validate()
+    _check_flags(values, config)
     prompts = _prompts(values)
-    model = run.model.to(pick_device(values.device))
+    model: Any = run.model.to(pick_device(values.device))
     if values.compile:
         from minigpt.model.fast import compiled
 
@@ -61,30 +63,45 @@ def sample(argv: list[str]) -> None:
     elif values.score:
         _score(sampler, prompts, values)
     elif values.continuation is not None:
+        from minigpt.sampling.loop import Event
+        from minigpt.sampling.show import show_work
+
         completions = sampler.replay(prompts, [values.continuation] * len(prompts), show_work=values.show_work)
         for prompt, completion in zip(prompts, completions, strict=True):
             if values.json:
-                _print_json(prompt, completion)
-            else:
-                _print_tokens(sampler, completion)
+                _print_json(prompt, asdict(completion))
+                continue
+            for token, work in zip(completion.ids, completion.work or (), strict=False):
+                print(show_work(Event(0, 0, 0, token, work=work), sampler.tokenizer))
+            _print_tokens(sampler, completion)
     else:
         _write(sampler, prompts, config, values)
+
+
+def _check_flags(values: Any, config: Any) -> None:
+    """Raise ConfigError for flags of which one would go unheard."""
+    if values.show_work < 0:
+        raise ConfigError(f"--show_work {values.show_work}: expected a whole number, 0 or more")
+    if values.stride is not None and not values.score:
+        raise ConfigError(f"--stride {values.stride}: is for --score; add it, or leave --stride out")
+    if values.score and (values.continuation is not None or values.show_work):
+        raise ConfigError("--score: writes nothing, so it goes neither with --continuation nor with --show_work")
+    if config.top_logprobs is not None and not (values.json or values.show_order):
+        raise ConfigError("--top_logprobs: is told in JSON; add --json, or see --show_work")
 
 
 def _write(sampler: Sampler, prompts: list[Any], config: Any, values: Any) -> None:
     if values.json:
         for prompt, completions in zip(prompts, sampler.generate(prompts, show_work=values.show_work), strict=True):
             for completion in completions:
-                _print_json(prompt, completion)
+                _print_json(prompt, asdict(completion))
         return
-    if config.top_logprobs is not None:
-        raise ConfigError("--top_logprobs: is told in JSON; add --json, or see --show_work")
     alone = len(prompts) == 1 and config.num_return_sequences == 1 and config.num_beams == 1
     if alone and values.show_work:
         from minigpt.sampling.show import show_work
 
         for event in sampler.stream(prompts, show_work=values.show_work):
-            if event.work:
+            if event.token is not None:
                 print(show_work(event, sampler.tokenizer), flush=True)
             if event.error:
                 raise ConfigError(event.error)
@@ -92,8 +109,9 @@ def _write(sampler: Sampler, prompts: list[Any], config: Any, values: Any) -> No
     if values.show_work:
         raise ConfigError("--show_work: shows one text as it is written; give one prompt, one sample and no beams")
     if alone:
+        events = sampler.stream(prompts)  # a prompt that cannot be used is told before anything is printed
         print(_text(prompts[0], sampler), end="", flush=True)
-        for event in sampler.stream(prompts):
+        for event in events:
             print(event.text, end="", flush=True)
         print()
         if event.error:
@@ -109,12 +127,15 @@ def _write(sampler: Sampler, prompts: list[Any], config: Any, values: Any) -> No
 
 def _score(sampler: Sampler, prompts: list[Any], values: Any) -> None:
     top = sampler.config.top_logprobs or 0
+    lengths = [len(piece) for piece in sampler.tokenizer.token_bytes()]
     for prompt, score in zip(prompts, sampler.score(prompts, stride=values.stride, top=top, show=True), strict=True):
-        text = _text(prompt, sampler)
-        per_byte = -score.total / max(1, len(text.encode())) / 0.6931471805599453
+        # Of the scored tokens alone: without an end-of-text to begin with, nothing predicts the first one.
+        scored = [token for token, log_prob in zip(score.ids, score.log_probs, strict=True) if log_prob is not None]
+        size = sum(lengths[token] for token in scored)
+        per_byte = -score.total / size / math.log(2) if size else math.nan
         if values.json:
             figures = {"perplexity": score.perplexity, "bits_per_byte": per_byte, "total": score.total}
-            print(json.dumps({"prompt": prompt, **figures, **asdict(score)}, ensure_ascii=False), flush=True)
+            _print_json(prompt, {**figures, **asdict(score)})
             continue
         for token, log_prob, rank in zip(score.ids, score.log_probs, score.ranks, strict=True):
             if log_prob is not None:
@@ -133,8 +154,17 @@ def _print_order(sampler: Sampler) -> None:
         print(f"  {processor}")
 
 
-def _print_json(prompt: Any, completion: Completion) -> None:
-    print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=False), flush=True)
+def _print_json(prompt: Any, told: dict[str, Any]) -> None:
+    print(json.dumps(_finite({"prompt": prompt, **told}), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for: the logarithm of 0, the perplexity of nothing."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_tokens(sampler: Sampler, completion: Completion) -> None:

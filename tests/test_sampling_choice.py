@@ -74,6 +74,51 @@ def test_each_of_fifty_thousand_tokens_has_its_place():
         assert draw(logits, middle).tolist() == [token]
 
 
+def plain_draw(logits: torch.Tensor, number: float) -> int:
+    """The inverse of the cumulative distribution, added up one by one in double precision."""
+    sums = logits.double().softmax(0).cumsum(0)
+    return int((sums <= number * sums[-1]).sum())
+
+
+@pytest.mark.parametrize("vocab", [2, 255, 256, 257, 511, 513, 5000])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 6.0])
+def test_a_draw_is_the_inverse_of_the_plain_cumulative_distribution(vocab, scale):
+    logits = scale * torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab), dtype=torch.float64)
+    numbers = noise(40, seed=vocab)
+    numbers[0], numbers[1] = 0.0, 1 - 2**-53
+    expected = [plain_draw(row, number) for row, number in zip(logits, numbers.tolist(), strict=True)]
+    assert draw(logits, numbers).tolist() == expected
+    assert draw(logits.float(), numbers).tolist() == expected, "and rounding moves no border across these numbers"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_masked_token_is_never_drawn_from_a_large_vocabulary_whatever_the_number(dtype):
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(4, 900, generator=generator).to(dtype)
+    logits[torch.rand(logits.shape, generator=generator) < 0.7] = -INF
+    logits[1, :300] = -INF  # whole blocks at the beginning, in the middle and at the end
+    logits[2, 200:800] = -INF
+    logits[3, 500:] = -INF
+    extremes = torch.tensor([0.0, 5e-324, 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
+    borders = logits.float().double().softmax(-1).cumsum(-1)[:, ::7].flatten().clamp(max=1 - 2**-53)
+    numbers = torch.cat((extremes, borders, noise(4000)))
+    for row in logits:
+        counts = count_draws(row, numbers)
+        assert (counts[row == -INF] == 0).all()
+        assert counts[row > -INF].count_nonzero() > 0.9 * (row > -INF).sum()
+
+
+def test_a_row_of_a_large_vocabulary_draws_in_a_batch_what_it_draws_alone():
+    logits = torch.randn(64, 3001, generator=torch.Generator().manual_seed(8))
+    logits[::3] = (logits[::3] * 3).round()
+    sums = logits.softmax(-1).double().cumsum(-1)
+    numbers = (sums[:, 1234] / sums[:, -1]).clamp(max=1 - 2**-53)  # on a border, where a last bit tells
+    together = draw(logits, numbers)
+    for row in range(64):
+        assert draw(logits[row : row + 1], numbers[row : row + 1]) == together[row]
+    assert torch.equal(draw(logits.flip(0), numbers.flip(0)), together.flip(0))
+
+
 def test_only_one_possible_token_is_drawn_by_any_number():
     logits = torch.full((3, 7), -INF)
     logits[:, 4] = -1e30

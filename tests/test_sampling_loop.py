@@ -16,7 +16,8 @@ from minigpt.sampling.batch import window_start
 from minigpt.sampling.decodable import Cache, Decodable
 from minigpt.sampling.loop import stream_rows
 from minigpt.sampling.noise import uniforms
-from minigpt.sampling.processors import Temperature, TopK, TopP
+from minigpt.sampling.processors import Temperature
+from minigpt.sampling.truncation import TopK, TopP
 
 INF = math.inf
 

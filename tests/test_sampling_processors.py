@@ -13,7 +13,8 @@ from minigpt.errors import ConfigError
 from minigpt.sampling.choice import draw
 from minigpt.sampling.noise import Noise, uniforms
 from minigpt.sampling.pipeline import Pipeline, gather_state
-from minigpt.sampling.processors import AllowedVocabulary, Context, Temperature, TopK, TopP
+from minigpt.sampling.processors import AllowedVocabulary, Context, Temperature
+from minigpt.sampling.truncation import TopK, TopP
 
 INF = math.inf
 
@@ -63,6 +64,21 @@ def test_top_p_equals_transformers(p):
     assert torch.equal(ours[0::4], theirs[0::4])
     # Which of several equal tokens go depends on an unstable sort in transformers; how many does not.
     assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
+
+
+@pytest.mark.parametrize("keep", [1, 3, 12, 1000])
+def test_so_many_tokens_survive_at_least_as_in_transformers(keep):
+    logits = random_logits()
+    for k in (1, 5, 49):
+        assert torch.equal(
+            TopK(k, keep)(context(40), logits), TopKLogitsWarper(k, min_tokens_to_keep=keep)(None, logits)
+        )
+    for p in (0.05, 0.5, 0.9):
+        ours = TopP(p, keep)(context(40), logits)
+        theirs = TopPLogitsWarper(p, min_tokens_to_keep=keep)(None, logits)
+        assert torch.equal(ours[0::4], theirs[0::4])
+        assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
+    assert TopK([1, 5, 50], keep=7)(context(3), logits[:3]).isfinite().sum(-1)[0] == 7
 
 
 def test_top_p_drops_the_last_of_equally_likely_tokens():
@@ -144,12 +160,14 @@ def test_a_number_for_each_prompt_does_what_it_does_alone(make, values):
         lambda: Temperature([0.5, None]),
         lambda: TopK(0),
         lambda: TopK(2.5),
+        lambda: TopK(2, keep=0),
+        lambda: TopP(0.5, keep=1.5),
         lambda: TopP(1.5),
         lambda: TopP(True),
     ],
 )
 def test_a_parameter_out_of_range_is_named(make):
-    with pytest.raises(ConfigError, match=r"sampling: (temperature|top_k|top_p|TopK)"):
+    with pytest.raises(ConfigError, match=r"sampling: (temperature|TopK|TopP)"):
         make()
 
 

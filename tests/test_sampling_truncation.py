@@ -327,3 +327,11 @@ def test_a_number_for_each_prompt_does_what_it_does_alone(make, values):
 def test_a_parameter_out_of_range_is_named(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_top_h_of_one_keeps_everything_beside_a_row_that_has_it():
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(1))
+    both = TopH((0.3, 1.0))(context_of([[1], [1]]), logits)
+    assert torch.equal(both[1], logits[1])
+    assert torch.equal(both[:1], TopH(0.3)(context_of([[1]]), logits[:1]))
+    assert (both[0] > -INF).sum() < 100

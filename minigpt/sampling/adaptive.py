@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from minigpt.sampling.processors import NEVER, Context, Parameter
+from minigpt.sampling.ranking import cut, keep_likeliest, only_possible
 from minigpt.sampling.rules import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, Rule, check, check_numbers, is_number
-from minigpt.sampling.truncation import likeliest
 
 _DECAY = Rule(lambda v: is_number(v) and 0 <= v <= 0.99, "a number from 0 to 0.99")
 
@@ -41,7 +41,7 @@ class _Mirostat:
 
     def accept(self, state: Surprise, tokens: Tensor, raw: Tensor, processed: Tensor) -> Surprise:
         """Move mu to mu - eta * (S - tau): S is the token's surprise under the distribution it was drawn from."""
-        chosen = processed.double().gather(1, tokens[:, None]).squeeze(1)
+        chosen = processed.gather(1, tokens[:, None]).squeeze(1).double()
         return state._replace(mu=state.mu - state.eta * (-chosen.log2() - state.tau))
 
 
@@ -76,7 +76,7 @@ class Mirostat1(_Mirostat):
         scale = torch.where(e.abs() < 1e-9, 1 / max(log_size, 1e-9), e / -torch.expm1(-e * log_size))
         log_k = (scale.log() + state.mu * np.log(2)) / s
         k = log_k.nan_to_num(0).clamp(0, log_size + 1).exp().floor()
-        return logits.masked_fill(~likeliest(logits, k[:, None]), NEVER)
+        return keep_likeliest(logits, k[:, None])
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,10 @@ class Mirostat2(_Mirostat):
 
     def __call__(self, context: Context, logits: Tensor, state: Surprise) -> Tensor:
         """Logits with -inf for the tokens that are too surprising."""
-        surprise = -logits.double().log_softmax(-1) / np.log(2)
-        return logits.masked_fill((surprise > state.mu[:, None]) & ~likeliest(logits, 1), NEVER)
+        top = logits.softmax(-1).amax(-1, keepdim=True).double()
+        border = -(top.log() + state.mu[:, None] * np.log(2))  # how far above the likeliest token's logit
+        left = cut(logits, logits, logits.amax(-1, keepdim=True) + border.to(logits.dtype))
+        return torch.maximum(left, keep_likeliest(logits, 1)) if (border > 0).any() else left
 
 
 class Average(NamedTuple):
@@ -133,13 +135,13 @@ class AdaptiveP:
     def __call__(self, context: Context, logits: Tensor, state: Average) -> Tensor:
         """The logits made from probabilities; impossible tokens stay so."""
         aim = (2 * state.target - state.total / state.weight).clamp(0, 1)[:, None]
-        distance = (logits.double().softmax(-1) - aim).abs() / 0.3
-        made = 5 - 10 * distance.square() / (1 + distance)
-        return torch.where(logits > NEVER, made.to(logits.dtype), logits)
+        distance = logits.softmax(-1).sub_(aim.to(logits.dtype)).abs_().div_(0.3)
+        made = 5 - 10 * distance.square().div_(distance.add_(1))
+        return only_possible(made, logits)
 
     def accept(self, state: Average, tokens: Tensor, raw: Tensor, processed: Tensor) -> Average:
         """The average with the token's own probability."""
-        chosen = raw.double().gather(1, tokens[:, None]).squeeze(1)
+        chosen = raw.gather(1, tokens[:, None]).squeeze(1).double()
         return state._replace(total=chosen + state.decay * state.total, weight=1 + state.decay * state.weight)
 
 

@@ -61,7 +61,8 @@ def _completing(context: Context, n: Parameter, stop: Tensor, logits: Tensor) ->
     found = (place >= sizes - 1) & (place < stop[:, None]) & (sizes > 0)
     for back in range(1, int(sizes.max())):
         token = context.ids.gather(1, (context.lengths - back).clamp(min=0)[:, None])
-        found &= (context.ids.roll(back, 1) == token) | (back >= sizes)
+        agrees = context.ids[:, :-back] == token
+        found[:, back:] &= agrees | (back >= sizes) if isinstance(n, tuple) else agrees
     return torch.zeros_like(found, dtype=logits.dtype).masked_fill_(found, NEVER)
 
 
@@ -150,18 +151,23 @@ class LogitBias:
     """Add a bias to single tokens, always: {5: -2.0, 7: 4.0}; minus infinity forbids."""
 
     bias: Mapping[int, float]
+    _columns: Tensor = field(init=False, repr=False, compare=False)
+    _biases: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _mapping(self, self.bias)
         pairs = {token_ids(self, "bias", token)[0]: value for token, value in self.bias.items()}
         object.__setattr__(self, "bias", pairs)
+        object.__setattr__(self, "_columns", torch.tensor(list(pairs)))
+        object.__setattr__(self, "_biases", torch.tensor(list(pairs.values()), dtype=torch.float64))
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with the biases."""
-        check_vocabulary(self, max(self.bias), logits.shape[-1])
-        biases = torch.tensor(list(self.bias.values()), dtype=logits.dtype, device=logits.device)
-        columns = torch.tensor(list(self.bias), device=logits.device)
-        return logits.index_add(1, columns, biases.expand(len(logits), -1))
+        check_vocabulary(self, int(self._columns.max()), logits.shape[-1])
+        shape = len(logits), len(self._columns)
+        return logits.scatter_add(
+            1, self._columns.to(logits.device).expand(shape), self._biases.to(logits).expand(shape)
+        )
 
 
 @dataclass(frozen=True)
@@ -169,13 +175,15 @@ class AllowedIds:
     """Forbid all but these tokens."""
 
     ids: Sequence[int]
+    _columns: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", token_ids(self, "ids", self.ids))
+        object.__setattr__(self, "_columns", torch.tensor(self.ids))
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for every other token."""
-        return _only(self, logits, self.ids)
+        return _only(self, logits, self._columns)
 
 
 @dataclass(frozen=True)
@@ -183,13 +191,15 @@ class Suppress:
     """Forbid these tokens."""
 
     ids: Sequence[int]
+    _columns: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", token_ids(self, "ids", self.ids))
+        object.__setattr__(self, "_columns", torch.tensor(self.ids))
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for these tokens."""
-        return _without(self, logits, self.ids)
+        return _without(self, logits, self._columns)
 
 
 @dataclass(frozen=True)
@@ -197,14 +207,16 @@ class BeginSuppress:
     """Forbid these tokens as the first after the prompt."""
 
     ids: Sequence[int]
+    _columns: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", token_ids(self, "ids", self.ids))
+        object.__setattr__(self, "_columns", torch.tensor(self.ids))
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for these tokens in rows that begin."""
         begins = (context.lengths == context.prompt_lengths)[:, None]
-        return torch.where(begins, _without(self, logits, self.ids), logits)
+        return torch.where(begins, _without(self, logits, self._columns), logits)
 
 
 @dataclass(frozen=True)
@@ -224,21 +236,21 @@ class PrefixAllowed:
         """Logits with -inf for every other token."""
         rows = []
         for row, (prompt, length) in enumerate(zip(context.rows, context.positions.tolist(), strict=True)):
-            ids = token_ids(self, "answer", self.function(prompt, context.ids[row, :length].clone()))
+            ids = torch.tensor(token_ids(self, "answer", self.function(prompt, context.ids[row, :length].clone())))
             only = _only(self, logits[row : row + 1], ids)
             rows.append(only if only.amax() > NEVER else _only(self, torch.zeros_like(only), ids))
         return torch.cat(rows)
 
 
-def _only(processor: Any, logits: Tensor, ids: Sequence[int]) -> Tensor:
-    check_vocabulary(processor, max(ids), logits.shape[-1])
-    columns = torch.tensor(ids, device=logits.device)
-    return torch.full_like(logits, NEVER).index_copy_(1, columns, logits[:, columns])
+def _only(processor: Any, logits: Tensor, columns: Tensor) -> Tensor:
+    check_vocabulary(processor, int(columns.max()), logits.shape[-1])
+    columns = columns.to(logits.device).expand(len(logits), -1)
+    return torch.full_like(logits, NEVER).scatter_(1, columns, logits.gather(1, columns))
 
 
-def _without(processor: Any, logits: Tensor, ids: Sequence[int]) -> Tensor:
-    check_vocabulary(processor, max(ids), logits.shape[-1])
-    return logits.index_fill(1, torch.tensor(ids, device=logits.device), NEVER)
+def _without(processor: Any, logits: Tensor, columns: Tensor) -> Tensor:
+    check_vocabulary(processor, int(columns.max()), logits.shape[-1])
+    return logits.index_fill(1, columns.to(logits.device), NEVER)
 
 
 def _mapping(processor: Any, bias: Any) -> None:

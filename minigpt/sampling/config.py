@@ -3,6 +3,8 @@
 Imports nothing heavy, so that the command line can show its help at once.
 """
 
+# ruff: noqa: RUF009 - `setting` is another way to write dataclasses.field
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
@@ -25,7 +27,7 @@ def setting(default: Any, rule: Rule, off: float | None = None, each: bool = Fal
         each: it may differ from prompt to prompt though it is never off.
     """
     if off is not None:
-        rule = Rule(lambda value, accepts=rule.accepts: value is None or accepts(value), f"{rule.expected}; null is off")
+        rule = rules.or_none(rule, "null is off")
     extra = {"rule": rule, "off": off, "each": each or off is not None}
     return field(default_factory=list, metadata=extra) if default == [] else field(default=default, metadata=extra)
 
@@ -214,6 +216,10 @@ class SamplingConfig:
     max_batch_tokens: int | None = setting(None, rules.COUNT_OR_NONE)
     """Most tokens that the cache has room for at once."""
 
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            object.__setattr__(self, spec.name, rules.plain(getattr(self, spec.name), spec.metadata["rule"].whole))
+
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value it does not accept, or for fields that contradict."""
         for spec in fields(self):
@@ -225,11 +231,13 @@ class SamplingConfig:
     def to_dict(self) -> dict[str, Any]:
         """As generation_config.json holds it: transformers' names, then our own for what it has no field for."""
         record = {spec.name: getattr(self, spec.name) for spec in fields(self)}
-        record["stop_strings"] = list(record.pop("stop"))
         record["do_sample"] = self.temperature > 0 if self.num_beams == 1 else self.beam_method != "beam"
         if self.temperature == 0:
             del record["temperature"]  # transformers has no temperature 0
-        return {name: value for name, value in record.items() if value not in (None, [])}
+        # An empty list is left out where it is the default; no end token at all is something else than null.
+        empty = {spec.name for spec in fields(self) if spec.default_factory is list and not record[spec.name]}
+        record = {name: value for name, value in record.items() if value is not None and name not in empty}
+        return {"stop_strings" if name == "stop" else name: value for name, value in record.items()}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SamplingConfig:

@@ -124,7 +124,7 @@ def _problems(config: Any) -> Iterator[str]:
     for name in ("mirostat", "adaptive_target"):
         if name in on:
             yield f"{name} steers one text by what was drawn; it does not work with num_beams"
-    for name in ("max_time", "repetition_stop", "top_logprobs", "max_rows", "max_batch_tokens"):
+    for name in ("max_time", "repetition_stop", "top_logprobs"):
         if getattr(given, name) is not None:
             yield f"{name} does not work with num_beams; leave it out"
     if given.stop_sequences:

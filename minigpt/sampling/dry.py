@@ -63,21 +63,26 @@ class DRY:
         start, stop = (bound.cpu().numpy() for bound in span(context, self.scope, self.window))
         past = backwards(context.ids.cpu().numpy(), start, stop)  # (B, W)
         multiplier, base, allowed = (
-            np.array(context.each(parameter), dtype=np.float64)[:, None]
+            np.array(context.each(parameter), dtype=np.float64)
             for parameter in (self.multiplier, self.base, self.allowed_length)
         )
         # From here on the penalty no longer grows, so neither need the search go further.
         longest = allowed + np.ceil(math.log(LARGEST) / np.log(np.maximum(base, 1 + 1e-6)))
-        limit = np.minimum(distance_to_breaker(past, self.breakers), np.where(base > 1, longest, allowed)[:, 0])
+        limit = np.minimum(distance_to_breaker(past, self.breakers), np.where(base > 1, longest, allowed))
         lengths = repeated_lengths(past, limit)  # (B, W - 1)
+        rows, places = np.nonzero(lengths >= allowed[:, None])  # few, as a rule
+        tokens = past[rows, places]  # what came after each repeated piece
+        counts = tokens != NOTHING
+        for breaker in self.breakers:
+            if len(breaker) == 1:
+                counts &= tokens != breaker[0]
+        rows, places, tokens = rows[counts], places[counts], tokens[counts]
         with np.errstate(over="ignore"):
-            amounts = np.minimum(multiplier * base ** np.maximum(lengths - allowed, 0), LARGEST)
-        singles = [breaker[0] for breaker in self.breakers if len(breaker) == 1]
-        followers = past[:, :-1]  # what came after each repeated piece
-        amounts[(lengths < allowed) | (followers == NOTHING) | np.isin(followers, singles)] = 0
-        ids = torch.from_numpy(np.maximum(followers, 0)).to(logits.device)
-        lowered = logits.gather(1, ids) - torch.from_numpy(amounts).to(logits)
-        return logits.scatter_reduce(1, ids, lowered, "amin")
+            growth = base[rows] ** (lengths[rows, places] - allowed[rows])
+            amounts = torch.from_numpy(np.minimum(multiplier[rows] * growth, LARGEST)).to(logits)
+        ids = torch.from_numpy(rows * logits.shape[-1] + tokens).to(logits.device)  # among all rows' logits
+        flat = logits.flatten()
+        return flat.scatter_reduce(0, ids, flat[ids] - amounts, "amin").view_as(logits)
 
 
 def backwards(ids: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:

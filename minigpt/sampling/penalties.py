@@ -101,6 +101,5 @@ class FrequencyPenalty:
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with those of seen tokens lowered by how often they were."""
-        ids, counts = occurrences(context, self.scope, self.window)
-        lowered = logits.gather(1, ids) - context.column(self.penalty, logits.dtype) * counts.to(logits.dtype)
-        return logits.scatter(1, ids, lowered)
+        counts = occurrences(context, self.scope, self.window, logits)
+        return logits - counts.mul_(context.column(self.penalty, logits.dtype))

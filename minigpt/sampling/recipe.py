@@ -29,14 +29,17 @@ class Settings:
     def __getattr__(self, name: str) -> Any:
         off = FIELDS[name].metadata["off"]
         values = [getattr(config, name) for config in self.configs]
-        values = [off if value is None else value for value in values]
-        return values[0] if all(value == values[0] for value in values) else tuple(values)
+        return _agreed([off if value is None else value for value in values])
 
     @property
     def top_k(self) -> Any:
         """0 keeps every token."""
-        values = [config.top_k or EVERYTHING for config in self.configs]
-        return values[0] if len(set(values)) == 1 else tuple(values)
+        return _agreed([config.top_k or EVERYTHING for config in self.configs])
+
+    @property
+    def last(self) -> Any:
+        """At which token ForcedLast forces; a prompt that writes none never comes there."""
+        return _agreed([max(1, config.max_new_tokens) for config in self.configs])
 
     @property
     def window(self) -> int | None:
@@ -44,10 +47,21 @@ class Settings:
         return self.configs[0].penalty_window
 
 
+def _agreed(values: list[Any]) -> Any:
+    return values[0] if all(value == values[0] for value in values) else tuple(values)
+
+
 def _temperature(given: Settings) -> Any:
-    if any(config.dynatemp_range for config in given.configs):
-        return scaling.DynamicTemperature(given.temperature, given.dynatemp_range, given.dynatemp_exponent)
-    return Temperature(given.temperature)
+    if not any(config.dynatemp_range for config in given.configs):
+        return Temperature(given.temperature)
+    temperatures = [config.temperature for config in given.configs]
+    moving = scaling.DynamicTemperature(
+        _agreed([t or 1.0 for t in temperatures]), given.dynatemp_range, given.dynatemp_exponent
+    )
+    if 0 not in temperatures:
+        return moving
+    # It knows no temperature 0: the rows that have it are made greedy beside it.
+    return [Temperature(tuple(0.0 if t == 0 else 1.0 for t in temperatures)), moving]
 
 
 def _top_k(given: Settings) -> Any:
@@ -91,7 +105,7 @@ def _ids(kind: Any, name: str) -> Callable[[Settings], Any]:
     return lambda given: kind(getattr(given.configs[0], name))
 
 
-MAKERS: dict[str, Callable[[Settings], Any]] = {
+MAKERS: dict[str, Callable[[Settings], Any]] = {  # a step's processor, or several in a list
     "vocabulary": lambda given: AllowedVocabulary(given.tokenizer.vocab_size),
     "logit_bias": _ids(bans.LogitBias, "logit_bias"),
     "sequence_bias": lambda given: bans.SequenceBias(
@@ -100,7 +114,10 @@ MAKERS: dict[str, Callable[[Settings], Any]] = {
     "allowed_token_ids": _ids(bans.AllowedIds, "allowed_token_ids"),
     "encoder_repetition_penalty": lambda given: penalties.PromptRepetitionPenalty(given.encoder_repetition_penalty),
     "repetition_penalty": lambda given: penalties.RepetitionPenalty(
-        given.repetition_penalty, given.configs[0].repetition_scope, given.window, given.configs[0].repetition_normalised
+        given.repetition_penalty,
+        given.configs[0].repetition_scope,
+        given.window,
+        given.configs[0].repetition_normalised,
     ),
     "presence_penalty": _counted(penalties.PresencePenalty, "presence_penalty"),
     "frequency_penalty": _counted(penalties.FrequencyPenalty, "frequency_penalty"),
@@ -111,9 +128,7 @@ MAKERS: dict[str, Callable[[Settings], Any]] = {
     "min_length": lambda given: endings.MinLength(given.min_length),
     "min_new_tokens": lambda given: endings.MinNewTokens(given.min_new_tokens),
     "forced_bos_token_id": _ids(endings.ForcedFirst, "forced_bos_token_id"),
-    "forced_eos_token_id": lambda given: endings.ForcedLast(
-        given.max_new_tokens, given.configs[0].forced_eos_token_id
-    ),
+    "forced_eos_token_id": lambda given: endings.ForcedLast(given.last, given.configs[0].forced_eos_token_id),
     "exponential_decay_length_penalty": _decay,
     "suppress_tokens": _ids(bans.Suppress, "suppress_tokens"),
     "begin_suppress_tokens": _ids(bans.BeginSuppress, "begin_suppress_tokens"),
@@ -162,7 +177,8 @@ def cook(
         if step == CUSTOM:
             processors += custom
         elif step in on:
-            processors.append(MAKERS[step](given))
+            made = MAKERS[step](given)
+            processors += made if isinstance(made, list) else [made]
     return processors, order
 
 
@@ -180,8 +196,6 @@ def breakers(tokenizer: Any, texts: tuple[str, ...]) -> tuple[tuple[int, ...], .
     if not texts:
         return ()
     wanted = [text.encode() for text in texts]
-    singles = [
-        (token,) for token, piece in enumerate(tokenizer.token_bytes()) if any(text in piece for text in wanted)
-    ]
+    singles = [(token,) for token, piece in enumerate(tokenizer.token_bytes()) if any(text in piece for text in wanted)]
     several = [spelled for text in texts for spelled in spellings(tokenizer, text) if len(spelled) > 1]
     return tuple(dict.fromkeys([*singles, *several]))

@@ -18,6 +18,8 @@ class Rule(NamedTuple):
 
     accepts: Callable[[Any], bool]
     expected: str
+    whole: bool = False
+    """Whether it asks for a whole number, which 3.0 is too."""
 
 
 def is_number(value: object) -> bool:
@@ -40,6 +42,22 @@ def is_list(value: object) -> bool:
     return isinstance(value, (list, tuple))
 
 
+def plain(value: Any, whole: bool = False) -> Any:
+    """A setting as Python's own numbers, lists and dicts, whatever it was given as: those compare and become JSON.
+
+    Args:
+        value: a number, text, array, tensor, sequence or dict; anything else stays as it is.
+        whole: make 3.0 a 3.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if is_list(value):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    return int(value) if whole and isinstance(value, float) and value.is_integer() else value
+
+
 def _is_sequence(value: Any) -> bool:
     return is_list(value) and len(value) > 0 and all(map(is_id, value))
 
@@ -51,11 +69,13 @@ FRACTION = Rule(lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 POSITIVE_FRACTION = Rule(lambda v: is_number(v) and 0 < v <= 1, "a number above 0, at most 1")
 BELOW_ONE = Rule(lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
 AT_LEAST_ONE = Rule(lambda v: is_number(v) and v >= 1, "a number, 1 or more")
-COUNT = Rule(lambda v: is_whole(v) and v >= 1, "a whole number, 1 or more")
-COUNT_OR_ZERO = Rule(lambda v: is_whole(v) and v >= 0, "a whole number, 0 or more")
-COUNT_OR_NONE = Rule(lambda v: v is None or COUNT.accepts(v), "a whole number, 1 or more, or None for no limit")
-COUNT_OR_ZERO_OR_NONE = Rule(lambda v: v is None or COUNT_OR_ZERO.accepts(v), "a whole number, 0 or more, or None")
-TWO_OR_MORE_OR_NONE = Rule(lambda v: v is None or (is_whole(v) and v >= 2), "a whole number, 2 or more, or None")
+COUNT = Rule(lambda v: is_whole(v) and v >= 1, "a whole number, 1 or more", True)
+COUNT_OR_ZERO = Rule(lambda v: is_whole(v) and v >= 0, "a whole number, 0 or more", True)
+COUNT_OR_NONE = Rule(lambda v: v is None or COUNT.accepts(v), "a whole number, 1 or more, or None for no limit", True)
+COUNT_OR_ZERO_OR_NONE = Rule(
+    lambda v: v is None or COUNT_OR_ZERO.accepts(v), "a whole number, 0 or more, or None", True
+)
+TWO_OR_MORE_OR_NONE = Rule(lambda v: v is None or (is_whole(v) and v >= 2), "a whole number, 2 or more, or None", True)
 FRACTION_OR_NONE = Rule(lambda v: v is None or FRACTION.accepts(v), "a number from 0 to 1, or None")
 POSITIVE_OR_NONE = Rule(lambda v: v is None or POSITIVE.accepts(v), "a number above 0, or None for no limit")
 ONE_TO_THREE = Rule(lambda v: is_number(v) and 1 <= v <= 3, "a number from 1 to 3")
@@ -80,7 +100,10 @@ BIASES_OR_NONE = Rule(
     "a bias for each token id, such as {50256: -5.0}",
 )
 SEQUENCE_BIASES = Rule(
-    lambda v: is_list(v) and all(is_list(one) and len(one) == 2 and _is_sequence(one[0]) and BIAS.accepts(one[1]) for one in v),
+    lambda v: (
+        is_list(v)
+        and all(is_list(one) and len(one) == 2 and _is_sequence(one[0]) and BIAS.accepts(one[1]) for one in v)
+    ),
     "a list of pairs of token ids and a bias, such as [[[7, 8], -2.0]]",
 )
 DECAY_OR_NONE = Rule(
@@ -103,6 +126,11 @@ def one_of(*values: Any) -> Rule:
         lambda v: any(v == value and type(v) is type(value) for value in values),
         " or ".join(repr(value) for value in values),
     )
+
+
+def or_none(rule: Rule, meaning: str) -> Rule:
+    """The rule for a parameter that may also be None, and what that means."""
+    return Rule(lambda v: v is None or rule.accepts(v), f"{rule.expected}; {meaning}", rule.whole)
 
 
 def check(processor: Any, **rules: Rule) -> None:

@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minigpt.errors import ConfigError
+from minigpt.sampling.batch import Row
 from minigpt.sampling.config import FIELDS, PER_PROMPT, SamplingConfig
 from minigpt.sampling.criteria import MaxTime, Repeats, StopSequences
 from minigpt.sampling.decodable import Decodable
-from minigpt.sampling.loop import Event, stream_rows
+from minigpt.sampling.loop import Event, divide, stream_rows
 from minigpt.sampling.noise import fresh_seed
 from minigpt.sampling.orders import Order
 from minigpt.sampling.prompts import Prompt, encode_all, encode_prompts, holds_stop, plain, read_all, text_reader
 from minigpt.sampling.recipe import cook, spellings
 from minigpt.sampling.scoring import Score, score_ids
+from minigpt.sampling.search import SearchSettings, search_rows
 from minigpt.sampling.stopping import Criterion
 from minigpt.sampling.turn import Details, Stage
 
@@ -51,7 +53,7 @@ class Completion:
     error: str | None = None
     """Why, where the reason is error."""
     score: float | None = None
-    """Of a search: the sum of the log-probabilities that it added up, over length ** length_penalty."""
+    """Of a search: what texts are ranked by; see `search.Hypothesis.score`."""
     complete: bool = True
     """Of a search: whether all of force_words appear."""
     details: list[Details] | None = None
@@ -149,13 +151,13 @@ class Sampler:
             prompts: as for `stream`.
             continuations: one for each prompt, as text or token ids.
             show_work: as for `stream`.
-            overrides: as for `stream`.
+            overrides: as for `stream`; those that ask for several texts count for nothing.
         """
         ids = self._encode(prompts)
         forced = encode_all(self.tokenizer, continuations, "continuation")
         if len(forced) != len(ids):
             raise ConfigError(f"there are {len(ids)} prompts and {len(forced)} continuations; give one for each")
-        common, configs = self._configs(len(ids), {"top_logprobs": 0, "num_return_sequences": 1, **overrides})
+        common, configs = self._configs(len(ids), {"top_logprobs": 0, **overrides, **_ONE_TEXT})
         collected: list[list[Event]] = [[] for _ in ids]
         for event in self._stream(ids, common, configs, forced, show_work):
             collected[event.prompt].append(event)
@@ -208,8 +210,22 @@ class Sampler:
     def _search(
         self, ids: list[list[int]], common: SamplingConfig, configs: list[SamplingConfig]
     ) -> list[list[Completion]]:
-        from minigpt.sampling.search import SearchSettings, search_rows
+        """The search, a part of the prompts at a time where the budget asks for it."""
+        if self.criteria:
+            raise ConfigError("sampling: criteria end single texts, and num_beams follows several; give one of them")
+        beams = int(common.num_beams)
+        rows = [Row(n, 0, 0, prompt, int(configs[n].max_new_tokens)) for n, prompt in enumerate(ids)]
+        limits = [limit and max(1, int(limit) // beams) for limit in (common.max_rows, common.max_batch_tokens)]
+        found: dict[int, list[Completion]] = {}
+        for part in divide(rows, self.model, *limits):
+            numbers = [row.prompt for row in part]
+            done = self._search_together([ids[n] for n in numbers], common, [configs[n] for n in numbers])
+            found.update(zip(numbers, done, strict=True))
+        return [found[n] for n in range(len(ids))]
 
+    def _search_together(
+        self, ids: list[list[int]], common: SamplingConfig, configs: list[SamplingConfig]
+    ) -> list[list[Completion]]:
         end_ids = self._end_ids(common)
         draws = common.beam_method != "beam"
         # As in transformers: drawing several continuations, one of which may be an end, needs tokens to draw from.
@@ -300,6 +316,17 @@ class Sampler:
                 f"expected one of the model's tokens, 0 to {self.model.vocab_size - 1}"
             )
         return end_ids
+
+
+# What asks for several texts, switched off: a replay writes one.
+_ONE_TEXT: dict[str, Any] = {
+    "num_return_sequences": 1,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "force_words": [],
+    "force_words_ids": [],
+}
 
 
 def _criteria(config: SamplingConfig) -> list[Criterion]:

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from minigpt.sampling.processors import NEVER, Context, Parameter
+from minigpt.sampling.processors import Context, Parameter
+from minigpt.sampling.ranking import count_possible, mean_logit, only_possible
 from minigpt.sampling.rules import NOT_NEGATIVE, POSITIVE, Rule, check_numbers, is_number
 
 # The weights of d^2 and d^3 in `QuadraticSmoothing` have the signs that keep the order of the tokens only here.
@@ -34,17 +35,15 @@ class DynamicTemperature:
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits divided by the row's temperature."""
-        temperature, spread, exponent = (
-            torch.as_tensor(context.column(parameter), dtype=torch.float64, device=logits.device)
-            for parameter in (self.temperature, self.spread, self.exponent)
-        )
-        entropy = torch.special.entr(logits.double().softmax(-1)).sum(-1, keepdim=True)
-        count = (logits > NEVER).sum(-1, keepdim=True)
-        flatness = (entropy / count.double().log()).clamp(0, 1).nan_to_num(0)
-        lowest = (temperature - spread).clamp(min=0)
+        temperature, spread = context.column(self.temperature), context.column(self.spread)
+        p = logits.softmax(-1)
+        entropy = -(mean_logit(logits, p) + p.amax(-1, keepdim=True).log()).double()
+        count = count_possible(logits).double()
+        flatness = (entropy / count.log()).clamp(0, 1).nan_to_num(0)
+        lowest = torch.as_tensor(temperature - spread, dtype=torch.float64, device=logits.device).clamp(min=0)
         # An entropy of 0 may ask for a temperature of 0; at this one too nothing but the likeliest token is left.
-        here = (lowest + (temperature + spread - lowest) * flatness**exponent).clamp(min=1e-6)
-        return torch.where(count > 1, logits / here.to(logits.dtype), logits)
+        here = (lowest + (temperature + spread - lowest) * flatness ** context.column(self.exponent)).clamp(min=1e-6)
+        return logits / torch.where(count > 1, here, 1).to(logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,12 @@ class QuadraticSmoothing:
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """The smoothed logits."""
-        factor, curve = (
-            torch.as_tensor(context.column(parameter), dtype=logits.dtype, device=logits.device)
-            for parameter in (self.factor, self.curve)
-        )
+        factor, curve = context.column(self.factor, logits.dtype), context.column(self.curve, logits.dtype)
+        if not isinstance(factor, Tensor) and factor == 0:
+            return logits.clone()
         top = logits.amax(-1, keepdim=True)
         # So far below, nothing is left of a token; the cube of more would be infinite, and 0 times it no number.
-        below = (logits - top).clamp(min=-1e10)
-        smooth = top - (3 - curve) / 2 * factor * below**2 + (curve - 1) / 2 * factor * below**3
-        return torch.where((factor > 0) & (logits > NEVER), smooth, logits)
+        below = (logits - top).clamp_(min=-1e10)
+        bend = factor * ((curve - 1) / 2 * below - (3 - curve) / 2)
+        smooth = only_possible(below.square().mul_(bend).add_(top), logits)
+        return torch.where(factor > 0, smooth, logits) if isinstance(factor, Tensor) else smooth

@@ -22,24 +22,23 @@ def span(context: Context, scope: str, window: int | None = None) -> tuple[Tenso
 
 
 def seen(context: Context, scope: str, window: int | None = None) -> tuple[Tensor, Tensor]:
-    """The tokens in a scope: ids (B, L) int64, and whether each of them is in it, (B, L) bool.
+    """The tokens in a scope: ids (B, L) int64, and whether a row has any, (B, 1) bool.
 
-    A place outside of the scope holds token 0, which may be in it elsewhere. So each place may write what becomes of
-    its token: places of equal tokens agree.
+    A place outside of the scope holds the scope's first token (some token, where there is none). So each place may
+    write what becomes of its token: places of equal tokens agree.
     """
-    ids, inside = _marked(context, scope, window)
-    return ids, inside | ((ids == 0) & inside).any(1, keepdim=True)
-
-
-def occurrences(context: Context, scope: str, window: int | None = None) -> tuple[Tensor, Tensor]:
-    """The same ids, and how often each occurs in the scope: (B, L) int64 each."""
-    ids, inside = _marked(context, scope, window)
-    ordered = torch.where(inside, ids, -1).sort(dim=-1).values
-    return ids, torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
-
-
-def _marked(context: Context, scope: str, window: int | None) -> tuple[Tensor, Tensor]:
     start, stop = span(context, scope, window)
+    first = context.ids.gather(1, start.clamp(max=context.ids.shape[1] - 1)[:, None])
+    return torch.where(_inside(context, start, stop), context.ids, first), (stop > start)[:, None]
+
+
+def occurrences(context: Context, scope: str, window: int | None, like: Tensor) -> Tensor:
+    """How often each token occurs in the scope: (B, V), shape and dtype those of a given tensor."""
+    inside = _inside(context, *span(context, scope, window))
+    # Outside, 0 is added to whatever token is there.
+    return torch.zeros_like(like).scatter_add_(1, context.ids, inside.to(like.dtype))
+
+
+def _inside(context: Context, start: Tensor, stop: Tensor) -> Tensor:
     place = torch.arange(context.ids.shape[1], device=context.ids.device)
-    inside = (place >= start[:, None]) & (place < stop[:, None])
-    return torch.where(inside, context.ids, 0), inside
+    return (place >= start[:, None]) & (place < stop[:, None])

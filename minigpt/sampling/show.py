@@ -18,17 +18,18 @@ def show_work(event: Event, tokenizer: Tokenizer) -> str:
     Each column is the distribution after a processor, the first one the model's own. Below it stands how many tokens
     were possible then, and how many this processor had removed. The arrow marks the token that was chosen.
     """
-    assert event.token is not None and event.work
-    tokens = list(event.work[0].probabilities)
+    chosen, work = event.token, event.work
+    assert chosen is not None and work
+    tokens = list(work[0].probabilities)
     labels = {token: _label(tokenizer, token) for token in tokens}
-    margin = max(map(len, labels.values()))
-    widths = [max(9, len(stage.name)) for stage in event.work]
-    lines = [" " * (margin + 3) + "  ".join(f"{s.name:>{w}}" for s, w in zip(event.work, widths, strict=True))]
+    margin = max(map(len, [*labels.values(), "possible"]))
+    widths = [max(9, len(stage.name)) for stage in work]
+    lines = [" " * (margin + 3) + "  ".join(f"{s.name:>{w}}" for s, w in zip(work, widths, strict=True))]
     for token in tokens:
-        arrow = "->" if token == event.token else "  "
-        cells = [_cell(stage.probabilities[token], width) for stage, width in zip(event.work, widths, strict=True)]
+        arrow = "->" if token == chosen else "  "
+        cells = [_cell(stage.probabilities[token], width) for stage, width in zip(work, widths, strict=True)]
         lines.append(f"{arrow} {labels[token]:{margin}}" + "  ".join(cells))
-    for name, values in (("possible", [s.possible for s in event.work]), ("removed", [s.removed for s in event.work])):
+    for name, values in (("possible", [s.possible for s in work]), ("removed", [s.removed for s in work])):
         cells = [f"{value:>{width},}" for value, width in zip(values, widths, strict=True)]
         lines.append(f"   {name:{margin}}" + "  ".join(cells))
     return "\n".join(lines) + "\n"

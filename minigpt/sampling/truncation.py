@@ -1,13 +1,13 @@
 """Filters: each keeps a part of the distribution and forbids the rest.
 
-`removed` is a filter's definition: from (B, V) logits to the (B, V) tokens that go. Every filter acts on each row
-alone, leaves at least one token, and sees probabilities renormalised over what earlier filters left. A parameter is a
-number, or one for each prompt of the call; `keep` is how many tokens survive at least. p stands for softmax(z).
+Every filter acts on each row alone, leaves at least one token, and sees probabilities renormalised over what earlier
+filters left. A parameter is a number, or one for each prompt of the call; `keep` is how many tokens survive at least.
+p stands for softmax(z). Some filters cut at a border; the others keep the first tokens of a ranking.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +16,16 @@ from torch import Tensor
 
 from minigpt.sampling.noise import Purpose
 from minigpt.sampling.processors import NEVER, Context, Parameter
+from minigpt.sampling.ranking import (
+    FIRST,
+    count_possible,
+    cut,
+    keep_first,
+    keep_likeliest,
+    keep_mass,
+    mean_logit,
+    rank,
+)
 from minigpt.sampling.rules import (
     BELOW_ONE,
     COUNT,
@@ -28,37 +38,39 @@ from minigpt.sampling.rules import (
     token_ids,
 )
 
+TINY = 1e-300  # a mass that one token reaches
 
-class Filter(ABC):
-    """A processor that forbids the tokens of `removed`."""
+
+class Filter:
+    """A processor that changes no logit but to -inf."""
 
     shaping: ClassVar[bool] = True
 
-    @abstractmethod
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """Which tokens go: (B, V) bool."""
+
+@dataclass(frozen=True)
+class TopK(Filter):
+    """Keep the k likeliest tokens, and whatever ties with the k-th (Fan, Lewis and Dauphin, 2018, arXiv:1805.04833)."""
+
+    k: Parameter
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        check_numbers(self, k=COUNT)
+        check(self, keep=COUNT)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
-        """Logits with -inf for the tokens that go."""
-        return logits.masked_fill(self.removed(context, logits), NEVER)
-
-
-def likeliest(logits: Tensor, k: Tensor | int) -> Tensor:
-    """Exactly the k likeliest tokens, of equals the first: (B, V) and a number or (B, 1), 1 or more -> (B, V) bool."""
-    k = (
-        torch.as_tensor(k, dtype=torch.float64, device=logits.device)
-        .clamp(max=logits.shape[-1])
-        .long()
-        .expand(len(logits), 1)
-    )
-    border = logits.topk(int(k.max()), dim=-1).values.gather(-1, k - 1)  # (B, 1)
-    above, level = logits > border, logits == border
-    return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
-
-
-def at_least(logits: Tensor, k: int) -> Tensor:
-    """The k likeliest tokens and whatever ties with the k-th: (B, V) bool."""
-    return logits >= logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
+        """Logits with -inf where a token is less likely than the k-th."""
+        size = logits.shape[-1]
+        ranks = [int(min(max(k, self.keep), size)) for k in context.each(self.k)]
+        most = max((k for k in ranks if k < size), default=0)
+        if not most:
+            return logits.clone()
+        falling = logits.topk(most, dim=-1).values
+        if min(ranks) == max(ranks):
+            return cut(logits, logits, falling[:, -1:])
+        places = torch.tensor(ranks, device=logits.device).unsqueeze(1)
+        border = falling.gather(1, places.clamp(max=most) - 1)
+        return cut(logits, logits, border.masked_fill(places == size, NEVER))
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,55 @@ class ExactTopK(Filter):
     def __post_init__(self) -> None:
         check_numbers(self, k=COUNT)
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """All but k tokens."""
-        return ~likeliest(logits, context.column(self.k))
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for all but k tokens."""
+        return keep_likeliest(logits, context.column(self.k))
+
+
+@dataclass(frozen=True)
+class TopP(Filter):
+    """Keep the fewest likeliest tokens whose mass reaches p, at least one (Holtzman et al., 2019, arXiv:1904.09751).
+
+    Probabilities (.5, .3, .1, .1) with p = .8 keep two. Of equally likely tokens the last ones go; p = 0 keeps the
+    likeliest token; 1 is off.
+    """
+
+    p: Parameter
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        check_numbers(self, p=FRACTION)
+        check(self, keep=COUNT)
+
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the tokens before which the mass is reached."""
+        p = context.column(self.p)
+        p = p.clamp(min=TINY) if isinstance(p, Tensor) else max(p, TINY)
+        keep = self.keep if self.keep > 1 else 0  # the rule keeps one by itself
+        return keep_first(logits, self._gone, logits, p, keep=keep, off=p >= 1, further=self._further)
+
+    def _gone(self, falling: Tensor, ids: Tensor, logits: Tensor, p: Tensor | float) -> Tensor:
+        # In units of the likeliest token's likelihood, in which the masses of equally likely tokens are exact.
+        first = (falling - falling[:, :1]).exp()
+        sums = first.cumsum(-1, dtype=torch.float64)
+        whole = sums[:, -1:]
+        if falling.shape != logits.shape:
+            longer = (falling[:, -1] > NEVER).nonzero().squeeze(1)  # rows with possible tokens beyond the first
+            if len(longer):
+                q = logits.index_select(0, longer).softmax(-1)
+                rest = q.sum(-1, keepdim=True, dtype=torch.float64) / q.amax(-1, keepdim=True)
+                whole = whole.index_copy(0, longer, rest)
+        return sums - first >= p * whole
+
+    def _further(self, logits: Tensor, keys: Tensor, _: Tensor, p: Tensor | float) -> Tensor:
+        q = logits.softmax(-1)
+        return keep_mass(logits, _reached, q, p * q.sum(-1, keepdim=True, dtype=torch.float64), keys, self.keep)
+
+
+def _reached(falling: Tensor, ids: Tensor, p: Tensor, mass: Tensor) -> Tensor:
+    """The rule by which the first tokens are kept until their probabilities reach a mass."""
+    p = p.gather(1, ids).double()
+    return (p.cumsum(-1) - p >= mass) | (falling == NEVER)
 
 
 @dataclass(frozen=True)
@@ -86,11 +144,12 @@ class MinP(Filter):
         check_numbers(self, min_p=FRACTION)
         check(self, keep=COUNT)
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """The tokens too far below the likeliest one."""
-        p = logits.softmax(-1)
-        far = p < context.column(self.min_p, p.dtype) * p.amax(-1, keepdim=True)
-        return far & ~likeliest(logits, self.keep) if self.keep > 1 else far
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the tokens too far below the likeliest one."""
+        share = context.column(self.min_p, logits.dtype)
+        distance = share.log() if isinstance(share, Tensor) else math.log(share) if share else NEVER
+        left = cut(logits, logits, logits.amax(-1, keepdim=True) + distance)
+        return torch.maximum(left, keep_likeliest(logits, self.keep)) if self.keep > 1 else left
 
 
 @dataclass(frozen=True)
@@ -104,11 +163,11 @@ class TopA(Filter):
         check_numbers(self, a=FRACTION)
         check(self, keep=COUNT)
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """The tokens too far below the square of the likeliest one."""
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the tokens too far below the square of the likeliest one."""
         p = logits.softmax(-1)
-        far = p < context.column(self.a, p.dtype) * p.amax(-1, keepdim=True) ** 2
-        return far & ~likeliest(logits, self.keep) if self.keep > 1 else far
+        left = cut(logits, p, context.column(self.a, p.dtype) * p.amax(-1, keepdim=True) ** 2)
+        return torch.maximum(left, keep_likeliest(logits, self.keep)) if self.keep > 1 else left
 
 
 @dataclass(frozen=True)
@@ -122,10 +181,10 @@ class Epsilon(Filter):
         check_numbers(self, epsilon=BELOW_ONE)
         check(self, keep=COUNT)
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """The tokens below a fixed probability."""
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the tokens below a fixed probability."""
         p = logits.softmax(-1)
-        return (p < context.column(self.epsilon, p.dtype)) & ~at_least(logits, self.keep)
+        return _above(logits, p, context.column(self.epsilon, p.dtype), self.keep)
 
 
 @dataclass(frozen=True)
@@ -139,12 +198,21 @@ class Eta(Filter):
         check_numbers(self, epsilon=BELOW_ONE)
         check(self, keep=COUNT)
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """The tokens below a probability that falls as the distribution flattens."""
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the tokens below a probability that falls as the distribution flattens."""
         p = logits.softmax(-1)
         epsilon = torch.as_tensor(context.column(self.epsilon), dtype=p.dtype, device=p.device)
-        entropy = torch.special.entr(p).sum(-1, keepdim=True)
-        return (p < torch.minimum(epsilon, epsilon.sqrt() * (-entropy).exp())) & ~at_least(logits, self.keep)
+        certainty = mean_logit(logits, p).exp() * p.amax(-1, keepdim=True)  # exp(-H)
+        return _above(logits, p, torch.minimum(epsilon, epsilon.sqrt() * certainty), self.keep)
+
+
+def _above(logits: Tensor, p: Tensor, border: Tensor | float, keep: int) -> Tensor:
+    """Logits with -inf where p is below the border, but for the `keep` likeliest tokens and what ties with them."""
+    left = cut(logits, p, p.amax(-1, keepdim=True).clamp(max=border))
+    if keep == 1:
+        return left
+    falling = logits.topk(min(keep, logits.shape[-1]), dim=-1).values
+    return torch.maximum(left, cut(logits, logits, falling[:, -1:]))
 
 
 @dataclass(frozen=True)
@@ -161,17 +229,31 @@ class Typical(Filter):
         check_numbers(self, mass=POSITIVE_FRACTION)
         check(self, keep=COUNT)
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """The tokens of too much or too little surprise."""
-        log_p = logits.log_softmax(-1)
-        entropy = -(log_p * log_p.exp()).nansum(-1, keepdim=True)  # 0 * -inf, of an impossible token, counts nothing
-        distance, order = (-log_p - entropy).abs().sort(dim=-1, stable=True)
-        mass = torch.as_tensor(context.column(self.mass), dtype=logits.dtype, device=logits.device)
-        reached = logits.gather(-1, order).softmax(-1).cumsum(-1)
-        last = (reached < mass).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-        remove = (distance > distance.gather(-1, last)) & (mass < 1)
-        remove[:, : self.keep] = False
-        return remove.scatter(-1, order, remove)
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the tokens of too much or too little surprise."""
+        mass = context.column(self.mass)
+        p = logits.softmax(-1)
+        # Surprise minus entropy is the mean logit minus the token's.
+        distance = (logits - logits.amax(-1, keepdim=True)).sub_(mean_logit(logits, p)).abs_()
+        whole = p.sum(-1, keepdim=True, dtype=torch.float64)
+        return keep_first(
+            logits,
+            self._gone,
+            p,
+            mass * whole,
+            keys=distance.neg_(),
+            keep=self.keep,
+            off=mass >= 1,
+            further=self._further,
+        )
+
+    def _gone(self, falling: Tensor, ids: Tensor, p: Tensor, mass: Tensor) -> Tensor:
+        missing = p.gather(1, ids).cumsum(-1, dtype=torch.float64) < mass
+        last = missing.sum(-1, keepdim=True).clamp(max=ids.shape[1] - 1)
+        return (falling < falling.gather(1, last)) | (falling == NEVER)
+
+    def _further(self, logits: Tensor, keys: Tensor, p: Tensor, mass: Tensor) -> Tensor:
+        return keep_mass(logits, self._gone, p, mass, keys, self.keep)
 
 
 @dataclass(frozen=True)
@@ -189,17 +271,21 @@ class TailFree(Filter):
         check_numbers(self, z=FRACTION)
         check(self, keep=COUNT)
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """The tail."""
-        falling, order = logits.sort(dim=-1, descending=True, stable=True)
-        z = torch.as_tensor(context.column(self.z), dtype=torch.float64, device=logits.device)
-        bends = falling.double().softmax(-1).diff(n=2).abs() if logits.shape[-1] > 2 else falling[:, :0]  # (B, V - 2)
-        spent = (bends.cumsum(-1) > z * bends.sum(-1, keepdim=True)) & (z < 1)
-        remove = torch.zeros_like(logits, dtype=torch.bool)
-        remove[:, 1:-1] = spent
-        remove[:, -1:] = spent[:, -1:] if spent.shape[-1] else False
-        remove[:, : self.keep] = False
-        return remove.scatter(-1, order, remove)
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the tail."""
+        z, size = context.column(self.z), logits.shape[-1]
+        off = (z >= 1) if size > 2 else True
+        return keep_first(logits, self._gone, z, size, keep=self.keep, off=off)
+
+    def _gone(self, falling: Tensor, ids: Tensor, z: Tensor | float, size: int) -> Tensor:
+        p = (falling.double() - falling[:, :1]).exp()
+        spent = p.diff(n=2).abs().cumsum(-1)  # (R, k - 2)
+        # A bend is at most the sum of the falls on its two sides, so those of tokens not seen are at most 2 p together.
+        # Where that leaves the answer open, nothing goes, and more tokens are asked for.
+        unseen = 0 if ids.shape[1] == size else 2 * p[:, -2:-1]
+        beyond = spent > z * (spent[:, -1:] + unseen)
+        agreed = (beyond == (spent > z * spent[:, -1:])).all(-1, keepdim=True)
+        return torch.cat((beyond[:, :1], beyond, beyond[:, -1:]), dim=1) & agreed
 
 
 @dataclass(frozen=True)
@@ -214,15 +300,15 @@ class TopNSigma(Filter):
     def __post_init__(self) -> None:
         check_numbers(self, n=NOT_NEGATIVE)
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """The tokens too many deviations below the likeliest one."""
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the tokens too many deviations below the likeliest one."""
         n = torch.as_tensor(context.column(self.n), dtype=torch.float64, device=logits.device)
-        finite = logits > NEVER
-        z = logits.double().masked_fill(~finite, 0)
-        count = finite.sum(-1, keepdim=True)
-        spread = (z - z.sum(-1, keepdim=True) / count).masked_fill(~finite, 0)
-        sigma = (spread.square().sum(-1, keepdim=True) / count).sqrt()
-        return (logits.double() < logits.amax(-1, keepdim=True) - n * sigma) & (n > 0)
+        count = count_possible(logits)
+        mean = logits.nan_to_num(neginf=0).sum(-1, keepdim=True, dtype=torch.float64) / count
+        spread = (logits - mean.to(logits.dtype)).nan_to_num_(neginf=0).square_()
+        sigma = (spread.sum(-1, keepdim=True, dtype=torch.float64) / count).sqrt()
+        border = torch.where(n > 0, logits.amax(-1, keepdim=True) - n * sigma, NEVER)
+        return cut(logits, logits, border.to(logits.dtype))
 
 
 @dataclass(frozen=True)
@@ -230,7 +316,7 @@ class TopH(Filter):
     """Keep the likeliest tokens while the sum of their -p ln p stays within h of the whole (arXiv:2509.02510).
 
     As in transformers, the whole is the distribution of the `top_n` likeliest tokens, beyond which nothing is kept;
-    the likeliest one always is.
+    the likeliest one always is. 1 is off.
     """
 
     h: Parameter
@@ -240,16 +326,17 @@ class TopH(Filter):
         check_numbers(self, h=POSITIVE_FRACTION)
         check(self, top_n=COUNT)
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """All after the share h of the entropy."""
-        falling, order = logits.sort(dim=-1, descending=True, stable=True)
-        h = torch.as_tensor(context.column(self.h), dtype=torch.float64, device=logits.device)
-        terms = torch.special.entr(falling[:, : self.top_n].double().softmax(-1))
-        beyond = (terms.cumsum(-1) > h * terms.sum(-1, keepdim=True)) & (h < 1)
-        remove = torch.ones_like(logits, dtype=torch.bool)
-        remove[:, : self.top_n] = beyond | (terms == 0)  # too unlikely to have a probability
-        remove[:, 0] = False
-        return remove.scatter(-1, order, remove)
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for all after the share h of the entropy."""
+        h, width = context.column(self.h), max(FIRST, int(self.top_n) + 1)
+        return keep_first(logits, self._gone, h, keep=1, off=h >= 1, width=width)
+
+    def _gone(self, falling: Tensor, ids: Tensor, h: Tensor | float) -> Tensor:
+        terms = torch.special.entr(falling[:, : int(self.top_n)].double().softmax(-1))
+        gone = torch.ones_like(falling, dtype=torch.bool)
+        beyond = terms.cumsum(-1) > h * terms.sum(-1, keepdim=True)
+        gone[:, : int(self.top_n)] = beyond | (terms == 0)  # too unlikely to have a probability
+        return gone
 
 
 @dataclass(frozen=True)
@@ -259,11 +346,12 @@ class PLess(Filter):
     Probabilities (.1, .15, .2, .25, .3) have the sum .225 and keep .25 and .3.
     """
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """The tokens less likely than an agreement."""
-        p = logits.double().softmax(-1)
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the tokens less likely than an agreement."""
+        p = logits.softmax(-1)
+        agreement = p.square().sum(-1, keepdim=True, dtype=torch.float64).to(p.dtype)
         # The sum is at most max p; where all are equal it is that, but for rounding.
-        return p < torch.minimum(p.square().sum(-1, keepdim=True), p.amax(-1, keepdim=True))
+        return cut(logits, p, torch.minimum(agreement, p.amax(-1, keepdim=True)))
 
 
 @dataclass(frozen=True)
@@ -284,15 +372,23 @@ class XTC(Filter):
         check(self, keep=COUNT)
         object.__setattr__(self, "spare", token_ids(self, "spare", self.spare) if self.spare else ())
 
-    def removed(self, context: Context, logits: Tensor) -> Tensor:
-        """The top choices but the last, in the rows whose coin says so."""
-        p = logits.softmax(-1)
+    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
+        """Logits with -inf for the top choices but the last, in the rows whose coin says so."""
+        size = logits.shape[-1]
+        check_vocabulary(self, max(self.spare, default=0), size)
+        # 1 / threshold tokens at most reach it; one more tells where they end.
+        lowest = min(context.each(self.threshold))
+        falling, ids = rank(logits, size if lowest * size < 2 else int(1 / lowest) + 2)
+        p = logits.softmax(-1).gather(1, ids)
         # A token that is impossible is no choice, even at threshold 0.
-        top = (p >= context.column(self.threshold, p.dtype)) & (logits > NEVER)
-        least = p.masked_fill(~top, 2).argmin(-1, keepdim=True)
-        go = top.scatter(-1, least, False)
-        heads = context.uniform(Purpose.XTC).unsqueeze(1) < context.column(self.probability)
-        left = (logits > NEVER).sum(-1, keepdim=True) - go.sum(-1, keepdim=True)
-        check_vocabulary(self, max(self.spare, default=0), p.shape[-1])
-        spared = go[:, list(self.spare)].any(-1, keepdim=True)
-        return go & heads & (left >= self.keep) & ~spared
+        top = (p >= context.column(self.threshold, p.dtype)) & (falling > NEVER)
+        least = p.gather(1, (top.sum(-1, keepdim=True) - 1).clamp(min=0))
+        first_least = (p > least).sum(-1, keepdim=True)
+        go = top.scatter(1, first_least, False)
+        stay = context.uniform(Purpose.XTC).unsqueeze(1) >= context.column(self.probability)
+        if self.spare:
+            spare = torch.tensor(self.spare, device=ids.device)
+            stay |= (go & torch.isin(ids, spare)).any(-1, keepdim=True)
+        if self.keep > 1:
+            stay |= count_possible(logits) - go.sum(-1, keepdim=True) < self.keep
+        return logits.scatter(1, ids, falling.masked_fill(go & ~stay, NEVER))

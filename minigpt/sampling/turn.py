@@ -114,15 +114,17 @@ def _work(batch: Batch, raw: Tensor, chosen: list[int], show: int) -> list[tuple
     """Each row's stages, by running the processors once more, one at a time."""
     names, stages = zip(*batch.pipeline.stages(batch.context, raw, batch.states), strict=True)
     probabilities = [logits.softmax(-1) for logits in stages]
-    possible = [(logits > NEVER).sum(-1).tolist() for logits in stages]
+    here = [logits > NEVER for logits in stages]
+    possible = [each.sum(-1).tolist() for each in here]
+    removed = [(before & ~after).sum(-1).tolist() for before, after in zip([here[0], *here], here, strict=False)]
     works = []
     for row, token in enumerate(chosen):
-        likeliest = [each[row].topk(min(show, raw.shape[-1])).indices.tolist() for each in probabilities[::-1]]
-        shown = list(dict.fromkeys([*likeliest[0], *likeliest[-1], token]))
-        counts = [each[row] for each in possible]
+        ends = (probabilities[-1], probabilities[0])
+        likeliest = [one for each in ends for one in each[row].topk(min(show, raw.shape[-1])).indices.tolist()]
+        shown = list(dict.fromkeys([*likeliest, token]))
         works.append(
             tuple(
-                Stage(name, counts[i], max(0, counts[i - 1] - counts[i]) if i else 0, _at(probabilities[i][row], shown))
+                Stage(name, possible[i][row], removed[i][row], _at(probabilities[i][row], shown))
                 for i, name in enumerate(names)
             )
         )
