@@ -351,6 +351,12 @@ def test_a_stored_value_that_cannot_be_used_is_named(record):
         SamplingConfig.from_dict(record)
 
 
+def test_temperature_0_is_stored_as_not_sampling():
+    record = SamplingConfig(temperature=0).to_dict()
+    assert (record["do_sample"], "temperature" in record) == (False, False)
+    assert SamplingConfig(temperature=0.5).to_dict()["do_sample"] is True
+
+
 def test_no_end_token_is_stored_as_such():
     config = SamplingConfig(eos_token_id=[])
     assert SamplingConfig.from_dict(config.to_dict()).eos_token_id == []

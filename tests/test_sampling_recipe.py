@@ -11,11 +11,16 @@ from conftest import random_model, tiny_config, transformers_twin
 from table_model import FixedLM, LetterTokenizer, ScriptLM, TableLM
 
 from minigpt.errors import ConfigError
+from minigpt.sampling import truncation
+from minigpt.sampling.adaptive import AdaptiveP, Mirostat1, Mirostat2
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.dry import DRY
 from minigpt.sampling.orders import CUSTOM, ORDERS, STEPS
+from minigpt.sampling.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
+from minigpt.sampling.processors import Normalised
 from minigpt.sampling.recipe import spellings
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.scaling import DynamicTemperature, QuadraticSmoothing
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 
@@ -174,6 +179,39 @@ def test_drawing_is_from_the_distribution_of_transformers(pair, names):
         assert ours.keys() == {token for token, value in enumerate(log_probs) if value > -math.inf}
         assert all(value == pytest.approx(log_probs[token], abs=1e-5) for token, value in ours.items())
     assert names == ["temperature"] or any(len(details.processed_top) < PAD for details in told)
+
+
+# What each setting makes.
+
+MADE = [
+    ({"repetition_penalty": 1.2}, RepetitionPenalty(1.2, "both", None, False)),
+    (
+        {"repetition_penalty": 1.2, "repetition_scope": "prompt", "penalty_window": 7, "repetition_normalised": True},
+        RepetitionPenalty(1.2, "prompt", 7, True),
+    ),
+    ({"presence_penalty": 0.5}, PresencePenalty(0.5, "output", None)),
+    ({"frequency_penalty": 0.5, "penalty_scope": "both", "penalty_window": 9}, FrequencyPenalty(0.5, "both", 9)),
+    ({"dry_multiplier": 0.8, "dry_base": 2, "dry_allowed_length": 3, "dry_window": 40}, DRY(0.8, 2, 3, (), "both", 40)),
+    ({"top_k": 3}, truncation.TopK(3)),
+    ({"top_k": 3, "exact_top_k": True}, truncation.ExactTopK(3)),
+    ({"mirostat": 1, "mirostat_tau": 3.0, "mirostat_eta": 0.2}, Mirostat1(3.0, 0.2)),
+    ({"mirostat": 2}, Mirostat2(5.0, 0.1)),
+    ({"adaptive_target": 0.3, "adaptive_decay": 0.5}, AdaptiveP(0.3, 0.5)),
+    ({"temperature": 0.7, "dynatemp_range": 0.2, "dynatemp_exponent": 2}, DynamicTemperature(0.7, 0.2, 2)),
+    ({"smoothing_factor": 0.2, "smoothing_curve": 1.5}, QuadraticSmoothing(0.2, 1.5)),
+    ({"xtc_probability": 0.5, "xtc_threshold": 0.2}, truncation.XTC(0.5, 0.2)),
+    ({"top_n_sigma": 1.5}, truncation.TopNSigma(1.5)),
+    ({"top_a": 0.2}, truncation.TopA(0.2)),
+    ({"tail_free": 0.9}, truncation.TailFree(0.9)),
+    ({"p_less": True}, truncation.PLess()),
+    ({"renormalize_logits": True}, Normalised()),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), MADE)
+def test_every_part_of_a_setting_reaches_its_processor(settings, expected):
+    sampler = Sampler(TableLM(), LetterTokenizer(6), SamplingConfig(temperature=1))
+    assert sampler.processors_for(**settings)[0] == [expected]
 
 
 # The order.

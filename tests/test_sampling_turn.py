@@ -185,17 +185,18 @@ def test_showing_work_and_details_changes_no_text():
 PROMPTS = ["ab", "c", "abcdefg", "hgf", "a", "bcbcbcbcbcbc"]
 
 
+BUDGETS = [{"max_rows": 1}, {"max_rows": 2}, {"max_rows": 5}, {"max_batch_tokens": 21}, {"max_batch_tokens": 1}]
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize(
-    "budget", [{"max_rows": 1}, {"max_rows": 2}, {"max_rows": 5}, {"max_batch_tokens": 21}, {"max_batch_tokens": 1}]
-)
-def test_a_budget_changes_nothing_but_how_much_is_done_at_once(memory, budget):
+def test_a_budget_changes_nothing_but_how_much_is_done_at_once(memory):
     sampler = table(num_return_sequences=2, top_logprobs=2, **MEMORIES[memory])
     expected = sampler.generate(PROMPTS)
-    sampler.model.rows_read.clear()
-    assert sampler.generate(PROMPTS, **budget) == expected
-    most = budget.get("max_rows") or max(1, budget["max_batch_tokens"] // sampler.model.max_context)
-    assert max(sampler.model.rows_read) <= most
+    for budget in BUDGETS:
+        sampler.model.rows_read.clear()
+        assert sampler.generate(PROMPTS, **budget) == expected
+        most = budget.get("max_rows") or max(1, budget["max_batch_tokens"] // sampler.model.max_context)
+        assert max(sampler.model.rows_read) <= most
 
 
 class Measured(TableLM):
@@ -334,5 +335,7 @@ def test_temperature_0_beside_a_dynamic_temperature_is_greedy():
 
 
 def test_a_forced_end_beside_a_prompt_that_writes_nothing():
-    rows = letters().generate(REPETITIVE, forced_eos_token_id=3, max_new_tokens=[0, 1, 4], ignore_eos=True)
-    assert [[done.ids[-1:] for done in row] for row in rows] == [[[]], [[3]], [[3]]]
+    for forced in (3, 9):
+        rows = letters().generate(REPETITIVE, forced_eos_token_id=forced, max_new_tokens=[0, 1, 4], ignore_eos=True)
+        assert [len(done.ids) for (done,) in rows] == [0, 1, 4]
+        assert {done.ids[-1] for (done,) in rows[1:]} == {forced}
