@@ -4,6 +4,7 @@
     python benchmarks/decode.py --only small      rows whose name holds a text
     python benchmarks/decode.py --compile         the compiled rows too
 
+minigpt decodes with `minigpt.model.fast` (packed weights), and beside it with the plain and the compiled model.
 The floor is the same linear layers, in PyTorch's own layout, plus attention over as many cached tokens, and nothing else:
 no norms, no activations, no choice, no loop over rows. All sides work in float32 on the same threads without speculation
 or quantisation; each writes 200 tokens after a prompt of 16, with no end-of-text, and where the outcome is determined the
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from minigpt.checkpoint import state_of
 from minigpt.model.config import GPTConfig
-from minigpt.model.fast import compiled
+from minigpt.model.fast import fast
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
@@ -190,25 +191,25 @@ def decoding(shape: Shape, rows: int, count: int, compile_too: bool, beams: int 
         return lambda: [[one.ids for one in each] for each in sampler.generate(prompts)]
 
     what = f"{beams} beams" if beams > 1 else f"{samples} samples" if samples > 1 else f"batch {rows}"
+    together = rows * beams * samples
     sides: dict[str, Callable[[], object]] = {
-        "floor": floor(model, rows * beams * samples),
+        "floor": floor(model, together),
         "transformers": theirs,
-        "minigpt": ours(model),
+        "minigpt, plain model": ours(model),
+        "minigpt": ours(fast(model, together)),
     }
     if compile_too:
-        fast = compiled(model)
+        compiled = ours(fast(model, together, compiled=True))
         began = time.perf_counter()
-        ours(fast)()
-        seconds = time.perf_counter() - began
-        sides["minigpt compiled"] = ours(fast)
+        compiled()
+        print(f"  first call with compilation: {time.perf_counter() - began:.0f} s")
+        sides["minigpt, compiled"] = compiled
     if samples == 1:
         expected = theirs()[:, PROMPT:].tolist()
         for name, side in sides.items():
             if name.startswith("minigpt"):
                 same = [one[0] for one in side()] == expected  # type: ignore[attr-defined]
                 print(f"  {shape.name}, {what}: {name}'s tokens {'equal' if same else 'DIFFER FROM'} transformers'")
-    if compile_too:
-        print(f"  first call with compilation: {seconds:.0f} s")
     tell(f"{shape.name}, {what}", rounds(sides, count), rows * samples * NEW)
 
 
@@ -238,7 +239,7 @@ def ragged(count: int) -> None:
                 stopping_criteria=[AllWritten()],
             )
 
-    sampler = Sampler(model, Numbers(SMALL.vocabulary), SamplingConfig(temperature=0))  # type: ignore[arg-type]
+    sampler = Sampler(fast(model, 32), Numbers(SMALL.vocabulary), SamplingConfig(temperature=0))  # type: ignore[arg-type]
 
     def ours() -> list[list[int]]:
         return [each[0].ids for each in sampler.generate(prompts, max_new_tokens=wanted)]
@@ -268,7 +269,7 @@ def processors(count: int) -> None:
     model = GPT2.make()
     prompts = prompts_of(8, GPT2.vocabulary)
     base = SamplingConfig(max_new_tokens=64, seed=1, temperature=1.0)
-    sampler = Sampler(model, Numbers(GPT2.vocabulary), base)  # type: ignore[arg-type]
+    sampler = Sampler(fast(model, 8), Numbers(GPT2.vocabulary), base)  # type: ignore[arg-type]
     without = {name: value for name, value in TEN.items() if name != "top_k"}
     sides: dict[str, Callable[[], object]] = {
         "plain sampling": lambda: sampler.generate(prompts),
@@ -308,14 +309,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    count, fast = arguments.rounds, arguments.compile
+    count, compile_too = arguments.rounds, arguments.compile
     rows: dict[str, Callable[[], None]] = {
-        "small batch 1": lambda: decoding(SMALL, 1, count, fast),
-        "small batch 32": lambda: decoding(SMALL, 32, count, fast),
-        "small beams": lambda: decoding(SMALL, 1, count, fast, beams=5),
-        "small samples": lambda: decoding(SMALL, 1, count, fast, samples=8),
-        "gpt2 batch 1": lambda: decoding(GPT2, 1, max(2, count - 2), fast),
-        "gpt2 batch 16": lambda: decoding(GPT2, 16, max(2, count - 2), fast),
+        "small batch 1": lambda: decoding(SMALL, 1, count, compile_too),
+        "small batch 32": lambda: decoding(SMALL, 32, count, compile_too),
+        "small beams": lambda: decoding(SMALL, 1, count, compile_too, beams=5),
+        "small samples": lambda: decoding(SMALL, 1, count, compile_too, samples=8),
+        "gpt2 batch 1": lambda: decoding(GPT2, 1, max(2, count - 2), compile_too),
+        "gpt2 batch 16": lambda: decoding(GPT2, 16, max(2, count - 2), compile_too),
         "ragged": lambda: ragged(count),
         "processors": lambda: processors(count),
         "growth": lambda: growth(count),

@@ -87,8 +87,12 @@ class Unembed(nn.Module):
         self.softcap = config.logit_softcap
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
 
+    def project(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        """The logits before any cap."""
+        return F.linear(hidden, self.weight)
+
     def forward(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
-        logits = F.linear(hidden, self.weight)
+        logits = self.project(hidden)
         if self.softcap:
             logits = self.softcap * torch.tanh(widen(logits) / self.softcap)
         return logits
