@@ -4,11 +4,11 @@
     python benchmarks/decode.py --only small      rows whose name holds a text
     python benchmarks/decode.py --compile         the compiled rows too
 
-minigpt decodes with `minigpt.model.fast` (packed weights), and beside it with the plain and the compiled model.
-The floor is the same linear layers, in PyTorch's own layout, plus attention over as many cached tokens, and nothing else:
-no norms, no activations, no choice, no loop over rows. All sides work in float32 on the same threads without speculation
-or quantisation; each writes 200 tokens after a prompt of 16, with no end-of-text, and where the outcome is determined the
-tokens are compared before anything is timed. Sides take turns; medians are told, and the ratios are those of each round.
+minigpt decodes with `minigpt.model.fast` (packed weights); beside it stand the plain and the compiled model. The floor
+is the same linear layers, in PyTorch's own layout, plus attention over as many cached tokens, and nothing else: no
+norms, no activations, no choice, no loop over rows. All sides work in float32 on the same threads without speculation
+or quantisation. Each writes 200 tokens after a prompt of 16, with no end-of-text; where the outcome is determined the
+tokens are compared before anything is timed. Sides take turns; told are medians, and ratios round by round.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ GPT2 = Shape("GPT-2 (12 layers, 768, V 50257)", 12, 12, 768, 50257)
 
 
 def twin(model: GPT) -> transformers.GPT2LMHeadModel:
-    """transformers' model with the same weights."""
+    """The same weights in transformers."""
     layout = to_huggingface(model.config, state_of(model))
     assert layout is not None
     values, tensors = layout
@@ -291,7 +292,7 @@ def growth(count: int) -> None:
         marks = [time.perf_counter()]
         for _event in sampler.stream([prompts_of(1, SMALL.vocabulary)[0]], max_new_tokens=480):
             marks.append(time.perf_counter())
-        runs.append([after - before for before, after in zip(marks[1:], marks[2:], strict=False)])
+        runs.append([after - before for before, after in pairwise(marks[1:])])
     middle = torch.tensor(runs).double().median(0).values
     steps = torch.arange(len(middle)).double() + PROMPT
     for power in (1, 2):

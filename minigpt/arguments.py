@@ -20,6 +20,19 @@ def shipped(name: str, folder: str = "") -> Path | None:
     return None
 
 
+def shipped_in(folder: str = "") -> list[Path]:
+    """The shipped files of configs/FOLDER/."""
+    package = Path(__file__).parent
+    return next(
+        (
+            list((root / "configs" / folder).glob("*.yaml"))
+            for root in (package / "_shipped", package.parent)
+            if (root / "configs").is_dir()
+        ),
+        [],
+    )
+
+
 def make_parser(command: str, description: str, positional: str = "", folder: str = "") -> Any:
     """A jsonargparse parser for a command; our dataclasses' attribute docstrings become its help.
 
@@ -34,7 +47,7 @@ def make_parser(command: str, description: str, positional: str = "", folder: st
         description=re.sub(r"\s+", " ", description),
         exit_on_error=False,
     )
-    parser.shipped_folder = folder
+    parser.shipped_folder = folder  # type: ignore[attr-defined]
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file of values; may be repeated")
     return parser
 
@@ -43,7 +56,10 @@ def parse(parser: Any, argv: list[str]) -> Any:
     """Parse, and turn jsonargparse's errors into one line that names the nearest field."""
     import argparse
 
-    argv = [_shipped_config(previous, item, parser.shipped_folder) for previous, item in zip(["", *argv], argv, strict=False)]
+    argv = [
+        _shipped_config(previous, item, parser.shipped_folder)
+        for previous, item in zip(["", *argv], argv, strict=False)
+    ]
     try:
         return parser.instantiate(parser.parse_args(argv))
     except argparse.ArgumentError as error:
@@ -52,18 +68,24 @@ def parse(parser: Any, argv: list[str]) -> Any:
 
 def _shipped_config(previous: str, item: str, folder: str) -> str:
     """--config NAME may name a shipped config where no file of that name is there."""
-    flag, _, value = item.partition("=")
-    if previous == "--config" and not Path(item).exists():
-        return str(shipped(Path(item).name, folder) or item)
-    if flag == "--config" and value and not Path(value).exists():
-        return f"--config={shipped(Path(value).name, folder) or value}"
-    return item
+    flag, equals, value = item.partition("=")
+    if previous != "--config" and (flag != "--config" or not equals):
+        return item
+    name = item if previous == "--config" else value
+    if name and not Path(name).exists():
+        found = shipped(Path(name).name, folder)
+        if found is None:
+            names = sorted(path.stem for path in shipped_in(folder))
+            raise ConfigError(f"--config {name}: there is no such file; expected one, or one of {', '.join(names)}")
+        name = str(found)
+    return name if previous == "--config" else f"--config={name}"
 
 
 def _explain(parser: Any, message: str) -> str:
     message = re.sub(r"\s+", " ", message).strip()
     message = message.replace("typing.Literal", "one of ").replace("<class 'int'>", "whole number")
     message = message.replace("<class 'float'>", "number").replace("<class 'str'>", "text").replace("Parser key ", "")
+    message = message.replace("<class 'list'>", "list such as '[a, b]'")
     message = re.sub(r"(typing\.)?Optional\[(.*?)\]", r"\2 or null", message)
     several = r"^(.*?): Does not validate against any of the Union .*? Subtypes: \[(.*)\] Errors.* value: (.*)$"
     if union := re.search(several, message):

@@ -42,6 +42,7 @@ def sample(argv: list[str]) -> None:
     parse(parser, rest)  # a mistake is told before anything is loaded
 
     from minigpt.checkpoint import load
+    from minigpt.model.fast import fast
     from minigpt.sampling.sampler import Sampler
 
     run = load(path or latest_run(), device=pick_device("cpu"))
@@ -52,11 +53,9 @@ def sample(argv: list[str]) -> None:
     config.validate()
     _check_flags(values, config)
     prompts = _prompts(values)
-    model: Any = run.model.to(pick_device(values.device))
-    if values.compile:
-        from minigpt.model.fast import compiled
-
-        model = compiled(model)
+    together = len(prompts) * max(config.num_beams, config.num_return_sequences)
+    rows = min(together, config.max_rows or together)
+    model: Any = fast(run.model.to(pick_device(values.device)), rows, compiled=values.compile)
     sampler = Sampler(model, run.tokenizer, config)
     if values.show_order:
         _print_order(sampler)

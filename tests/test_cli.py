@@ -209,7 +209,7 @@ def test_readme_names_only_what_is_there() -> None:
     for name in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"--config (\w+)", readme):
-        assert name == "FILE" or (ROOT / "configs" / f"{name}.yaml").is_file()
+        assert name == "FILE" or any((ROOT / "configs").rglob(f"{name}.yaml")), name
     for name in re.findall(r"`(tests|benchmarks)/(\w+\.py)`", readme):
         assert ROOT.joinpath(*name).is_file()
     tree = readme.partition("## The map")[2].partition("```text")[2].partition("```")[0]

@@ -1,7 +1,7 @@
 """A model made ready for decoding: kept beside the model, never in its place.
 
-Decoding reads one token a row again and again. On a CPU nearly all of its time goes into fetching weights, and PyTorch's
-usual layout is not the one that this is quickest in: `fast` keeps a second copy of the matrices, packed for it. On a
+Decoding reads one token a row again and again. On a CPU nearly all of its time goes into fetching weights, and the
+usual layout is not the one that this is quickest in: `fast` keeps a second copy of the matrices, laid out for it. On a
 small model what is left goes into calling small operations one by one, of which torch.compile makes one function.
 """
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from minigpt.model.cache import KVCache, Step
 from minigpt.model.gpt import GPT, Unembed
 from minigpt.terminal import notice
-
 
 LARGE = 2**20  # entries from which a matrix read for one row is quicker packed than transposed
 
@@ -35,6 +34,7 @@ def fast(model: GPT, rows: int = 1, compiled: bool = False) -> GPT | Compiled:
     """
     weight = model.unembed.weight
     known = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    known = known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not known:
         return Compiled(model) if compiled else model
     if not compiled:
@@ -51,6 +51,8 @@ def _linears(model: GPT) -> list[nn.Linear]:
 def _relaid(module: nn.Module, rows: int, pack: bool) -> Any:
     """The module with every matrix in the layout that it is quickest in; what is not a matrix, it shares."""
     twin = copy.copy(module)
+    if isinstance(module, GPT):
+        twin.__class__ = RelaidGPT
     twin._modules = {name: child and _relaid(child, rows, pack) for name, child in module._modules.items()}
     if isinstance(module, (nn.Linear, Unembed)):
         out, into = module.weight.shape
@@ -63,6 +65,15 @@ def _relaid(module: nn.Module, rows: int, pack: bool) -> Any:
             twin.__class__ = PackedLinear if isinstance(module, nn.Linear) else PackedUnembed
             twin.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
     return twin
+
+
+class RelaidGPT(GPT):
+    """A GPT with its matrices laid out for decoding; of what it computes no gradient can be taken."""
+
+    @torch.inference_mode()
+    def next_logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
+        """As `GPT.next_logits`."""
+        return super().next_logits(ids, cache, counts)
 
 
 class PackedLinear(nn.Linear):
@@ -100,14 +111,10 @@ class Compiled(nn.Module):
         self.model = model
         self.vocab_size, self.max_context = model.vocab_size, model.max_context
         self.new_cache, self.all_logits = model.new_cache, model.all_logits
-        # Where PyTorch can, models compiled in one process do not share a limit on compilations.
-        apart = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-        self.step = torch.compile(
-            _step,
-            fullgraph=True,
-            options={"freezing": packs},
-            **{"isolate_recompiles": True} if apart else {},
-        )
+        given: dict[str, Any] = {"options": {"freezing": True}} if packs else {}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            given["isolate_recompiles"] = True  # models compiled in one process do not share a limit on compilations
+        self.step = torch.compile(_step, fullgraph=True, **given)
         self.broken = False
 
     @property

@@ -100,9 +100,7 @@ class Batch:
             logits = self.model.next_logits(self.latest[0].unsqueeze(1).to(self.model_device), self.cache, None)
         else:
             context = self.model.max_context
-            logits = self._read_anew(
-                [tuple(row.tokens[window_start(len(row.tokens), context) :]) for row in self.rows]
-            )
+            logits = self._read_anew([tuple(row.tokens[window_start(len(row.tokens), context) :]) for row in self.rows])
         return logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
 
     def _window_moves(self) -> bool:
@@ -114,9 +112,9 @@ class Batch:
     def _read_anew(self, windows: list[tuple[int, ...]]) -> Tensor:
         """Read the rows' windows into a fresh cache, equal ones once: (B, V) logits."""
         places = {window: place for place, window in enumerate(dict.fromkeys(windows))}
-        longest, left = max(map(len, places)), max(row.left for row in self.rows)
+        room = max(len(window) + row.left for window, row in zip(windows, self.rows, strict=True))
         self.cache = None  # the old one goes before the new one comes
-        self.cache = self.model.new_cache(len(places), min(self.model.max_context, longest + left))
+        self.cache = self.model.new_cache(len(places), min(self.model.max_context, room))
         counts = torch.tensor([len(window) for window in places], device=self.model_device)
         logits = self.model.next_logits(_padded(list(places), self.model_device), self.cache, counts)
         if len(places) < len(windows):

@@ -237,6 +237,10 @@ class SamplingConfig:
         # An empty list is left out where it is the default; no end token at all is something else than null.
         empty = {spec.name for spec in fields(self) if spec.default_factory is list and not record[spec.name]}
         record = {name: value for name, value in record.items() if value is not None and name not in empty}
+        if "logit_bias" in record:
+            record["logit_bias"] = {token: _bias(value) for token, value in record["logit_bias"].items()}
+        if "sequence_bias" in record:
+            record["sequence_bias"] = [[list(ids), _bias(value)] for ids, value in record["sequence_bias"]]
         return {"stop_strings" if name == "stop" else name: value for name, value in record.items()}
 
     @classmethod
@@ -253,7 +257,9 @@ class SamplingConfig:
         if stop := record.get("stop_strings"):
             values["stop"] = [stop] if isinstance(stop, str) else stop
         if isinstance(bias := values.get("logit_bias"), dict):  # JSON has no numbers for keys
-            values["logit_bias"] = {_number(token): value for token, value in bias.items()}
+            values["logit_bias"] = {_number(token): _bias(value) for token, value in bias.items()}
+        if isinstance(pairs := values.get("sequence_bias"), list):
+            values["sequence_bias"] = [[*pair[:-1], _bias(pair[-1])] if pair else pair for pair in pairs]
         searches = values.get("num_beams", 1) != 1
         if record.get("do_sample") is False and not (searches and "temperature" in values):
             values["temperature"] = 0.0
@@ -262,6 +268,12 @@ class SamplingConfig:
         config = cls(**values)
         config.validate()
         return config
+
+
+def _bias(value: Any) -> Any:
+    """A ban as JSON can hold it, and back."""
+    forms = {float("-inf"): "-inf", "-inf": float("-inf")}
+    return forms.get(value, value) if isinstance(value, (str, float)) else value
 
 
 def _number(key: Any) -> Any:

@@ -77,7 +77,7 @@ class Repeats:
     """
 
     times: int
-    longest: int = 64
+    longest: int = 32
     shortest: int = 1
 
     def __post_init__(self) -> None:

@@ -96,7 +96,11 @@ def backwards(ids: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarra
 def distance_to_breaker(past: np.ndarray, breakers: Sequence[Sequence[int]]) -> np.ndarray:
     """How many tokens follow the last breaker of each row, all if there is none: (B, W) -> (B,)."""
     distance = (past != NOTHING).sum(1)
+    singles = np.isin(past, [breaker[0] for breaker in breakers if len(breaker) == 1])  # often thousands
+    distance = np.where(singles.any(1), np.minimum(distance, singles.argmax(1)), distance)
     for breaker in breakers:
+        if len(breaker) == 1:
+            continue
         room = past.shape[1] - len(breaker) + 1
         if room < 1:
             continue

@@ -93,13 +93,7 @@ def stream_rows(
         ConfigError: an empty prompt, a token outside the vocabulary, a prompt longer than the context with "stop",
             a seed out of range, something among the processors that is none.
     """
-    check_prompts(prompts, model.vocab_size)
-    longest = max(map(len, prompts), default=0)
-    if overflow == "stop" and longest > model.max_context:
-        raise ConfigError(
-            f"a prompt has {longest} tokens, but the model's context is {model.max_context}; "
-            "shorten the prompt, or sample with overflow 'slide'"
-        )
+    check_prompts(prompts, model.vocab_size, model.max_context if overflow == "stop" else None)
     if forced is not None:
         check_forced(forced, model.vocab_size)
         room = [len(tokens) for tokens in forced]
@@ -131,11 +125,16 @@ def stream_rows(
     return _stream(model, rows, most, write, lambda open_rows: divide(open_rows, model, max_rows, max_tokens))
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raise ConfigError for a prompt without tokens, or with a token outside the vocabulary."""
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, most: int | None = None) -> None:
+    """Raise ConfigError for a prompt without tokens, with more than `most`, or with one outside the vocabulary."""
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ConfigError(f"prompt {number} has no tokens; give at least one to start from")
+        if most is not None and len(prompt) > most:
+            raise ConfigError(
+                f"prompt {number} has {len(prompt)} tokens, but the model's context is {most}; "
+                "shorten the prompt, or sample with overflow 'slide'"
+            )
         _check_ids(f"prompt {number}", prompt, vocab_size)
 
 
@@ -219,7 +218,7 @@ def _take(row: Row, choice: Choice, end_ids: tuple[int, ...], most: int | None, 
     """What a row's choice means for it. Of several reasons to end, the text's own go first."""
     if choice.error:
         return _event(row, reason="error", error=choice.error)
-    if choice.token in end_ids:
+    if choice.token in end_ids and not (row.forced and row.left):  # what has to be written goes on past an end
         return _event(row, choice, reason="end")
     text, stopped = row.reader.push(choice.token) if row.reader else ("", False)
     return _event(row, choice, text, "stop" if stopped else own_reason or _spent(row, most))
@@ -242,7 +241,16 @@ def _event(
     if choice is None:
         return Event(row.prompt, row.sample, row.seed, None, None, text, reason, error)
     return Event(
-        row.prompt, row.sample, row.seed, choice.token, choice.log_prob, text, reason, error, choice.details, choice.work
+        row.prompt,
+        row.sample,
+        row.seed,
+        choice.token,
+        choice.log_prob,
+        text,
+        reason,
+        error,
+        choice.details,
+        choice.work,
     )
 
 

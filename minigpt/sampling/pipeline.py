@@ -46,9 +46,10 @@ class Pipeline:
         greedy: list[bool] | None = None,
     ) -> Tensor:
         """The logits after every processor: (B, V) float32 in and out."""
-        for _, logits in self.stages(context, logits, states, greedy):  # noqa: B007 - the last one is the answer
+        after = logits
+        for _, after in self.stages(context, logits, states, greedy):  # noqa: B007 - the last one is the answer
             pass
-        return logits
+        return after
 
     def stages(
         self,

@@ -24,7 +24,7 @@ class Settings:
         self.tokenizer = tokenizer
         self.model_size = model_size
         self.keep = keep
-        """Tokens that every filter has to leave at least."""
+        """Tokens to be left at least by each filter that can be told so."""
 
     def __getattr__(self, name: str) -> Any:
         off = FIELDS[name].metadata["off"]
@@ -162,7 +162,7 @@ def cook(
         tokenizer: spells texts, and says how many ids have a meaning.
         model_size: V of the model; ids from the tokenizer's size on are never written.
         custom: the caller's own processors.
-        keep: tokens that every filter has to leave at least.
+        keep: tokens to be left at least by each filter that can be told so.
     """
     order = resolve(configs[0].order)
     on = {step for config in configs for step in switched_on(config)}

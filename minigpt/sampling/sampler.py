@@ -120,9 +120,7 @@ class Sampler:
             result[prompt].append(_completion(ids[prompt], events))
         return result
 
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], *, show_work: int = 0, **overrides: Any
-    ) -> Iterator[Event]:
+    def stream(self, prompts: Prompt | Sequence[Prompt], *, show_work: int = 0, **overrides: Any) -> Iterator[Event]:
         """Continue one prompt or several and tell each token as it is chosen.
 
         Args:

@@ -79,13 +79,7 @@ def search_rows(
             seed out of range, something among the processors that is none, constraints that cannot be met or do not
             go with the settings, a temperature of 0 where a method draws.
     """
-    check_prompts(prompts, model.vocab_size)
-    longest = max(map(len, prompts), default=0)
-    if overflow == "stop" and longest > model.max_context:
-        raise ConfigError(
-            f"a prompt has {longest} tokens, but the model's context is {model.max_context}; "
-            "shorten the prompt, or sample with overflow 'slide'"
-        )
+    check_prompts(prompts, model.vocab_size, model.max_context if overflow == "stop" else None)
     end_ids = tuple(map(int, end_ids))
     draws = settings.method != "beam"
     pipeline = Pipeline([p for p in processors if draws or not getattr(p, "shaping", False)])

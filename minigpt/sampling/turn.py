@@ -120,7 +120,7 @@ def _work(batch: Batch, raw: Tensor, chosen: list[int], show: int) -> list[tuple
     works = []
     for row, token in enumerate(chosen):
         ends = (probabilities[-1], probabilities[0])
-        likeliest = [one for each in ends for one in each[row].topk(min(show, raw.shape[-1])).indices.tolist()]
+        likeliest = [token for each in ends for token, _ in _top(each[row : row + 1].log(), show)[0]]
         shown = list(dict.fromkeys([*likeliest, token]))
         works.append(
             tuple(
