@@ -91,9 +91,11 @@ def _check_flags(values: Any, config: Any) -> None:
 
 def _write(sampler: Sampler, prompts: list[Any], config: Any, values: Any) -> None:
     if values.json:
-        for prompt, completions in zip(prompts, sampler.generate(prompts, show_work=values.show_work), strict=True):
+        results = sampler.generate(prompts, show_work=values.show_work)
+        for prompt, completions in zip(prompts, results, strict=True):
             for completion in completions:
                 _print_json(prompt, asdict(completion))
+        _fail_if_any(results)
         return
     alone = len(prompts) == 1 and config.num_return_sequences == 1 and config.num_beams == 1
     if alone and values.show_work:
@@ -116,12 +118,22 @@ def _write(sampler: Sampler, prompts: list[Any], config: Any, values: Any) -> No
         if event.error:
             raise ConfigError(event.error)
         return
-    for prompt, completions in zip(prompts, sampler.generate(prompts), strict=True):
+    results = sampler.generate(prompts)
+    for prompt, completions in zip(prompts, results, strict=True):
         for number, done in enumerate(completions, 1):
             of = f"{number} of {len(completions)}"
             told = f"seed {done.seed}" if done.seed is not None else ""
             told = ", ".join(filter(None, (told, "" if done.score is None else f"score {done.score:.4f}", done.error)))
             print(f"--- {of} ({told}) ---\n{_text(prompt, sampler)}{done.text}")
+
+    _fail_if_any(results)
+
+
+def _fail_if_any(results: list[list[Completion]]) -> None:
+    """Raise ConfigError if a text ended in an error; all have been printed."""
+    failed = [(number, done.error) for number, each in enumerate(results) for done in each if done.error]
+    if failed:
+        raise ConfigError(f"{len(failed)} texts ended in an error; the first, of prompt {failed[0][0]}: {failed[0][1]}")
 
 
 def _score(sampler: Sampler, prompts: list[Any], values: Any) -> None:
@@ -184,26 +196,27 @@ def _prompts(values: Any) -> list[Any]:
     given = {
         name: getattr(values, name)
         for name in ("prompt", "prompt_ids", "prompt_file", "prompt_lines")
-        if getattr(values, name)
+        if getattr(values, name) is not None
     }
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(f'--{name}' for name in given)}: give one of them")
-    if values.prompt_ids:
+    if values.prompt_ids is not None:
+        if not values.prompt_ids:
+            raise ConfigError("--prompt_ids: holds no token id; give at least one, or leave it out")
         return [values.prompt_ids]
-    if values.prompt_file:
+    if values.prompt_file is not None:
         return [_read("--prompt_file", values.prompt_file)]
-    if values.prompt_lines:
-        lines = _read("--prompt_lines", values.prompt_lines).splitlines()
-        if not lines:
+    if values.prompt_lines is not None:
+        text = _read("--prompt_lines", values.prompt_lines)
+        lines = text.removesuffix("\n").split("\n")  # and at nothing else that is a line break to some
+        if not text:
             raise ConfigError(f"--prompt_lines {values.prompt_lines}: holds no line; give one prompt a line")
-        return lines
+        return [line.removesuffix("\r") for line in lines]
     return values.prompt or [""]
 
 
 def _read(flag: str, path: str) -> str:
-    if path == "-":
-        return sys.stdin.read()
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from error

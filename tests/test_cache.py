@@ -145,3 +145,15 @@ def test_bad_lengths_are_refused() -> None:
         cache.truncate(torch.tensor([8]))
     with pytest.raises(ConfigError, match="keeps 2 rows"):
         cache.gather(torch.tensor([0]), start=1)
+
+
+def test_rows_that_leave_give_their_memory_back() -> None:
+    cache = random_model(tiny_config("gpt2")).new_cache(16, 8)
+
+    def held() -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*cache.keys, *cache.values))
+
+    whole = held()
+    for count in range(15, 0, -1):
+        cache.gather(torch.arange(count))
+        assert held() <= whole * 2 * count / 16

@@ -316,3 +316,35 @@ def test_settings_of_every_form_can_be_given_as_flags(
     monkeypatch.setattr(Sampler, "processors_for", lambda self: ([], resolve("vllm")))
     printed(halves, *(part for name, (text, _) in flags.items() for part in (f"--{name}", text)), "--show_order")
     assert {name: getattr(given[-1], name) for name in flags} == {name: value for name, (_, value) in flags.items()}
+
+
+@pytest.mark.parametrize("more", [["--prompt", "b"], ["--json"], ["--num_beams", "2"], []])
+def test_a_text_that_ends_in_an_error_makes_the_exit_code_2(halves: str, said, more: list[str]) -> None:
+    code, _, err = said(halves, "--prompt", "a", "--suppress_tokens", "[0,1,2,3,4]", "--max_new_tokens", "2", *more)
+    assert code == 2
+    assert "Suppress left no token" in err
+
+
+def test_lines_are_what_ends_in_a_line_feed_and_nothing_else(byte_model: str, printed, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_bytes("a\u2028b\fc\r\nd\n".encode())
+    out = printed(byte_model, "--prompt_lines", str(tmp_path / "lines.txt"), "--max_new_tokens", "1", "--json")
+    assert [json.loads(line)["prompt"] for line in out.split("\n") if line] == ["a\u2028b\fc", "d"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--prompt_file", ""], "--prompt_file"), (["--prompt_ids", "[]"], "--prompt_ids: holds no token id")],
+)
+def test_an_empty_source_of_prompts_is_no_empty_prompt(byte_model: str, said, arguments, message: str) -> None:
+    code, _, err = said(byte_model, *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_a_preset_without_beams_ends_a_stored_search(tmp_path: Path, printed) -> None:
+    tokenizer = build_tokenizer(TokenizerConfig(kind="byte"))
+    model = random_model(tiny_config("llama", vocab_size=257))
+    save_checkpoint(tmp_path / "run", model, tokenizer, sampling={"num_beams": 4, "max_new_tokens": 4})
+    for preset in set(PRESETS) - {"beam"}:
+        done = json.loads(printed(str(tmp_path / "run"), "--config", preset, "--prompt", "a", "--json"))
+        assert done["score"] is None, preset

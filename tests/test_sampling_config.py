@@ -121,7 +121,7 @@ ACCEPTS: dict[str, tuple[list, list]] = {
     "max_batch_tokens": FROM_ONE_OR_NONE,
 }
 BESIDE = {  # what a field needs to be without contradiction
-    **{name: {"num_beams": 4} for name in ("num_beam_groups", "force_words", "force_words_ids")},
+    **{name: {"num_beams": 4} for name in ("num_beam_groups", "beam_method", "force_words", "force_words_ids")},
     "diversity_penalty": {"num_beams": 4, "num_beam_groups": 2},
 }
 CASES = [(name, value) for name, (accepted, _) in ACCEPTS.items() for value in accepted]
@@ -220,6 +220,7 @@ CONFLICTS: list[tuple[dict, dict, str]] = [
     ({}, {"forced_eos_token_id": 0, "suppress_tokens": [0]}, "forced_eos_token_id is 0, which suppress_tokens forbids"),
     ({}, {"forced_eos_token_id": [3, 4], "suppress_tokens": [3, 4]}, r"forced_eos_token_id is \[3, 4\], which"),
     ({}, {"temperature": 0, "num_return_sequences": 3}, "temperature is 0, so that all 3 of num_return_sequences"),
+    ({}, {"beam_method": "sample"}, "beam_method is set, but num_beams is 1"),
     ({}, {"num_beam_groups": 2}, "num_beam_groups is set, but num_beams is 1"),
     ({}, {"diversity_penalty": 0.5}, "diversity_penalty is set, but num_beams is 1"),
     ({}, {"force_words": ["a"]}, "force_words is set, but num_beams is 1"),

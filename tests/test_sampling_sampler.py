@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -344,30 +343,3 @@ def test_the_config_loads_neither_torch_nor_numpy():
     code = "import sys, minigpt.sampling.config; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-def test_a_replay_writes_one_text_whatever_the_settings_ask_for():
-    plain = letters()
-    expected = plain.replay(["ab", "cd"], ["ef", "b"])
-    assert [one.text for one in expected] == ["ef", "b"]
-    assert plain.replay(["ab", "cd"], ["ef", "b"], num_return_sequences=3) == expected
-    searching = Sampler(plain.model, plain.tokenizer, dataclasses.replace(plain.config, num_beams=4, num_beam_groups=2))
-    assert searching.replay(["ab", "cd"], ["ef", "b"]) == expected
-
-
-def test_a_search_within_a_budget_finds_what_it_finds_at_once():
-    sampler = letters()
-    prompts = ["ab", "cdefg", "a", "cd"]
-    asked = {"num_beams": 3, "num_return_sequences": 2, "min_new_tokens": [0, 2, 3, 4], "max_new_tokens": [5, 6, 7, 8]}
-    expected = sampler.generate(prompts, **asked)
-    for budget in ({"max_rows": 6}, {"max_rows": 1}, {"max_batch_tokens": 30}):
-        sampler.model.rows_read.clear()
-        assert sampler.generate(prompts, **asked, **budget) == expected
-        assert max(sampler.model.rows_read) <= max(3, budget.get("max_rows", 6))
-
-
-def test_a_criterion_does_not_go_with_a_search():
-    sampler = letters()
-    sampler = Sampler(sampler.model, sampler.tokenizer, criteria=[lambda context: [None] * len(context.rows)])
-    with pytest.raises(ConfigError, match="criteria end single texts"):
-        sampler.generate("ab", num_beams=2)

@@ -13,6 +13,7 @@ import torch
 from conftest import random_ids, random_model, tiny_config
 from table_model import TableLM, TableModule, run
 
+from minigpt.errors import ConfigError
 from minigpt.sampling.loop import Event, stream_rows
 
 
@@ -118,3 +119,26 @@ def test_a_slide_holds_one_cache_at_a_time():
     model.new_cache = new_cache
     run(model, [[1, 2]], 20)
     assert len(alive) > 5
+
+
+def test_two_open_streams_share_the_evaluation_mode_until_the_last_one_ends():
+    module = TableModule(TableLM()).train()
+    module.frozen.eval()
+    expected = run(module.table, [[1]], 6, seeds=[1])[0, 0][0]
+    first = stream_rows(module, [[1]], max_new_tokens=2, seeds=[1])
+    second = stream_rows(module, [[1]], max_new_tokens=6, seeds=[1])
+    next(first)
+    tokens = [next(second).token]
+    list(first)
+    assert modes(module) == [False] * 3
+    tokens += [event.token for event in second]
+    assert tokens == expected, "no dropout in either"
+    assert modes(module) == [True, True, False], "each module's own mode"
+
+
+def test_a_criterion_that_does_not_answer_for_every_row_is_named():
+    def one_reason(context):
+        return ["enough"]
+
+    with pytest.raises(ConfigError, match=r"criterion .*one_reason.* returned .*each of 2 rows"):
+        list(stream_rows(TableLM(), [[1], [2]], max_new_tokens=2, criteria=[one_reason]))

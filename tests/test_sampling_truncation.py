@@ -335,3 +335,10 @@ def test_top_h_of_one_keeps_everything_beside_a_row_that_has_it():
     assert torch.equal(both[1], logits[1])
     assert torch.equal(both[:1], TopH(0.3)(context_of([[1]]), logits[:1]))
     assert (both[0] > -INF).sum() < 100
+
+
+def test_exactly_k_leaves_as_many_as_it_is_told_to_keep():
+    logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(2))
+    for k in (1, (1, 5)):
+        kept = (ExactTopK(k, keep=3)(context_of([[1], [1]]), logits) > -INF).sum(-1).tolist()
+        assert kept == ([3, 3] if k == 1 else [3, 5])

@@ -142,7 +142,10 @@ class KVCache:
                     continue
                 if len(moved):
                     tensor[moved, :, start : self.longest] = tensor[source, :, start : self.longest]
-                tensors[layer] = tensor[:count]
+                tensor = tensor[:count]
+                # Rows that have gone give their memory back when they are half of it: so each is copied at most once.
+                halved = tensor.untyped_storage().nbytes() >= 2 * tensor.numel() * tensor.element_size()
+                tensors[layer] = tensor.clone() if halved else tensor
         self.lengths = self.lengths[rows]
         plain = self.lengths.tolist()
         self.longest = max(plain, default=0)

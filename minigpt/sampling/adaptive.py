@@ -42,7 +42,8 @@ class _Mirostat:
     def accept(self, state: Surprise, tokens: Tensor, raw: Tensor, processed: Tensor) -> Surprise:
         """Move mu to mu - eta * (S - tau): S is the token's surprise under the distribution it was drawn from."""
         chosen = processed.gather(1, tokens[:, None]).squeeze(1).double()
-        return state._replace(mu=state.mu - state.eta * (-chosen.log2() - state.tau))
+        moved = state.mu - state.eta * (-chosen.clamp(min=1e-300).log2() - state.tau)
+        return state._replace(mu=torch.where(chosen > 0, moved, state.mu))  # a token that was forced teaches nothing
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _completing(context: Context, n: Parameter, stop: Tensor, logits: Tensor) ->
     sizes = torch.as_tensor(context.column(n, torch.int64), device=logits.device)  # (B, 1), or one for all
     place = torch.arange(context.ids.shape[1], device=logits.device)
     found = (place >= sizes - 1) & (place < stop[:, None]) & (sizes > 0)
-    for back in range(1, int(sizes.max())):
+    for back in range(1, min(int(sizes.max()), context.ids.shape[1] + 1)):
         token = context.ids.gather(1, (context.lengths - back).clamp(min=0)[:, None])
         agrees = context.ids[:, :-back] == token
         found[:, back:] &= agrees | (back >= sizes) if isinstance(n, tuple) else agrees

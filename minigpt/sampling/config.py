@@ -59,7 +59,7 @@ class SamplingConfig:
     include_stop: bool = setting(False, rules.YES_OR_NO)
     """Keep the stop text at the end of the sample rather than cut it off."""
     max_time: float | None = setting(None, rules.POSITIVE_OR_NONE)
-    """Seconds after which every sample ends, complete or not."""
+    """Seconds, from the call on, after which every sample ends, complete or not."""
     repetition_stop: int | None = setting(None, rules.TWO_OR_MORE_OR_NONE)
     """End a sample once a piece of it came this many times in a row."""
     repetition_stop_length: int = setting(32, rules.COUNT)
@@ -259,7 +259,9 @@ class SamplingConfig:
         if isinstance(bias := values.get("logit_bias"), dict):  # JSON has no numbers for keys
             values["logit_bias"] = {_number(token): _bias(value) for token, value in bias.items()}
         if isinstance(pairs := values.get("sequence_bias"), list):
-            values["sequence_bias"] = [[*pair[:-1], _bias(pair[-1])] if pair else pair for pair in pairs]
+            values["sequence_bias"] = [
+                [*pair[:-1], _bias(pair[-1])] if isinstance(pair, list) and pair else pair for pair in pairs
+            ]
         searches = values.get("num_beams", 1) != 1
         if record.get("do_sample") is False and not (searches and "temperature" in values):
             values["temperature"] = 0.0

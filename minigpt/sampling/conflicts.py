@@ -98,6 +98,7 @@ def _problems(config: Any) -> Iterator[str]:
         for name, off in (
             ("num_beam_groups", 1),
             ("diversity_penalty", 0),
+            ("beam_method", "beam"),
             ("force_words", []),
             ("force_words_ids", []),
         ):

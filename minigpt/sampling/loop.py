@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -193,7 +194,7 @@ def _write(
     """Write the rows of a batch to their ends."""
     while True:
         choices = take_turn(batch, top, show)
-        verdicts = [criterion(batch.context) for criterion in criteria]
+        verdicts = [_verdict(criterion, batch) for criterion in criteria]
         own_reasons = [next(filter(None, reasons), None) for reasons in zip(*verdicts, strict=True)]
         events = [
             _take(row, choice, batch.context.end_ids, most, own)
@@ -205,6 +206,17 @@ def _write(
             return
         if len(alive) < len(events):
             batch.gather(closed_up(alive))
+
+
+def _verdict(criterion: Criterion, batch: Batch) -> list[str | None]:
+    """A criterion's reason for each row."""
+    reasons = criterion(batch.context)
+    if not isinstance(reasons, (list, tuple)) or len(reasons) != len(batch.rows):
+        raise ConfigError(
+            f"sampling: criterion {criterion!r} returned {reasons!r}; expected a list with a reason or None for each "
+            f"of {len(batch.rows)} rows"
+        )
+    return list(reasons)
 
 
 def closed_up(alive: Sequence[int]) -> list[int]:
@@ -254,14 +266,26 @@ def _event(
     )
 
 
+_evaluated: WeakKeyDictionary[torch.nn.Module, tuple[int, list[tuple[torch.nn.Module, bool]]]] = WeakKeyDictionary()
+"""Models in use: by how many, and each module's own mode."""
+
+
 @contextmanager
 def evaluating(model: Decodable) -> Iterator[None]:
-    """Evaluation mode for every module of the model, each module's own mode restored at the end."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, torch.nn.Module) else []
+    """Evaluation mode for every module of the model; each module's own mode comes back when the last use ends."""
+    if not isinstance(model, torch.nn.Module):
+        yield
+        return
+    uses, modes = _evaluated.get(model) or (0, [(module, module.training) for module in model.modules()])
+    _evaluated[model] = uses + 1, modes
     for module, _ in modes:
         module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        uses, modes = _evaluated.pop(model)
+        if uses > 1:
+            _evaluated[model] = uses - 1, modes
+        else:
+            for module, training in modes:
+                module.training = training

@@ -33,13 +33,15 @@ def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt") -> list
         ConfigError: something that is neither.
     """
     prompts = plain(prompts)
+    if not isinstance(prompts, (str, Sequence)) or isinstance(prompts, (bytes, bytearray)):
+        raise ConfigError(f"the {what} is {str(prompts)[:80]}; expected a text, a list of token ids, or a list of such")
     if isinstance(prompts, str) or (len(prompts) and is_id(prompts[0])):
         prompts = [prompts]
     encoded = []
     for number, prompt in enumerate(map(plain, prompts)):
         if isinstance(prompt, str):
             encoded.append(list(tokenizer.encode(prompt)))
-        elif isinstance(prompt, Sequence) and all(map(is_id, prompt)):
+        elif isinstance(prompt, (list, tuple)) and all(map(is_id, prompt)):
             encoded.append([int(token) for token in prompt])
         else:
             raise ConfigError(f"{what} {number} is {str(prompt)[:80]}; expected a text or a list of token ids")
@@ -100,9 +102,16 @@ def read_all(reader: TextReader, tokens: Sequence[int], end_ids: Sequence[int]) 
     return text + reader.flush()[0]
 
 
-def holds_stop(tokenizer: Tokenizer, written: Sequence[int], stop: Sequence[str]) -> bool:
-    """Whether the last of the written tokens completed a stop string."""
+def holds_stop(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[int], stop: Sequence[str]) -> bool:
+    """Whether one of the stop strings stands in the last of the written tokens."""
+    if not stop:
+        return False
     # Each token but those for parts of characters and special ones brings a byte at least.
     reach = max(len(text.encode()) for text in stop) + 8
-    text = tokenizer.decode(written[-reach:])
+    # What begins a text may lose its space, so a beginning is read behind the prompt's end; see `text_reader`.
+    before = list(prompt[-8:]) if len(written) <= reach else []
+    start = tokenizer.decode(before)
+    if start.endswith("\ufffd"):
+        before, start = [], ""
+    text = tokenizer.decode([*before, *written[-reach:]])[len(start) :]
     return any(one in text for one in stop)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from minigpt.errors import ConfigError
 from minigpt.sampling import adaptive, bans, endings, penalties, scaling, truncation
 from minigpt.sampling.config import FIELDS, SamplingConfig
 from minigpt.sampling.conflicts import switched_on
@@ -66,7 +67,7 @@ def _temperature(given: Settings) -> Any:
 
 def _top_k(given: Settings) -> Any:
     if given.configs[0].exact_top_k:
-        return truncation.ExactTopK(given.top_k)
+        return truncation.ExactTopK(given.top_k, given.keep)
     return truncation.TopK(given.top_k, keep=given.keep)
 
 
@@ -168,6 +169,10 @@ def cook(
     on = {step for config in configs for step in switched_on(config)}
     if tokenizer.vocab_size < model_size:
         on.add("vocabulary")
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        ids = getattr(configs[0], name)
+        if ids not in (None, []) and max([ids] if isinstance(ids, int) else ids) >= tokenizer.vocab_size:
+            raise ConfigError(f"sampling: {name} is {ids}; expected ids below the tokenizer's {tokenizer.vocab_size}")
     given = Settings(configs, tokenizer, model_size, keep)
     steps = list(order.steps)
     if custom and CUSTOM not in steps:  # in a list that does not name them they come before all shaping
@@ -176,6 +181,8 @@ def cook(
     for step in steps:
         if step == CUSTOM:
             processors += custom
+            if custom and "vocabulary" in on:  # whatever they make of ids without a meaning
+                processors.append(MAKERS["vocabulary"](given))
         elif step in on:
             made = MAKERS[step](given)
             processors += made if isinstance(made, list) else [made]

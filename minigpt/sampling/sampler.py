@@ -12,7 +12,7 @@ from minigpt.sampling.batch import Row
 from minigpt.sampling.config import FIELDS, PER_PROMPT, SamplingConfig
 from minigpt.sampling.criteria import MaxTime, Repeats, StopSequences
 from minigpt.sampling.decodable import Decodable
-from minigpt.sampling.loop import Event, divide, stream_rows
+from minigpt.sampling.loop import Event, check_forced, check_prompts, divide, stream_rows
 from minigpt.sampling.noise import fresh_seed
 from minigpt.sampling.orders import Order
 from minigpt.sampling.prompts import Prompt, encode_all, encode_prompts, holds_stop, plain, read_all, text_reader
@@ -153,6 +153,7 @@ class Sampler:
         """
         ids = self._encode(prompts)
         forced = encode_all(self.tokenizer, continuations, "continuation")
+        check_forced(forced, min(self.model.vocab_size, self.tokenizer.vocab_size))
         if len(forced) != len(ids):
             raise ConfigError(f"there are {len(ids)} prompts and {len(forced)} continuations; give one for each")
         common, configs = self._configs(len(ids), {"top_logprobs": 0, **overrides, **_ONE_TEXT})
@@ -169,6 +170,7 @@ class Sampler:
         """
         start = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
         encoded = [[*start, *ids] for ids in encode_all(self.tokenizer, texts, "text")]
+        check_prompts(encoded, min(self.model.vocab_size, self.tokenizer.vocab_size))
         return score_ids(self.model, encoded, stride=stride, top=top, show=show)
 
     def processors_for(self, **overrides: Any) -> tuple[list[Any], Order]:
@@ -184,6 +186,8 @@ class Sampler:
         forced: Sequence[Sequence[int]] | None = None,
         show: int = 0,
     ) -> Iterator[Event]:
+        if isinstance(show, bool) or not isinstance(show, int) or show < 0:
+            raise ConfigError(f"show_work is {show!r}; expected how many tokens to show, 0 for none")
         processors, _ = cook(configs or [common], self.tokenizer, self.model.vocab_size, self.processors)
         return stream_rows(
             self.model,
@@ -217,25 +221,26 @@ class Sampler:
         found: dict[int, list[Completion]] = {}
         for part in divide(rows, self.model, *limits):
             numbers = [row.prompt for row in part]
-            done = self._search_together([ids[n] for n in numbers], common, [configs[n] for n in numbers])
+            done = self._search_together(numbers, ids, common, configs)
             found.update(zip(numbers, done, strict=True))
         return [found[n] for n in range(len(ids))]
 
     def _search_together(
-        self, ids: list[list[int]], common: SamplingConfig, configs: list[SamplingConfig]
+        self, numbers: list[int], ids: list[list[int]], common: SamplingConfig, configs: list[SamplingConfig]
     ) -> list[list[Completion]]:
+        """The search for the prompts of these numbers."""
         end_ids = self._end_ids(common)
         draws = common.beam_method != "beam"
         # As in transformers: drawing several continuations, one of which may be an end, needs tokens to draw from.
         keep = max(2, len(end_ids) + 1) if draws else 1
-        processors, order = cook(configs or [common], self.tokenizer, self.model.vocab_size, self.processors, keep)
-        seeds = [_seed(config) if draws else None for config in configs]
+        processors, order = cook(configs, self.tokenizer, self.model.vocab_size, self.processors, keep)
+        seeds = [_seed(configs[n]) if draws else None for n in numbers]
         words = [[spellings(self.tokenizer, text) for text in _alternatives(word)] for word in common.force_words]
         constraints = [[ids for spelled in word for ids in spelled] for word in words]
         constraints += [[one] if isinstance(one[0], int) else list(one) for one in common.force_words_ids]
         found = search_rows(
             self.model,
-            ids,
+            [ids[n] for n in numbers],
             SearchSettings(
                 num_beams=common.num_beams,
                 num_return_sequences=common.num_return_sequences,
@@ -245,38 +250,39 @@ class Sampler:
                 num_beam_groups=common.num_beam_groups,
                 diversity_penalty=common.diversity_penalty,
             ),
-            max_new_tokens=[int(config.max_new_tokens) for config in configs],
+            max_new_tokens=[int(configs[n].max_new_tokens) for n in numbers],
             processors=processors,
             feed=order.feed,
             seeds=seeds,
             end_ids=end_ids,
             overflow=common.overflow,
-            stopped=self._stopped(configs) if any(config.stop for config in configs) else None,
-            constraints=[constraints] * len(ids) if constraints else (),
+            stopped=self._stopped(ids, configs) if any(config.stop for config in configs) else None,
+            constraints=[constraints] * len(numbers) if constraints else (),
+            numbers=numbers,
         )
         return [
             [
                 Completion(
-                    prompt_ids=prompt,
+                    prompt_ids=ids[n],
                     ids=best.tokens,
                     text=read_all(
-                        text_reader(self.tokenizer, prompt, config.stop, common.include_stop), best.tokens, end_ids
+                        text_reader(self.tokenizer, ids[n], configs[n].stop, common.include_stop), best.tokens, end_ids
                     ),
                     finish_reason=best.finish_reason,
                     seed=seed,
                     log_probs=best.log_probs,
-                    usage=Usage(len(prompt), len(best.tokens)),
+                    usage=Usage(len(ids[n]), len(best.tokens)),
                     error=best.error,
                     score=best.score,
                     complete=best.complete,
                 )
                 for best in hypotheses
             ]
-            for prompt, config, seed, hypotheses in zip(ids, configs, seeds, found, strict=True)
+            for n, seed, hypotheses in zip(numbers, seeds, found, strict=True)
         ]
 
-    def _stopped(self, configs: list[SamplingConfig]) -> Callable[[int, list[int]], bool]:
-        return lambda n, written: bool(configs[n].stop) and holds_stop(self.tokenizer, written, configs[n].stop)
+    def _stopped(self, ids: list[list[int]], configs: list[SamplingConfig]) -> Callable[[int, list[int]], bool]:
+        return lambda n, written: holds_stop(self.tokenizer, ids[n], written, configs[n].stop)
 
     def _configs(self, count: int, overrides: dict[str, Any]) -> tuple[SamplingConfig, list[SamplingConfig]]:
         """The settings that all of `count` prompts share, and those of each."""
@@ -322,6 +328,7 @@ _ONE_TEXT: dict[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "diversity_penalty": 0.0,
+    "beam_method": "beam",
     "force_words": [],
     "force_words_ids": [],
 }

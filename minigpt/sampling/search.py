@@ -50,6 +50,7 @@ def search_rows(
     overflow: str = "slide",
     stopped: Callable[[int, list[int]], bool] | None = None,
     constraints: Sequence[Sequence[Constraint]] = (),
+    numbers: Sequence[int] | None = None,
     draw: Callable[[Tensor, int], Tensor] | None = None,
 ) -> list[list[Hypothesis]]:
     """Continue token prompts by a search: for each prompt the best texts that it found, the best first.
@@ -71,6 +72,7 @@ def search_rows(
         end_ids: tokens that end a text; they count as written.
         overflow: "slide" moves the window on past the model's context, "stop" ends a text that has filled it.
         stopped: tells from a prompt's number and the written tokens whether a text ends here, as an end token would.
+        numbers: what processors and `stopped` are told as the prompts' numbers; None for 0, 1, 2, ...
         constraints: for each prompt, what must appear: each constraint a list of alternative phrases of tokens.
         draw: draws in place of the prompts' own noise for "sample"; see `expansion.drawn_by`.
 
@@ -89,6 +91,8 @@ def search_rows(
         raise ConfigError("sampling: constraints need method 'beam' and num_beam_groups 1; expected these, or none")
     phrases = required(constraints or [()] * len(prompts), most, end_ids, model.vocab_size)
 
+    called = list(range(len(prompts)) if numbers is None else numbers)
+
     def make(number: int, place: int) -> Group:
         """Group `place` of a prompt."""
         limit = min(most[number], model.max_context - len(prompts[number])) if overflow == "stop" else most[number]
@@ -96,7 +100,7 @@ def search_rows(
         def reason(written: tuple[int, ...]) -> str | None:
             if written and written[-1] in end_ids:
                 return "end"
-            if written and stopped is not None and stopped(number, list(written)):
+            if written and stopped is not None and stopped(called[number], list(written)):
                 return "stop"
             if len(written) < limit:
                 return None
@@ -114,7 +118,7 @@ def search_rows(
     groups = [make(number, place) for number in range(len(prompts)) for place in range(settings.num_beam_groups)]
     started = [group for group in groups if group.limit > 0]
     if started:
-        rows = [Row(g.prompt, 0, own_seeds[g.prompt], list(prompts[g.prompt]), g.limit) for g in started]
+        rows = [Row(called[g.prompt], 0, own_seeds[g.prompt], list(prompts[g.prompt]), g.limit) for g in started]
         with evaluating(model):
             batch = Batch(model, rows, pipeline, end_ids)
             if draws and any(pipeline.greedy(batch.context)):

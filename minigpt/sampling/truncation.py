@@ -78,13 +78,16 @@ class ExactTopK(Filter):
     """Keep exactly the k likeliest tokens; of equally likely ones the first (`TopK` keeps what ties with the k-th)."""
 
     k: Parameter
+    keep: int = 1
 
     def __post_init__(self) -> None:
         check_numbers(self, k=COUNT)
+        check(self, keep=COUNT)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for all but k tokens."""
-        return keep_likeliest(logits, context.column(self.k))
+        k = context.column(self.k)
+        return keep_likeliest(logits, k.clamp(min=self.keep) if isinstance(k, Tensor) else max(k, self.keep))
 
 
 @dataclass(frozen=True)
