@@ -287,7 +287,8 @@ def processors(count: int, gain: float) -> None:
     for name in ("ten processors", "without top-k"):
         added = [ours / plain - 1 for ours, plain in zip(times[name], times["plain sampling"], strict=True)]
         print(
-            f"GPT-2, batch 8, gain {gain:g}, {name:24} add {statistics.median(added):6.1%} ({min(added):.1%}..{max(added):.1%})"
+            f"GPT-2, batch 8, gain {gain:g}, {name:24} add {statistics.median(added):6.1%} "
+            f"({min(added):.1%}..{max(added):.1%})"
         )
 
 

@@ -24,6 +24,7 @@ _HOMES = {
     "Sampler": "minigpt.sampling.sampler",
     "SamplingConfig": "minigpt.sampling.config",
     "TrainConfig": "minigpt.training.config",
+    "fast": "minigpt.model.fast",
     "load": "minigpt.checkpoint",
     "train": "minigpt.training.launch",
 }
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from minigpt.checkpoint import load as load
     from minigpt.errors import MinigptError as MinigptError
     from minigpt.model.config import GPTConfig as GPTConfig
+    from minigpt.model.fast import fast as fast
     from minigpt.model.gpt import GPT as GPT
     from minigpt.sampling.config import SamplingConfig as SamplingConfig
     from minigpt.sampling.sampler import Sampler as Sampler
