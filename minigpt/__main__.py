@@ -1,7 +1,5 @@
 """`python -m minigpt`: the same as the `minigpt` command."""
 
-import sys
+from minigpt.cli import run
 
-from minigpt.cli import main
-
-sys.exit(main())
+run()

@@ -253,3 +253,18 @@ def main(argv: Iterable[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+def run(*arguments: str) -> None:
+    """Run the verb and leave the process with its exit code: what the scripts do.
+
+    Args:
+        arguments: in place of the command line's, if there are any.
+    """
+    code = main(arguments or None)
+    if "torch.distributed.elastic.agent" in sys.modules:
+        # After a signal the launcher of several processes may leave a thread that aborts the process when Python ends.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
