@@ -166,15 +166,16 @@ def _print_order(sampler: Sampler) -> None:
 
 
 def _print_json(prompt: Any, told: dict[str, Any]) -> None:
-    print(json.dumps(_finite({"prompt": prompt, **told}), ensure_ascii=False, allow_nan=False), flush=True)
+    print(json.dumps(_jsonable({"prompt": prompt, **told}), ensure_ascii=False, allow_nan=False), flush=True)
 
 
-def _finite(value: Any) -> Any:
-    """The value with null for what JSON has no number for: the logarithm of 0, the perplexity of nothing."""
+def _jsonable(value: Any) -> Any:
+    """Named tuples by their names; null for what JSON has no number for: log 0, the perplexity of nothing."""
+    value = value._asdict() if hasattr(value, "_asdict") else value
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -142,7 +142,7 @@ def test_a_continuation_is_rated_token_by_token(halves: str, printed) -> None:
     ]
     row = json.loads(printed(halves, *flags, "--json"), parse_constant=pytest.fail)
     assert row["ids"] == [1, 3]
-    assert [details[0] for details in row["details"]] == [pytest.approx(math.log(2 / 7)), None]
+    assert [details["processed_log_prob"] for details in row["details"]] == [pytest.approx(math.log(2 / 7)), None]
     assert printed(halves, "--config", "beam", *flags) == printed(halves, *flags), "what is given is not searched"
     shown = printed(halves, *flags, "--show_work", "2")
     assert shown.count("possible") == 2
@@ -199,7 +199,11 @@ def test_json_tells_what_each_token_was_among_the_others(halves: str, printed) -
     flags = ("--prompt", "a", "--max_new_tokens", "3", "--seed", "2", "--top_logprobs", "2", "--top_k", "2", "--json")
     row = json.loads(printed(halves, *flags))
     assert len(row["details"]) == 3
-    for token, (after, rank, top, processed_top) in zip(row["ids"], row["details"], strict=True):
+    assert row["usage"] == {"prompt_tokens": 1, "completion_tokens": 3}
+    for token, details in zip(row["ids"], row["details"], strict=True):
+        after, rank, top, processed_top = (
+            details[name] for name in ("processed_log_prob", "rank", "top", "processed_top")
+        )
         assert after == pytest.approx(math.log([2 / 3, 1 / 3][token]))
         assert rank == token + 1
         assert top == [[0, pytest.approx(-math.log(2))], [1, pytest.approx(-math.log(4))]]
