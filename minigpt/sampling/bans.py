@@ -171,15 +171,18 @@ class LogitBias:
 
 
 @dataclass(frozen=True)
-class AllowedIds:
-    """Forbid all but these tokens."""
-
+class _OfIds:
     ids: Sequence[int]
     _columns: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", token_ids(self, "ids", self.ids))
         object.__setattr__(self, "_columns", torch.tensor(self.ids))
+
+
+@dataclass(frozen=True)
+class AllowedIds(_OfIds):
+    """Forbid all but these tokens."""
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for every other token."""
@@ -187,15 +190,8 @@ class AllowedIds:
 
 
 @dataclass(frozen=True)
-class Suppress:
+class Suppress(_OfIds):
     """Forbid these tokens."""
-
-    ids: Sequence[int]
-    _columns: Tensor = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", token_ids(self, "ids", self.ids))
-        object.__setattr__(self, "_columns", torch.tensor(self.ids))
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for these tokens."""
@@ -203,15 +199,8 @@ class Suppress:
 
 
 @dataclass(frozen=True)
-class BeginSuppress:
+class BeginSuppress(_OfIds):
     """Forbid these tokens as the first after the prompt."""
-
-    ids: Sequence[int]
-    _columns: Tensor = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", token_ids(self, "ids", self.ids))
-        object.__setattr__(self, "_columns", torch.tensor(self.ids))
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for these tokens in rows that begin."""

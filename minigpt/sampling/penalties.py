@@ -69,9 +69,7 @@ class PromptRepetitionPenalty:
 
 
 @dataclass(frozen=True)
-class PresencePenalty:
-    """z - penalty for each token seen, however often (OpenAI's API, which counts the output alone); 0 is off."""
-
+class _Subtracted:
     penalty: Parameter
     scope: str = "output"
     window: int | None = None
@@ -79,6 +77,11 @@ class PresencePenalty:
     def __post_init__(self) -> None:
         check_numbers(self, penalty=NUMBER)
         check(self, scope=SCOPE, window=COUNT_OR_NONE)
+
+
+@dataclass(frozen=True)
+class PresencePenalty(_Subtracted):
+    """z - penalty for each token seen, however often (OpenAI's API, which counts the output alone); 0 is off."""
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with those of seen tokens lowered."""
@@ -88,16 +91,8 @@ class PresencePenalty:
 
 
 @dataclass(frozen=True)
-class FrequencyPenalty:
+class FrequencyPenalty(_Subtracted):
     """z - penalty * count for each token seen count times (OpenAI's API, which counts the output alone); 0 is off."""
-
-    penalty: Parameter
-    scope: str = "output"
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(self, penalty=NUMBER)
-        check(self, scope=SCOPE, window=COUNT_OR_NONE)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with those of seen tokens lowered by how often they were."""

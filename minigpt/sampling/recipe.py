@@ -20,10 +20,9 @@ EVERYTHING = 2**31  # a top-k that keeps every token, beside prompts that have o
 class Settings:
     """The settings of all prompts as parameters of processors: a number where they agree, else one for each prompt."""
 
-    def __init__(self, configs: Sequence[SamplingConfig], tokenizer: Any, model_size: int, keep: int) -> None:
+    def __init__(self, configs: Sequence[SamplingConfig], tokenizer: Any, keep: int) -> None:
         self.configs = configs
         self.tokenizer = tokenizer
-        self.model_size = model_size
         self.keep = keep
         """Tokens to be left at least by each filter that can be told so."""
 
@@ -173,7 +172,7 @@ def cook(
         ids = getattr(configs[0], name)
         if ids not in (None, []) and max([ids] if isinstance(ids, int) else ids) >= tokenizer.vocab_size:
             raise ConfigError(f"sampling: {name} is {ids}; expected ids below the tokenizer's {tokenizer.vocab_size}")
-    given = Settings(configs, tokenizer, model_size, keep)
+    given = Settings(configs, tokenizer, keep)
     steps = list(order.steps)
     if custom and CUSTOM not in steps:  # in a list that does not name them they come before all shaping
         steps.insert(1, CUSTOM)

@@ -13,7 +13,6 @@ from minigpt.sampling.config import FIELDS, PER_PROMPT, SamplingConfig
 from minigpt.sampling.criteria import MaxTime, Repeats, StopSequences
 from minigpt.sampling.decodable import Decodable
 from minigpt.sampling.loop import Event, check_forced, check_prompts, divide, stream_rows
-from minigpt.sampling.noise import fresh_seed
 from minigpt.sampling.orders import Order
 from minigpt.sampling.prompts import Prompt, encode_all, encode_prompts, holds_stop, plain, read_all, text_reader
 from minigpt.sampling.recipe import cook, spellings
@@ -234,7 +233,6 @@ class Sampler:
         # As in transformers: drawing several continuations, one of which may be an end, needs tokens to draw from.
         keep = max(2, len(end_ids) + 1) if draws else 1
         processors, order = cook(configs, self.tokenizer, self.model.vocab_size, self.processors, keep)
-        seeds = [_seed(configs[n]) if draws else None for n in numbers]
         words = [[spellings(self.tokenizer, text) for text in _alternatives(word)] for word in common.force_words]
         constraints = [[ids for spelled in word for ids in spelled] for word in words]
         constraints += [[one] if isinstance(one[0], int) else list(one) for one in common.force_words_ids]
@@ -253,7 +251,7 @@ class Sampler:
             max_new_tokens=[int(configs[n].max_new_tokens) for n in numbers],
             processors=processors,
             feed=order.feed,
-            seeds=seeds,
+            seeds=[configs[n].seed for n in numbers],
             end_ids=end_ids,
             overflow=common.overflow,
             stopped=self._stopped(ids, configs) if any(config.stop for config in configs) else None,
@@ -269,7 +267,7 @@ class Sampler:
                         text_reader(self.tokenizer, ids[n], configs[n].stop, common.include_stop), best.tokens, end_ids
                     ),
                     finish_reason=best.finish_reason,
-                    seed=seed,
+                    seed=best.seed if draws else None,
                     log_probs=best.log_probs,
                     usage=Usage(len(ids[n]), len(best.tokens)),
                     error=best.error,
@@ -278,7 +276,7 @@ class Sampler:
                 )
                 for best in hypotheses
             ]
-            for n, seed, hypotheses in zip(numbers, seeds, found, strict=True)
+            for n, hypotheses in zip(numbers, found, strict=True)
         ]
 
     def _stopped(self, ids: list[list[int]], configs: list[SamplingConfig]) -> Callable[[int, list[int]], bool]:
@@ -359,10 +357,6 @@ def _completion(prompt_ids: list[int], events: list[Event]) -> Completion:
         details=[event.details for event in told] if told and told[0].details else None,  # type: ignore[misc]
         work=[event.work for event in told] if told and told[0].work else None,
     )
-
-
-def _seed(config: SamplingConfig) -> int:
-    return fresh_seed() if config.seed is None else int(config.seed)
 
 
 def _alternatives(word: str | Sequence[str]) -> Sequence[str]:
