@@ -15,7 +15,7 @@ from typing import Any
 
 from minigpt.arguments import latest_run, make_parser, parse, pick_device, split_positional
 from minigpt.cli_sample import sample
-from minigpt.errors import ConfigError, MinigptError
+from minigpt.errors import ConfigError, MinigptError, leave
 
 PROG = "minigpt"
 
@@ -262,9 +262,6 @@ def run(*arguments: str) -> None:
         arguments: in place of the command line's, if there are any.
     """
     code = main(arguments or None)
-    if "torch.distributed.elastic.agent" in sys.modules:
-        # After a signal the launcher of several processes may leave a thread that aborts the process when Python ends.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if "torch.distributed.elastic.agent" in sys.modules or "TORCHELASTIC_RUN_ID" in os.environ:
+        leave(code)
     sys.exit(code)

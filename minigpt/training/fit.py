@@ -21,7 +21,7 @@ from minigpt.sampling.config import SamplingConfig
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig
 from minigpt.training.loader import MicroBatches
-from minigpt.training.loggers import make_loggers
+from minigpt.training.loggers import finish, make_loggers
 from minigpt.training.metrics import Metrics, rewind_metrics
 from minigpt.training.module import TrainingModule
 from minigpt.training.observing import Samples, Validation
@@ -85,8 +85,11 @@ def fit(job: Job) -> None:
     set_progress(trainer, job.first_step)
     without_signal_broadcast(trainer)
     resume = f"go on with --run_name {run.name} --resume auto"
-    with foreign_errors(config, resume):
-        trainer.fit(module, train_dataloaders=MicroBatches(batches, config, job.first_step, rank))
+    try:
+        with foreign_errors(config, resume):
+            trainer.fit(module, train_dataloaders=MicroBatches(batches, config, job.first_step, rank))
+    finally:
+        finish(trainer.loggers)
     agreement.raise_if_stopped(resume)
 
 

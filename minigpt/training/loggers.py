@@ -72,3 +72,10 @@ def _wandb_logger(run: Path, config: TrainConfig, run_id: str) -> Any:
         else:
             return logger
     raise AssertionError("unreachable")
+
+
+def finish(loggers: list[Any]) -> None:
+    """Let wandb send what it still holds; it would wait for the interpreter's end, which several processes skip."""
+    for logger in loggers:
+        if hasattr(logger.experiment, "finish"):
+            logger.experiment.finish()

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from minigpt.errors import Interrupted, MinigptError
+from minigpt.errors import Interrupted, MinigptError, leave
 from minigpt.terminal import notice
 from minigpt.training.fit import fit
 from minigpt.training.settle import Job
@@ -25,4 +25,4 @@ def main(job: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))
