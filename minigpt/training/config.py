@@ -28,12 +28,20 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) with decay on matrices only, and its schedule."""
+    """Muon on the blocks' matrices and AdamW on the rest, or AdamW on everything; its schedule; averaged weights."""
 
+    name: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for the matrices inside blocks, AdamW for the rest. adamw: AdamW for all."""
     learning_rate: float = 4e-3
-    """Peak learning rate."""
+    """AdamW's peak learning rate."""
+    muon_learning_rate: float = 0.02
+    """Muon's peak learning rate; it follows the same schedule."""
+    muon_momentum: float = 0.95
+    """Muon: decay of the gradient's running mean."""
+    newton_schulz_steps: int = 5
+    """Muon: iterations that orthogonalise an update."""
     final_learning_rate: float = 0.0
-    """Learning rate at the last step (cosine and wsd)."""
+    """Learning rate at the last step (cosine and wsd); Muon's falls to the same part of its peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "wsd"
     """After the warm-up: cosine decay, wsd (stable, then linear decay) or constant."""
     warmup_steps: int = 50
@@ -41,13 +49,15 @@ class OptimizerConfig:
     decay_fraction: float = 0.6
     """wsd: the last part of the steps, over which the learning rate falls."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean."""
+    """AdamW: decay of the gradient's running mean."""
     beta2: float = 0.95
-    """Decay of the squared gradient's running mean."""
+    """AdamW: decay of the squared gradient's running mean."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """AdamW: added to the denominator."""
     weight_decay: float = 0.5
-    """Decay of matrices and embeddings; norms and biases have none."""
+    """Decay of matrices and embeddings, times their learning rate; norms and biases have none."""
+    ema_decay: float = 0.0
+    """Validate, save and sample a running average of the weights with this decay a step, say 0.99; 0: the weights."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +72,22 @@ class TrainerConfig:
     """Processes on this machine, one a device."""
     num_nodes: int = 1
     """Machines; more than one are started by torchrun or a scheduler, one command a machine."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How several processes share the work: auto means ddp. One process has nothing to share, whatever is given."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Number format of the computation."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes share the work: ddp copies the model to each, fsdp shards it (FSDP2); auto means ddp."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """Number format of the computation; auto measures which is faster here, once, and says so."""
     gradient_clip_val: float = 1.0
     """Largest norm of the whole gradient; 0 switches clipping off."""
     log_every_n_steps: int = 10
     """Steps between two rows of metrics."""
-    compile: bool = False
-    """Compile the loss with torch.compile: slow to start, faster a step."""
+    compile: bool | None = None
+    """Compile the step with torch.compile: slow to start, faster a step. None: where the run is long enough to gain."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
     threads: int | None = None
     """CPU threads a process; None: all cores, shared between the processes."""
+    hang_seconds: float = 60.0
+    """Seconds that one process may lag behind the others before it is named and the run is stopped. 0: wait."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,9 @@ class CheckpointConfig:
     """When to save."""
 
     every: int = 200
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between two checkpoints; the last step is always saved, and one that validates best so far."""
     keep: int = 2
-    """Newest checkpoints kept, at least 2."""
+    """Newest checkpoints kept, at least 2; the best one is kept beside them."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,8 @@ class EvalConfig:
     """Steps between two validations; the last step always has one. 0: only the last."""
     tokens: int = 1_000_000
     """Validate on the whole validation split, or on this many evenly spaced tokens where it is larger."""
+    patience: int = 0
+    """Stop after this many validations in a row without a new best loss; 0: go on to the last step."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,8 @@ class TrainConfig:
     """Where runs live."""
     resume: Literal["auto", "must", "never"] = "auto"
     """With run_name: auto continues the run where it exists, must insists on it, never refuses to."""
+    minutes: float | None = None
+    """Let the run take this long: a short measurement sets trainer.max_steps, once."""
     seed: int = 1337
     """Decides initialisation, data order and dropout."""
     log: Literal["none", "wandb", "tensorboard"] = "none"
@@ -182,6 +200,9 @@ class TrainConfig:
             "eval.tokens": self.eval.tokens,
             "batch.micro_batch_size": self.micro_batch_size,
             "optimizer.learning_rate": self.optimizer.learning_rate,
+            "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
+            "optimizer.newton_schulz_steps": self.optimizer.newton_schulz_steps,
+            "minutes": 1.0 if self.minutes is None else self.minutes,
             "optimizer.eps": self.optimizer.eps,
         }
         for name, value in positive.items():
@@ -198,7 +219,9 @@ class TrainConfig:
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
+            "trainer.hang_seconds": self.trainer.hang_seconds,
             "eval.every": self.eval.every,
+            "eval.patience": self.eval.patience,
             "sample.every": self.sample.every,
             "sample.max_new_tokens": self.sample.max_new_tokens,
             "sample.temperature": self.sample.temperature,
@@ -209,7 +232,7 @@ class TrainConfig:
                 raise ConfigError(f"{name}: {value} is negative or not finite")
         if self.seed >= 2**63:
             raise ConfigError(f"seed: {self.seed} is not below 2**63")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self.optimizer, name) < 1:
                 raise ConfigError(f"optimizer.{name}: {getattr(self.optimizer, name)} is not in [0, 1)")
         if not 0 <= self.optimizer.decay_fraction <= 1:

@@ -63,12 +63,14 @@ def fit(job: Job) -> None:
     samples = Samples(run, config, corpus.tokenizer, agreement, metrics, owed_at["sample"])
 
     quiet_lightning()
+    precision = config.trainer.precision
+    assert precision != "auto", "settle decides it"
     trainer = pl.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
         strategy=DDPStrategy(gradient_as_bucket_view=True) if world_size > 1 else "auto",
-        precision=config.trainer.precision,
+        precision=precision,
         max_steps=config.trainer.max_steps,
         accumulate_grad_batches=config.accumulation,
         log_every_n_steps=config.trainer.log_every_n_steps,

@@ -6,24 +6,17 @@ from collections.abc import Callable
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.errors import NonFiniteError
 from minigpt.model.gpt import GPT
-from minigpt.model.layers import widen
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
+from minigpt.training.loss import compiled_loss, next_token_loss
 from minigpt.training.optimizer import make_optimizer
 from minigpt.training.schedule import learning_rate
 
 NONFINITE_STEPS = 5  # steps in a row without a usable gradient after which a run stops
-
-
-def next_token_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of targets (B, T) given ids (B, T)."""
-    logits = model(ids)  # (B, T, V)
-    return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten())
 
 
 def mix_seed(*parts: int) -> int:
@@ -77,7 +70,7 @@ class TrainingModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self.step_learning_rate
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
 
     def configure_gradient_clipping(
         self,
@@ -105,23 +98,3 @@ class TrainingModule(pl.LightningModule):
             )
         if self.global_rank == 0:
             notice(f"step {step}: the gradient is NaN or infinite; this step is skipped")
-
-
-def compiled_loss() -> Callable[[GPT, Tensor, Tensor], Tensor]:
-    """The loss compiled by torch.compile, or as it is with one line of notice where no compiler works here."""
-    compiled = torch.compile(next_token_loss, dynamic=False)
-    broken = False
-
-    def compute(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
-        nonlocal broken
-        if not broken:
-            try:
-                return compiled(model, ids, targets)
-            except Exception as error:  # no compiler, or a kernel that does not compile: both come as many types
-                if "dynamo" not in type(error).__module__ and "inductor" not in type(error).__module__:
-                    raise
-                broken = True
-                notice(f"torch.compile does not work here ({type(error).__name__}); training goes on uncompiled")
-        return next_token_loss(model, ids, targets)
-
-    return compute

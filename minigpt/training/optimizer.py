@@ -1,28 +1,63 @@
-"""The optimizer: AdamW over two groups, and its state by parameter name."""
+"""The optimizer: which parameters Muon and AdamW take, and the optimizer's state by parameter name."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minigpt.errors import CheckpointError
+from minigpt.model.attention import Attention
 from minigpt.training.config import OptimizerConfig
+from minigpt.training.muon import MuonAdamW
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices and embeddings, none on norms and biases; fused into one kernel."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> MuonAdamW:
+    """Muon for the matrices inside blocks where the config says so, AdamW for the rest.
+
+    Decay is for matrices and embeddings; norms and biases have none. A group's "scale" is its learning rate in units of
+    optimizer.learning_rate, which the schedule moves.
+
+    Args:
+        model: whose parameters.
+        config: learning rates, decay, momenta.
+        dtype: what Muon's Newton-Schulz iterations are computed in.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    muon = [(n, p) for n, p in named if config.name == "muon" and ".blocks." in n and p.dim() == 2]
+    taken = {name for name, _ in muon}
+    rest = [parameter for name, parameter in named if name not in taken]
+    adamw: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "scale": 1.0,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+    }
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay, **adamw},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, **adamw},
+        {
+            "params": [parameter for _, parameter in muon],
+            "splits": _splits(model, [parameter for _, parameter in muon]),
+            "lr": config.muon_learning_rate,
+            "scale": config.muon_learning_rate / config.learning_rate,
+            "weight_decay": config.weight_decay,
+            "momentum": config.muon_momentum,
+            "steps": config.newton_schulz_steps,
+        },
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    return MuonAdamW([group for group in groups if group["params"]], dtype)
+
+
+def _splits(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[int, ...]]:
+    """The rows of the matrices that each parameter holds: queries, keys and values are three in one."""
+    three_in_one = {
+        module.qkv.weight: tuple(count * module.head_dim for count in (module.n_head, *[module.n_kv_head] * 2))
+        for module in model.modules()
+        if isinstance(module, Attention)
+    }
+    return [three_in_one.get(parameter, (parameter.shape[0],)) for parameter in parameters]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

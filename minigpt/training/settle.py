@@ -17,6 +17,7 @@ from minigpt.data.shards import Corpus, prepare
 from minigpt.durable import disk_errors, locked, write_text
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.terminal import notice
+from minigpt.training.choose import choose
 from minigpt.training.config import TrainConfig
 from minigpt.training.each_step import due
 from minigpt.training.metrics import read_metrics
@@ -92,7 +93,7 @@ def settle(config: TrainConfig, held: ExitStack) -> Job:
         )
     Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)  # long enough?
     run = _folder_of(config)
-    config = replace(config, run_name=run.name, model=replace(config.model, vocab_size=vocab_size))
+    config = choose(replace(config, run_name=run.name, model=replace(config.model, vocab_size=vocab_size)))
     with disk_errors(str(run), "or choose another --runs_dir"):
         run.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(run))

@@ -1,0 +1,120 @@
+"""Muon: momentum whose updates are made orthogonal, for the matrices inside blocks, with AdamW for everything else.
+
+One optimizer holds both, so that a training step has one `step()`, one state and one learning-rate schedule.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+# The quintic whose repeated use drives singular values towards 1 (Jordan 2024, kellerjordan.github.io/posts/muon).
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Newton-Schulz iterations: about the nearest matrix with orthonormal rows or columns, for each of a stack.
+
+    Args:
+        matrices: (N, rows, columns).
+        steps: iterations; five bring the singular values into about 0.7 to 1.2.
+        dtype: what is computed in.
+
+    Returns:
+        (N, rows, columns) in `dtype`.
+    """
+    a, b, c = QUINTIC
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.to(dtype)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Groups with "splits" are updated by Muon, the others by fused AdamW.
+
+    A Muon group's "splits" has one tuple for each of its parameters: the rows of the matrices that it holds one above
+    the other (queries, keys and values in one), each of which is made orthogonal by itself. It equals torch.optim.Muon
+    (adjust_lr_fn="original") on the split matrices.
+
+    Args:
+        groups: parameter groups with lr, weight_decay and, for AdamW, betas and eps; for Muon momentum and steps.
+        dtype: what Newton-Schulz is computed in.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if "splits" in group:
+                self._muon(group)
+            else:
+                self._adamw(group)
+        return loss
+
+    def _adamw(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _muon(self, group: dict[str, Any]) -> None:
+        same_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)  # (matrix, its update)
+        momentum = group["momentum"]
+        for parameter, splits in zip(group["params"], group["splits"], strict=True):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(parameter.grad, 1 - momentum)
+            update = parameter.grad.lerp(state["momentum"], momentum)  # Nesterov
+            for matrix, part in zip(parameter.split(splits), update.split(splits), strict=True):
+                rows, columns = matrix.shape
+                same_shape[min(rows, columns), max(rows, columns)].append((matrix, part))
+        for pairs in same_shape.values():
+            # All lie down: a stack of one shape is one batched product.
+            stack = torch.stack([part if part.shape[0] <= part.shape[1] else part.mT for _, part in pairs])
+            for (matrix, _), update in zip(pairs, orthogonalize(stack, group["steps"], self.dtype), strict=True):
+                rows, columns = matrix.shape
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update.mT if rows > columns else update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
