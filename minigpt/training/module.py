@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from minigpt.errors import NonFiniteError
 from minigpt.model.gpt import GPT
 from minigpt.terminal import notice
+from minigpt.training.average import Average
 from minigpt.training.config import TrainConfig
 from minigpt.training.loss import compiled_loss, next_token_loss
 from minigpt.training.optimizer import make_optimizer
@@ -47,6 +50,12 @@ class TrainingModule(pl.LightningModule):
         self.step_loss: Tensor | None = None  # sum over the step's micro-batches, each divided by their number
         self.gradient_norm: Tensor | None = None
         self.nonfinite_steps = 0
+        decay = config.optimizer.ema_decay
+        self.average = Average(model, decay) if decay else None  # made anew where weights are loaded
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """For the length of a `with` block the model has the weights that are validated, saved and sampled."""
+        return self.average.swapped() if self.average else nullcontext()
 
     @property
     def step_learning_rate(self) -> float:
@@ -71,6 +80,11 @@ class TrainingModule(pl.LightningModule):
         rate = self.step_learning_rate
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
+        if self.average:
+            self.average.update()
 
     def configure_gradient_clipping(
         self,
