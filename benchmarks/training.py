@@ -1,10 +1,11 @@
 """What a training step costs through minigpt and Lightning, against the same step in a plain PyTorch loop.
 
-    python benchmarks/training.py                 the nanoGPT CPU recipe on a text that is made up
-    python benchmarks/training.py --file TEXT     on a text of yours
+    python benchmarks/training.py                      the nanoGPT CPU recipe on a text that is made up
+    python benchmarks/training.py --config speedrun    any config, with its optimizer, averages, precision, compilation
+    python benchmarks/training.py --file TEXT          on a text of yours
 
-Both sides train the same model on the same batches with the same optimizer, in turn, in one process. minigpt's side has
-everything on that a run has: metrics, the progress line, the finite check, the learning rate schedule.
+Both sides train the same model on the same batches with the same optimizer, in turns of ten steps, in one process.
+minigpt's side has everything on that a run has: metrics, progress line, finite check, learning rate schedule.
 """
 
 from __future__ import annotations
@@ -14,56 +15,82 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
 from minigpt.arguments import shipped
 from minigpt.data.batches import Batches
-from minigpt.data.shards import open_corpus
 from minigpt.model.gpt import GPT
+from minigpt.training import fit as fit_module
+from minigpt.training.average import Average
 from minigpt.training.config import TrainConfig
-from minigpt.training.fit import fit
-from minigpt.training.metrics import read_metrics
-from minigpt.training.module import next_token_loss
+from minigpt.training.loader import MicroBatches
+from minigpt.training.loss import compiled_loss, next_token_loss
 from minigpt.training.optimizer import make_optimizer
 from minigpt.training.schedule import learning_rate
-from minigpt.training.settle import Job, settle
+from minigpt.training.settle import settle
 
-WARM = 20  # steps at the start that do not count
-
-
-def plain_loop(job: Job) -> float:
-    """Seconds a step of the loop that one would write by hand."""
-    config = job.config
-    corpus = open_corpus(job.corpus)
-    batches = Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)
-    torch.manual_seed(config.seed)
-    model = GPT(config.model).train()
-    optimizer = make_optimizer(model, config.optimizer)
-    for step in range(config.trainer.max_steps):
-        if step == WARM:
-            began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, config.trainer.max_steps)
-        ids, targets = batches.read(step)
-        loss = next_token_loss(model, ids, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.gradient_clip_val)
-        optimizer.step()
-    return (time.perf_counter() - began) / (config.trainer.max_steps - WARM)
+TURN = 10  # steps that count in a turn; the one before them, in which the caches are the other side's, does not
+WARM = 2  # turns of each side at the start that do not count
 
 
-def through_minigpt(job: Job) -> float:
-    """Seconds a step of `fit`, read off its own metrics."""
-    fit(job)
-    rows = [row for row in read_metrics(job.run / "metrics.jsonl") if "train/loss" in row]
-    first = next(row for row in rows if row["step"] == WARM)
-    return (rows[-1]["seconds"] - first["seconds"]) / (rows[-1]["step"] - WARM)
+class PlainLoop:
+    """The loop that one would write by hand."""
+
+    def __init__(self, config: TrainConfig, batches: Batches) -> None:
+        self.config, self.batches, self.done = config, batches, 0
+        torch.manual_seed(config.seed)
+        self.model = GPT(config.model).train()
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        decay = config.optimizer.ema_decay
+        self.average = Average(self.model, decay) if decay else None
+        self.compute_loss = compiled_loss() if config.trainer.compile else next_token_loss
+
+    def step(self) -> None:
+        """One optimizer step."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(config.optimizer, self.done, config.trainer.max_steps)
+        self.optimizer.zero_grad()
+        for micro in range(config.accumulation):
+            rows = slice(micro * config.micro_batch_size, (micro + 1) * config.micro_batch_size)
+            ids, targets = self.batches.read(self.done, rows)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
+                loss = self.compute_loss(self.model, ids, targets)
+            (loss / config.accumulation).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.trainer.gradient_clip_val or float("inf"))
+        self.optimizer.step()
+        if self.average:
+            self.average.update()
+        self.done += 1
+
+
+class TakingTurns(MicroBatches):
+    """minigpt's loader, which lets the plain loop take its turn after every turn of Lightning's."""
+
+    times: tuple[list[float], list[float]] = ([], [])  # seconds a step: minigpt's turns, the plain loop's
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        plain, began = PlainLoop(self.config, self.batches), 0.0
+        for number, batch in enumerate(super().__iter__()):
+            step, micro = divmod(number, self.accumulation)
+            place = step % (TURN + 1)
+            if micro == 0 and place == 0 and step:
+                self.times[0].append((time.perf_counter() - began) / TURN)
+                plain.step()
+                began = time.perf_counter()
+                for _ in range(TURN):
+                    plain.step()
+                self.times[1].append((time.perf_counter() - began) / TURN)
+            if micro == 0 and place == 1:
+                began = time.perf_counter()
+            yield batch
 
 
 def main() -> None:
@@ -71,40 +98,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="nanogpt_cpu")
     parser.add_argument("--file", help="text to train on")
-    parser.add_argument("--steps", type=int, default=220)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=40, help="of each side, after the first few")
+    parser.add_argument("--compile", choices=("yes", "no"), help="whatever the config says")
     arguments = parser.parse_args()
     path = shipped(arguments.config) or Path(arguments.config)
     values = yaml.safe_load(path.read_text())
-    times: dict[str, list[float]] = {"plain PyTorch loop": [], "minigpt through Lightning": []}
     with tempfile.TemporaryDirectory() as folder:
         text = Path(arguments.file) if arguments.file else Path(folder) / "text.txt"
         if not arguments.file:
             draw = random.Random(0)
             text.write_text("".join(draw.choices("abcdefghijklmnopqrstuvwxyz ,.\n", k=300_000)))
         values["data"] = {**values.get("data", {}), "source": str(text), "folder": folder}
-        config = TrainConfig.from_dict({**values, "runs_dir": folder})
+        config = TrainConfig.from_dict({**values, "runs_dir": folder, "run_name": "run", "minutes": None})
+        changes = {"compile": arguments.compile == "yes"} if arguments.compile else {}
+        steps = (TURN + 1) * (arguments.turns + WARM) + 1
         config = replace(
             config,
-            trainer=replace(config.trainer, max_steps=arguments.steps),
+            trainer=replace(config.trainer, max_steps=steps, devices=1, accelerator="cpu", **changes),
             checkpoint=replace(config.checkpoint, every=10**9),
-            eval=replace(config.eval, every=0),
-            sample=replace(config.sample, max_new_tokens=0),
+            eval=replace(config.eval, every=0, tokens=1),
+            sample=replace(config.sample, every=0, max_new_tokens=0),
         )
-        for number in range(arguments.rounds):
-            job = settle(replace(config, run_name=f"round-{number}"), ExitStack())
-            sides = [("minigpt through Lightning", through_minigpt), ("plain PyTorch loop", plain_loop)]
-            for name, measure in sides if number % 2 else reversed(sides):
-                times[name].append(measure(job))
-    ratios = [a / b for a, b in zip(times["minigpt through Lightning"], times["plain PyTorch loop"], strict=True)]
+        fit_module.MicroBatches = TakingTurns  # type: ignore[misc]
+        with ExitStack() as held:
+            fit_module.fit(settle(config, held))
+    ours, plain = (times[WARM:] for times in TakingTurns.times)
+    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     print(
-        f"\n{path.name}: {arguments.steps} steps, {arguments.rounds} alternating rounds, "
-        f"{torch.get_num_threads()} threads"
+        f"\n{path.name}: {len(ratios)} turns of {TURN} steps on each side, {torch.get_num_threads()} threads, "
+        f"median step and quartiles"
     )
-    print(f"{'':28}{'median':>10}{'min':>10}{'max':>10}")
-    for name, seconds in times.items():
-        print(f"{name:28}" + "".join(f"{1000 * f(seconds):8.2f}ms" for f in (statistics.median, min, max)))
-    print(f"{'ratio, round by round':28}" + "".join(f"{f(ratios):10.3f}" for f in (statistics.median, min, max)))
+    for name, numbers in (("plain PyTorch loop", plain), ("minigpt through Lightning", ours)):
+        print(f"{name:28}" + "".join(f"{1000 * quartile:9.2f} ms" for quartile in in_the_middle(numbers)))
+    print(f"{'ratio, turn by turn':28}" + "".join(f"{quartile:12.3f}" for quartile in in_the_middle(ratios)))
+    print(f"{'ratio of all time':28}{sum(ours) / sum(plain):12.3f}")
+
+
+def in_the_middle(numbers: list[float]) -> tuple[float, float, float]:
+    """Median, first and third quartile."""
+    first, median, third = statistics.quantiles(numbers, n=4)
+    return median, first, third
 
 
 if __name__ == "__main__":

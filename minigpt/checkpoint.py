@@ -5,7 +5,7 @@
         minigpt_tokenizer.json              the tokenizer
         generation_config.json              sampling defaults
         train_config.yaml                   the resolved config of the run that wrote it
-        training_state.safetensors, .json   optimizer moments by parameter name, counters
+        training_state.safetensors, .json   optimizer moments by parameter name (raw weights beside averages), counters
         manifest.json                       size and sha256 of every file, written last
 
 It is written to a temporary sibling, synced, renamed and read back; only then are older ones pruned. So at any moment,
@@ -14,12 +14,9 @@ whatever is killed or fills up, the last good checkpoint is whole. Nothing in it
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +27,19 @@ import torch
 import yaml
 from torch import Tensor
 
-from minigpt.durable import disk_errors, file_sha256, is_intact, sealed, sync, to_json
-from minigpt.errors import CheckpointError, ConfigError
+from minigpt.durable import check_space, disk_errors, read_text, sync, to_json
+from minigpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from minigpt.formats import FORMAT, check_format, migrate_model
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import Rotary
+from minigpt.runs import MANIFEST, find_checkpoint, read_json, verify, verify_once, write_manifest
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.build import load_tokenizer, save_tokenizer
 from minigpt.weights import config_from_huggingface, from_huggingface, to_huggingface
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
+MOST_YAML = 1 << 18  # bytes
+SMALL_FILES = 1 << 20  # bytes that are allowed for what is no tensor, where space is asked for
 
 
 @dataclass
@@ -71,6 +69,7 @@ def save_checkpoint(
     model: GPT,
     tokenizer: Tokenizer,
     *,
+    weights: dict[str, Tensor] | None = None,
     sampling: dict[str, Any] | None = None,
     train_config: dict[str, Any] | None = None,
     state: dict[str, Any] | None = None,
@@ -82,29 +81,35 @@ def save_checkpoint(
         folder: where; its parent is made. Its temporary sibling lies beside it.
         model: its weights are written in Hugging Face's layout where that needs no invented tensor.
         tokenizer: saved with it.
+        weights: tensors by parameter name to be written in place of the model's own, such as averaged ones.
         sampling: generation_config.json.
         train_config: the resolved config, plain values.
         state: counters of training, JSON-able; None for a checkpoint that is not to be resumed.
         state_tensors: optimizer moments and the like, by name.
 
     Raises:
+        NonFiniteError: a tensor holds NaN or infinity; nothing was written.
         DiskError: the disk is full, read-only or failing; nothing at `folder` then, older checkpoints untouched.
         CheckpointError: what was written does not read back as it was.
     """
-    weights = state_of(model)
-    layout = to_huggingface(model.config, weights)
-    hf_config, tensors = layout or ({"model_type": "minigpt", "architectures": ["GPT"]}, weights)
+    own = weights or state_of(model)
+    refuse_nonfinite({**own, **(state_tensors or {})}, f"{folder}: not saved")
+    layout = to_huggingface(model.config, own)
+    hf_config, tensors = layout or ({"model_type": "minigpt", "architectures": ["GPT"]}, own)
     config = {**hf_config, "minigpt": {"format": FORMAT, **model.config.to_dict()}}
     if tokenizer.eot is not None:
         config["bos_token_id"] = config["eos_token_id"] = tokenizer.eot
 
+    needed = sum(t.numel() * t.element_size() for t in (*tensors.values(), *(state_tensors or {}).values()))
+    needed += SMALL_FILES
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    with disk_errors(str(folder)):
+    with disk_errors(str(folder), needed=needed):
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
+        check_space(folder, needed)
         temporary.mkdir()
     try:
-        with disk_errors(str(folder)):
+        with disk_errors(str(folder), needed=needed):
             _write_tensors(temporary / "model.safetensors", tensors)
             (temporary / "config.json").write_text(to_json(config), encoding="utf-8")
             save_tokenizer(tokenizer, temporary)
@@ -115,13 +120,12 @@ def save_checkpoint(
             if state is not None:
                 _write_tensors(temporary / "training_state.safetensors", state_tensors or {})
                 (temporary / "training_state.json").write_text(to_json({"format": FORMAT, **state}), encoding="utf-8")
-            files = sorted(path for path in temporary.iterdir())
-            entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
-            for path in files:
+            for path in temporary.iterdir():
                 sync(path)
-            manifest = sealed({"format": FORMAT, "files": entries})
-            (temporary / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
-            sync(temporary / MANIFEST)
+            _compare(temporary / "model.safetensors", tensors)
+            if state is not None:
+                _compare(temporary / "training_state.safetensors", state_tensors or {})
+            write_manifest(temporary)
             sync(temporary)
             _move_aside(folder)
             os.rename(temporary, folder)
@@ -131,6 +135,13 @@ def save_checkpoint(
         raise
     verify(folder)
     return folder
+
+
+def refuse_nonfinite(tensors: dict[str, Tensor], what: str) -> None:
+    """Raise NonFiniteError, naming the tensor, where one holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{what}, since {name} holds NaN or infinity; go on from an earlier checkpoint")
 
 
 def _move_aside(folder: Path) -> None:
@@ -150,102 +161,15 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
 
 
-# Reading and verifying.
+def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
+    """What lies on the disk must be what is in memory: a hash of the file alone would only seal what went wrong."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        for name, tensor in tensors.items():
+            if not torch.equal(file.get_tensor(name), tensor.detach().cpu()):
+                raise CheckpointError(f"{path}: {name} does not read back as it was written; check the disk")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return value
-
-
-def verify(folder: Path) -> None:
-    """Check every file against the manifest. Raises CheckpointError that names the first file that differs."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it was never finished; use an earlier checkpoint")
-    manifest = _read_json(path)
-    if manifest.get("format") != FORMAT and isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path}: has format {manifest['format']}, this version reads {FORMAT}; update minigpt-lab"
-        )
-    if not is_intact(manifest) or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path}: was altered (its own checksum differs); use an earlier checkpoint")
-    for name, entry in manifest["files"].items():
-        file = folder / name
-        if Path(name).name != name or file.is_symlink() or not file.is_file():
-            raise CheckpointError(f"{file}: is missing or no plain file; use an earlier checkpoint")
-        if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{file}: has {file.stat().st_size} bytes, {entry['bytes']} were written; use an earlier checkpoint"
-            )
-        if file_sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{file}: was altered (sha256 differs from the manifest); use an earlier checkpoint")
-
-
-def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest step first, finished or not."""
-    folder = run / "checkpoints"
-    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
-def newest_valid(run: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest checkpoint of a run that verifies; `say` hears of each one skipped and why."""
-    for path in checkpoints_of(run):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            say(f"skipping a damaged checkpoint: {error}")
-        else:
-            return path
-    return None
-
-
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints that verify, and what unfinished saves left behind."""
-    valid = 0
-    for path in checkpoints_of(run):
-        if valid >= keep:
-            shutil.rmtree(path, ignore_errors=True)
-            continue
-        try:
-            verify(path)
-            valid += 1
-        except CheckpointError:
-            continue  # left for a person to look at; it never counts as one of those kept
-    clean_leftovers(run)
-
-
-def clean_leftovers(run: Path) -> None:
-    """Remove the temporary folders of saves that were killed."""
-    for path in (run / "checkpoints").glob(".tmp-step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def find_checkpoint(path: Path | str, say: Callable[[str], None] = lambda line: None) -> Path:
-    """The checkpoint folder that a path means: a run's newest valid one, or the folder itself.
-
-    Raises CheckpointError saying what is there and what was expected.
-    """
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    if (path / "checkpoints").is_dir():
-        newest = newest_valid(path, say)
-        if newest is None:
-            raise CheckpointError(f"{path}: this run holds no finished checkpoint yet")
-        return newest
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such folder; give a run, a checkpoint folder or a Hugging Face folder")
-    there = sorted(child.name for child in path.iterdir())[:8] if path.is_dir() else "a file"
-    raise CheckpointError(
-        f"{path}: is no checkpoint (expected config.json with model.safetensors, or checkpoints/); it holds {there}"
-    )
+# Reading.
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -261,9 +185,12 @@ def _weights_in(folder: Path) -> dict[str, Tensor]:
     if single.is_file():
         return load_tensors(single)
     if index.is_file():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        if any(not isinstance(name, str) or Path(name).name != name for name in files):
-            raise CheckpointError(f"{index}: names a file outside the folder")
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise CheckpointError(f"{index}: weight_map is no table of tensor and file names; copy the folder again")
+        files = sorted(set(named.values()))
+        if any(Path(name).name != name for name in files):
+            raise CheckpointError(f"{index}: names a file outside the folder; a plain file name was expected")
         return {name: tensor for file in files for name, tensor in load_tensors(folder / file).items()}
     there = sorted(child.name for child in folder.iterdir())[:8]
     raise CheckpointError(
@@ -273,6 +200,14 @@ def _weights_in(folder: Path) -> dict[str, Tensor]:
 
 def load_weights(model: GPT, state: dict[str, Tensor], where: Path | str) -> None:
     """Copy tensors into a model by name. Raises CheckpointError for a missing, left-over or misshapen one."""
+    check_weights(model, state, where)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[name])
+
+
+def check_weights(model: GPT, state: dict[str, Tensor], where: Path | str) -> None:
+    """Raise CheckpointError where tensors do not fit a model, which may be one without memory."""
     parameters = dict(model.named_parameters())
     if missing := sorted(set(parameters) - set(state)):
         raise CheckpointError(f"{where}: lacks the tensors {missing[:4]}")
@@ -283,15 +218,24 @@ def load_weights(model: GPT, state: dict[str, Tensor], where: Path | str) -> Non
             raise CheckpointError(
                 f"{where}: {name} has shape {tuple(state[name].shape)}, the config says {tuple(parameter.shape)}"
             )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+        if not state[name].is_floating_point():
+            raise CheckpointError(f"{where}: {name} holds {state[name].dtype}; floating-point numbers were expected")
+
+
+MOST_POSITIONS = 1 << 27  # of a rotary table, times its width: 512 MB
 
 
 def empty_model(config: GPTConfig, *, dtype: torch.dtype, device: torch.device | str) -> GPT:
     """A GPT whose weights are yet to be loaded: allocated, not initialised, no random number drawn."""
+    return _allocated(_outline(config), dtype, device)
+
+
+def _outline(config: GPTConfig) -> GPT:
     with torch.device("meta"):
-        model = GPT(config)
+        return GPT(config)
+
+
+def _allocated(model: GPT, dtype: torch.dtype, device: torch.device | str) -> GPT:
     model = model.to_empty(device=device).to(dtype)
     if model.config.tie_embeddings:
         model.tie()
@@ -301,11 +245,28 @@ def empty_model(config: GPTConfig, *, dtype: torch.dtype, device: torch.device |
     return model
 
 
+def filled_model(
+    config: GPTConfig, state: dict[str, Tensor], where: Path | str, *, dtype: torch.dtype, device: torch.device | str
+) -> GPT:
+    """A GPT with these weights. Nothing is allocated before config and tensors agree.
+
+    Raises CheckpointError where they do not.
+    """
+    model = _outline(config)
+    check_weights(model, state, where)
+    if any(module.cos.numel() > MOST_POSITIONS for module in model.modules() if isinstance(module, Rotary)):
+        raise CheckpointError(f"{where}: block_size {config.block_size} is more than can be meant; mend config.json")
+    model = _allocated(model, dtype, device)
+    load_weights(model, state, where)
+    return model
+
+
 def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Run:
     """Load a model with its tokenizer from a run, a checkpoint folder, or a Hugging Face GPT-2 or Llama folder.
 
-    A folder with a manifest is verified first; of a run the newest checkpoint that verifies is taken. Never touches the
-    network, never runs code from the folder. The model comes back in evaluation mode.
+    Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
+    notice says so where that is not the newest. A folder with a manifest is verified first. Never touches the network,
+    never runs code from the folder. The model comes back in evaluation mode.
 
     Raises CheckpointError for a folder that holds no model, a damaged one, or an unknown architecture.
     """
@@ -313,39 +274,68 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
 
     folder = find_checkpoint(path, notice)
     if (folder / MANIFEST).is_file():
-        verify(folder)
+        verify_once(folder)
     config, weights = read_weights(folder)
-    model = empty_model(config, dtype=dtype, device=device)
-    load_weights(model, weights, folder)
+    model = filled_model(config, weights, folder, dtype=dtype, device=device)
     generation = folder / "generation_config.json"
-    train_config = folder / "train_config.yaml"
     return Run(
         model=model.eval(),
-        tokenizer=load_tokenizer(folder),
-        config=yaml.safe_load(train_config.read_text(encoding="utf-8")) if train_config.is_file() else {},
-        sampling=_read_json(generation) if generation.is_file() else {},
+        tokenizer=_read_tokenizer(folder),
+        config=read_yaml(folder / "train_config.yaml") if (folder / "train_config.yaml").is_file() else {},
+        sampling=read_json(generation) if generation.is_file() else {},
         path=folder,
     )
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(folder)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{folder}: its tokenizer cannot be made ({error!r}); copy the folder again") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A small YAML mapping of plain values, without tags and references. Raises CheckpointError for anything else."""
+    try:
+        text, depth = read_text(path, MOST_YAML), 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # one by one: deep nesting takes time by its square
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 20 or isinstance(event, yaml.AliasEvent):
+                raise ValueError("it is nested deeply, or refers to parts of itself")
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())}); copy it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds no mapping; copy it again")
+    return values
 
 
 def read_config(folder: Path) -> GPTConfig:
     """The model's config, without its weights. Raises CheckpointError, naming the file, for one that makes no model."""
     path = folder / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
     try:
         if "minigpt" in values:
-            return GPTConfig.from_dict({key: value for key, value in values["minigpt"].items() if key != "format"})
+            ours = dict(values["minigpt"])
+            written = check_format(ours.pop("format", FORMAT), str(path))
+            return GPTConfig.from_dict(migrate_model(ours, written))
         return config_from_huggingface(values, str(path))
-    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+    except (ConfigError, AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: describes no model that can be made ({error})") from error
 
 
 def read_weights(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Config and tensors, under our names, of a checkpoint or Hugging Face folder."""
     config, weights = read_config(folder), _weights_in(folder)
-    values = _read_json(folder / "config.json")
-    if values.get("model_type") != "minigpt":
-        weights = from_huggingface(values, config, weights, str(folder / "config.json"))
+    path = folder / "config.json"
+    if config.n_layer > len(weights):
+        raise CheckpointError(f"{path}: n_layer is {config.n_layer}, but the weights are {len(weights)} tensors")
+    values = read_json(path)
+    try:
+        if values.get("model_type") != "minigpt":
+            weights = from_huggingface(values, config, weights, str(path))
+    except (RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its weights do not fit it ({' '.join(str(error).split())})") from error
     return config, weights
 
 
@@ -354,14 +344,21 @@ def read_training_state(folder: Path) -> dict[str, Any]:
     path = folder / "training_state.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: holds weights but no training state, so it cannot be resumed")
-    state = _read_json(path)
-    if state.pop("format", FORMAT) > FORMAT:
-        raise CheckpointError(f"{path}: was written by a newer version; update minigpt-lab")
-    if not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{path}: step is {state.get('step')!r}; a whole number was expected")
+    state = read_json(path)
+    check_format(state.pop("format", FORMAT), str(path))
+    for name, kind, what in (("step", int, "a whole number"), ("seconds", (int, float), "a number")):
+        if not isinstance(state.get(name, 0), kind) or isinstance(state.get(name), bool) or state.get(name, 0) < 0:
+            raise CheckpointError(f"{path}: {name} is {state.get(name)!r}; {what} was expected")
+    if "step" not in state or not isinstance(state.get("environment", {}), dict):
+        raise CheckpointError(f"{path}: names no step, or no environment; use an earlier checkpoint")
     return state
 
 
 def read_training_tensors(folder: Path) -> dict[str, Tensor]:
-    """The optimizer's tensors of a checkpoint."""
-    return load_tensors(folder / "training_state.safetensors")
+    """The tensors of training: optimizer state as "<key>/<parameter>", raw weights as "raw/<parameter>".
+
+    Raises NonFiniteError where one holds NaN or infinity.
+    """
+    tensors = load_tensors(folder / "training_state.safetensors")
+    refuse_nonfinite(tensors, f"{folder}: cannot be resumed")
+    return tensors

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,20 @@ def _stored_config(argv: list[str]) -> list[str]:
     stored = run / "config.yaml"
     if not stored.is_file():  # every checkpoint carries a copy
         stored = max(run.glob("checkpoints/step-*/train_config.yaml"), default=stored)
-    return ["--config", str(stored)] if stored.is_file() else []
+    return ["--config", str(stored), *_settings_since(stored)] if stored.is_file() else []
+
+
+def _settings_since(stored: Path) -> list[str]:
+    """Flags for what a config stored by an older version does not say, so that the run goes on as it was."""
+    import yaml
+
+    from minigpt.formats import missing_settings
+
+    try:
+        values = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        return [f"--{name}={value}" for name, value in missing_settings(values).items()]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError):
+        return []  # whoever reads it next says what is wrong with it
 
 
 def _summarise(run: Path) -> None:
@@ -150,55 +163,51 @@ def evaluate(argv: list[str]) -> None:
 
 
 def info(argv: list[str]) -> None:
-    """Say what a model is and costs: minigpt info RUN, or minigpt info --model.preset llama --model.n_layer 4 for one
-    that is yet to be trained.
-    """
-    from minigpt.terminal import readable
-
+    """Say what a trained model is and costs: minigpt info RUN. Before it is trained, minigpt plan says it."""
     path, rest = split_positional(argv)
     parser = _parser("info", "[RUN]")
-    add_training_settings(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, rest)
-
     from minigpt.checkpoint import find_checkpoint, read_config
     from minigpt.model.cost import cost_of
+    from minigpt.terminal import readable
 
-    tokens = (
-        values.batch.micro_batch_size * values.model.block_size
-        if values.batch.micro_batch_size
-        else values.batch.tokens
-    )
-    if path:
-        if any(item.startswith("--") and item.partition("=")[0] != "--json" for item in rest):
-            raise ConfigError(f"{rest[0]}: a RUN is what it is; leave RUN out to see what other settings would cost")
-        model = read_config(find_checkpoint(path))
-        tokens = model.block_size
-    else:
-        vocabulary = {"byte": 257, "gpt2": 50257, "cl100k": 100277, "o200k": 200019, "bpe": values.tokenizer.vocab_size}
-        guess = vocabulary.get(values.tokenizer.kind)
-        if not (values.model.vocab_size or guess):
-            raise ConfigError("model.vocab_size: follows from the corpus with this tokenizer; give it to see the cost")
-        model = values.model if values.model.vocab_size else replace(values.model, vocab_size=guess)
+    model = read_config(find_checkpoint(path or latest_run()))
     cost = cost_of(model)
     cache = cost.cache_bytes_per_token * model.block_size
     if values.json:
-        figures = {
-            **asdict(cost),
-            "activation_bytes": cost.activation_bytes(model, tokens),
-            "cache_bytes_per_row": cache,
-        }
-        print(json.dumps({"model": model.to_dict(), **figures}))
+        figures = {"parameters": cost.parameters, "training_flops": cost.training_flops, **asdict(cost)}
+        print(json.dumps({"model": model.to_dict(), **figures, "cache_bytes_per_row": cache}))
         return
     for name, value in model.to_dict().items():
         print(f"{name:16} {value}")
-    print(f"\nparameters       {cost.parameters:,} ({cost.embedding_parameters:,} of them embeddings)")
-    print(f"FLOPs a token    {readable(cost.forward_flops)} forward, {readable(cost.training_flops)} training")
     print(
-        f"training memory  {readable(cost.state_bytes)}B weights, gradients and AdamW (float32), "
-        f"about {readable(cost.activation_bytes(model, tokens))}B activations for {tokens:,} tokens a forward"
+        f"\nparameters       {cost.parameters:,} (embeddings {cost.embedding_parameters:,}, blocks "
+        f"{cost.block_parameters:,}, unembedding {cost.unembedding_parameters:,})"
     )
+    print(f"FLOPs a token    {readable(cost.forward_flops)} forward, {readable(cost.training_flops)} training")
     print(f"cache            {readable(cost.cache_bytes_per_token)}B a token, {readable(cache)}B a full row (float32)")
+
+
+def plan(argv: list[str]) -> None:
+    """Say what training will cost, before any time is spent: minigpt plan --config NAME --model.n_layer 6. Memory,
+    operations, tokens, and the time that it takes here and on named GPUs.
+    """
+    from minigpt.training.config import TrainConfig
+
+    parser = _parser("plan")
+    add_training_settings(parser)
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of a device's peak that is assumed")
+    parser.add_argument(
+        "--measure", type=bool | None, default=None, help="time a few steps here; null: where that is quick"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    values = parse(parser, argv)
+    config = TrainConfig(**_fields(values, TrainConfig))
+    from minigpt.training.plan import make_plan, show
+
+    figures = make_plan(config, values.utilisation, values.measure)
+    print(json.dumps(figures) if values.json else show(figures))
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
@@ -207,6 +216,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "prepare": prepare,
     "eval": evaluate,
     "info": info,
+    "plan": plan,
 }
 
 

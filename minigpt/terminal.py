@@ -19,9 +19,24 @@ class Progress(Protocol):
     def update(self, done: float, text: str = "") -> None: ...
 
 
+_hushed = False
+
+
+@contextmanager
+def hushed(hush: bool = True) -> Iterator[None]:
+    """For the length of a `with` block nothing is noticed and no progress shown, if `hush` is true."""
+    global _hushed
+    before, _hushed = _hushed, hush or _hushed
+    try:
+        yield
+    finally:
+        _hushed = before
+
+
 def notice(line: str) -> None:
     """Print one line about what is going on, apart from the program's own output (to standard error)."""
-    print(line, file=sys.stderr, flush=True)
+    if not _hushed:
+        print(line, file=sys.stderr, flush=True)
 
 
 def readable(number: float) -> str:
@@ -94,7 +109,7 @@ def progress(
         start: units done before (a resumed run); they do not count into the rate.
         show: False gives a bar that shows nothing, for ranks other than the first.
     """
-    if not show:
+    if not show or _hushed:
         yield _Silent()
         return
     if not sys.stderr.isatty():

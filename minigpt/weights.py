@@ -52,6 +52,7 @@ def fits_gpt2(config: GPTConfig) -> bool:
         and config.activation in GPT2_ACTIVATIONS
         and not config.qk_norm
         and not config.logit_softcap
+        and not (config.bigram_rows or config.trigram_rows)
         and config.n_kv_head == config.n_head
         and config.n_head * (config.head_dim or 0) == config.n_embd
     )
@@ -61,8 +62,10 @@ def fits_llama(config: GPTConfig) -> bool:
     """Whether Hugging Face's Llama layout can hold this model without an invented tensor."""
     return (
         (config.norm, config.position, config.activation) == ("rmsnorm", "rope", "swiglu")
+        and bool(config.norm_weight)
         and not config.qk_norm
         and not config.logit_softcap
+        and not (config.bigram_rows or config.trigram_rows)
     )
 
 
@@ -113,7 +116,7 @@ def to_huggingface(config: GPTConfig, state: State) -> tuple[dict[str, Any], Sta
             "layer_norm_epsilon": config.norm_eps,
             "resid_pdrop": config.dropout,
             "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout,
+            "attn_pdrop": config.attn_dropout,
             **common,
         }, _gpt2_out(config, state)
     if fits_llama(config):

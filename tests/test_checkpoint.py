@@ -14,18 +14,10 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 import minigpt
-from minigpt.checkpoint import (
-    checkpoints_of,
-    find_checkpoint,
-    newest_valid,
-    prune,
-    read_training_state,
-    read_training_tensors,
-    save_checkpoint,
-    verify,
-)
+from minigpt.checkpoint import read_training_state, read_training_tensors, save_checkpoint
 from minigpt.durable import sealed
 from minigpt.errors import CheckpointError, DiskError
+from minigpt.runs import checkpoints_of, find_checkpoint, newest_valid, prune, verify
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 
@@ -178,5 +170,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["format"] = 99
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1; update"):
+    with pytest.raises(
+        CheckpointError, match=r"has format 99, minigpt-lab .* reads up to 2; install minigpt-lab 0\.1\.0 or later"
+    ):
         verify(folder)

@@ -20,6 +20,7 @@ from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.training.launch import train
 
 ROOT = Path(__file__).parents[1]
+SPARING = ("--trainer.precision", "32-true", "--measure", "false")  # a plan that measures nothing
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def said(capsys: pytest.CaptureFixture):
         (["sample", "--top_k", "2.5"], '"top_k": Expected whole number or null. Got value: 2.5'),
         (["train", "--model.norm", "x"], "Expected one of ['layernorm', 'rmsnorm'] or null. Got value: x"),
         (["sample", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
-        (["info", "--model.n_head", "5"], "model.n_head: 5 does not divide n_embd (128)"),
+        (["plan", "--model.n_head", "5"], "model.n_head: 5 does not divide n_embd (128)"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code(arguments: list[str], message: str, said) -> None:
@@ -122,7 +123,7 @@ def test_every_shipped_config_is_valid() -> None:
 def test_later_values_win(said, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {preset: llama, n_layer: 3, vocab_size: 99}\n")
-    code, out, _ = said("info", "--config", str(path), "--model.n_layer", "5", "--json")
+    code, out, _ = said("plan", "--config", str(path), "--model.n_layer", "5", "--json", *SPARING)
     model = json.loads(out)["model"]
     assert code == 0
     assert (model["preset"], model["n_layer"], model["norm"]) == ("llama", 5, "rmsnorm")
@@ -180,10 +181,11 @@ def test_generation_config_gives_the_defaults(said, tmp_path: Path) -> None:
 
 def test_eval_agrees_with_the_row_written_while_training(trained: Path, said, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    row = [row for row in rows if "val/loss" in row][-1]
     code, out, _ = said("eval", str(trained), "--json")
     assert code == 0
-    assert json.loads(out)["loss"] == pytest.approx(rows[-1]["val/loss"], rel=1e-6)
-    assert json.loads(out)["tokens"] == rows[-1]["val/tokens"]
+    assert json.loads(out)["loss"] == pytest.approx(row["val/loss"], rel=1e-6)
+    assert json.loads(out)["tokens"] == row["val/tokens"]
     other = tmp_path / "other.txt"
     other.write_text("the cat sat on a mat")
     code, out, _ = said(
@@ -231,15 +233,11 @@ def test_prepare_tells_what_it_made(said, tmp_path: Path) -> None:
     assert f"{int(size * 0.9):,} tokens (1.00 bytes a token)" in out
 
 
-def test_info_of_a_run_and_of_a_plan(trained: Path, said) -> None:
+def test_info_of_a_run(trained: Path, said) -> None:
     figures = json.loads(said("info", str(trained), "--json")[1])
     assert figures["model"]["vocab_size"] == 257
     assert figures["parameters"] == sum(p.numel() for p in minigpt.load(trained).model.parameters())
     assert said("info", str(trained), "--model.n_layer", "9")[0] == 2
-    code, out, _ = said("info", "--model.preset", "gpt2", "--model.n_layer", "12", "--model.n_head", "12",
-                        "--model.n_embd", "768", "--model.block_size", "1024", "--tokenizer.kind", "gpt2")  # fmt: skip
-    assert code == 0
-    assert "124,439,808" in out  # GPT-2 small, as published
 
 
 def test_the_latest_run_is_meant_where_none_is_named(

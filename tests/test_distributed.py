@@ -1,29 +1,63 @@
-"""Two processes give what one gives."""
+"""Several processes give what one gives, and whatever happens to them nothing is lost."""
 
 from __future__ import annotations
 
+import os
 import shutil
-import subprocess
-import sys
+import signal
+import socket
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
+from training_runs import (
+    Started,
+    StartedFork,
+    assert_equal_to_the_bit,
+    corpus_file,
+    forked,
+    in_forks,
+    losses,
+    run_and_read,
+    saved_tensors,
+    tiny_run,
+)
 
 from minigpt.checkpoint import verify
-from minigpt.training.launch import train
+from minigpt.errors import DistributedError, MinigptError
+from minigpt.training import join, launch
+from minigpt.training.config import TrainConfig
 from minigpt.training.metrics import read_metrics
+from minigpt.training.module import TrainingModule
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are looked up as on Linux"),
+]
+
+TWO = {"trainer__devices": 2, "optimizer__schedule": "constant", "batch__micro_batch_size": 1, "model__dropout": 0.1}
+ENDLESS = {**TWO, "trainer__max_steps": 100_000, "checkpoint__every": 5}
+
+
+def rows_of(config: TrainConfig) -> list[dict]:
+    return read_metrics(Path(config.runs_dir) / str(config.run_name) / "metrics.jsonl")
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     """Over 50 steps, with accumulation, clipping and validation; also when the end is lost and done again."""
-    changes = {"trainer__max_steps": 50, "eval__every": 20, "model__preset": "llama", "checkpoint__every": 40}
-    one, one_rows = run_and_read(tiny_run(tmp_path, "one", batch__micro_batch_size=2, **changes))
-    two, two_rows = run_and_read(tiny_run(tmp_path, "two", batch__micro_batch_size=2, trainer__devices=2, **changes))
+    changes = {
+        "trainer__max_steps": 50,
+        "eval__every": 20,
+        "model__preset": "llama",
+        "checkpoint__every": 40,
+        "batch__micro_batch_size": 2,
+    }
+    one, one_rows = run_and_read(tiny_run(tmp_path, "one", **changes))
+    config = tiny_run(tmp_path, "two", trainer__devices=2, **changes)
+    assert forked(config) == {0: 0, 1: 0}
+    two_rows = rows_of(config)
     assert len(losses(two_rows)) == 50
     assert losses(two_rows) == pytest.approx(losses(one_rows), abs=1e-5)
     norms = [[row["grad_norm"] for row in rows if "grad_norm" in row] for rows in (one_rows, two_rows)]
@@ -32,38 +66,195 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert values[0] == pytest.approx(values[1], abs=1e-5)
     counts = [[row["val/tokens"] for row in rows if "val/tokens" in row] for rows in (one_rows, two_rows)]
     assert counts[0] == counts[1]
+    two = tmp_path / "runs/two"
     a, b = saved_tensors(one, 50), saved_tensors(two, 50)
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
     shutil.rmtree(two / "checkpoints/step-00000050")  # two processes go on from step 40, to the bit
-    _, again = run_and_read(tiny_run(tmp_path, "two", batch__micro_batch_size=2, trainer__devices=2, **changes))
-    assert losses(again) == losses(two_rows)
+    assert forked(config) == {0: 0, 1: 0}
+    assert losses(rows_of(config)) == losses(two_rows)
     assert_equal_to_the_bit(saved_tensors(two, 50), b)
 
-    shutil.rmtree(two / "checkpoints/step-00000050")  # now one process does
-    _, again = run_and_read(tiny_run(tmp_path, "two", batch__micro_batch_size=4, **changes))
-    assert losses(again) == pytest.approx(losses(one_rows), abs=1e-5)
+
+def signal_itself(rank: int, number: int, at_step: int):
+    """For `forked`: process `rank` sends itself a signal in the forward pass of a step."""
+
+    def before(mine: int) -> None:
+        real = TrainingModule.training_step
+
+        def training_step(self: TrainingModule, batch, batch_index: int):
+            if mine == rank and self.trainer.global_step + 1 == at_step and batch_index % 4 == 1:
+                os.kill(os.getpid(), number)
+            return real(self, batch, batch_index)
+
+        TrainingModule.training_step = training_step  # type: ignore[method-assign]
+
+    return before
 
 
-def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, "started", trainer__devices=2)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "train.py", "--config", str(tmp_path / "config.yaml")]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1], timeout=120)
-    _, one = run_and_read(tiny_run(tmp_path, "one"))
-    started = read_metrics(tmp_path / "runs/started/metrics.jsonl")
-    assert losses(started) == pytest.approx(losses(one), abs=1e-5)
+def test_two_processes_lose_nothing_whatever_happens_to_them(tmp_path: Path) -> None:
+    """One run that is asked to save, stopped, killed here and there, and hung, ends as the one that was left alone."""
+    config = tiny_run(tmp_path, trainer__hang_seconds=4.0, **ENDLESS)
+    with StartedFork(config) as started:  # SIGUSR1 to the launcher: both save and go on; Ctrl-C: both stop
+        started.wait_for_step(6)
+        started.process.send_signal(signal.SIGUSR1)
+        started.wait_for(lambda: any(step % 5 for step in steps_saved(started.run)))
+        started.process.send_signal(signal.SIGINT)
+        code, errors = started.end()
+    assert code == 130
+    assert "saving, as asked" in errors and errors.count("stopping after step") == 1
+    assert "stopped by SIGINT; go on with --run_name run --resume auto" in errors and "Traceback" not in errors
+    assert steps_saved(started.run)[-1] == started.last_step()
+
+    with StartedFork(config) as started:  # one is killed
+        started.wait_for_step(started.last_step() + 7)
+        os.kill(started.workers()[1], signal.SIGKILL)
+        code, errors = started.end()
+    assert code == 8
+    assert "process 1 ended (killed by SIGKILL" in errors and "go on with --run_name run" in errors
+    assert "Traceback" not in errors
+
+    with StartedFork(config) as started:  # one is stopped: the launcher ends it
+        started.wait_for_step(started.last_step() + 7)
+        os.kill(started.workers()[0], signal.SIGSTOP)
+        code, errors = started.end()
+        assert not started.workers()
+    assert code == 8
+    assert "process 0 on " in errors and "has shown no sign of life" in errors
+    assert "process 0 hung and was ended; go on with --run_name run" in errors
+
+    step = steps_saved(started.run)[-1]  # the first is killed, in a step
+    assert forked(config, signal_itself(0, signal.SIGKILL, step + 7)) == {0: -9, 1: 8}
+    step = steps_saved(started.run)[-1]  # only one hears of a SIGTERM: both stop at the same step
+    assert forked(config, signal_itself(1, signal.SIGTERM, step + 3)) == {0: 143, 1: 143}
+    assert steps_saved(started.run)[-1] == step + 3 == started.last_step()
+
+    total = step + 5
+    assert set(forked(replace(config, trainer=replace(config.trainer, max_steps=total))).values()) == {0}
+    whole = tiny_run(tmp_path, "whole", **{**ENDLESS, "trainer__max_steps": total})
+    assert set(forked(whole).values()) == {0}
+    assert losses(rows_of(config)) == losses(rows_of(whole))
+    assert_equal_to_the_bit(saved_tensors(started.run, total), saved_tensors(tmp_path / "runs/whole", total))
+
+
+def steps_saved(run: Path) -> list[int]:
+    return sorted(int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*"))
+
+
+def test_processes_leave_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    with StartedFork(tiny_run(tmp_path, **ENDLESS)) as started:
+        started.wait_for_step(3)
+        workers = started.workers()
+        os.kill(started.process.pid, signal.SIGKILL)
+        started.process.wait()
+        deadline = 400
+        while any(Path(f"/proc/{pid}").exists() for pid in workers.values()) and deadline:
+            deadline -= 1
+            time.sleep(0.05)
+        assert deadline, "still there after 20 seconds"
+    assert all(verify(folder) for folder in (started.run / "checkpoints").iterdir())
+
+
+def test_torchrun_starts_the_same_run_and_its_processes_hear_signals(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, "started", **ENDLESS)
+    with Started(config, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2") as started:
+        started.wait_for_step(3)
+        os.kill(started.workers()[1], signal.SIGUSR1)  # one is enough
+        started.wait_for(lambda: any(step % 5 for step in steps_saved(started.run)))
+        started.process.terminate()
+        _, errors = started.end()
+    last = started.last_step()
+    assert "saving, as asked" in errors and f"stopping after step {last}" in errors
+    assert steps_saved(started.run)[-1] == last
+    whole = tiny_run(tmp_path, "whole", **{**ENDLESS, "trainer__max_steps": last})
+    assert set(forked(whole).values()) == {0}
+    assert losses(rows_of(config)) == losses(rows_of(whole))
 
 
 def test_a_process_that_fails_gives_its_exit_code(tmp_path: Path) -> None:
-    from minigpt.errors import MinigptError
-
     config = tiny_run(tmp_path, trainer__devices=2, optimizer__learning_rate=1e30, trainer__gradient_clip_val=0.0)
     with pytest.raises(MinigptError, match=r"process \d ended \(exit code 7\); go on with --run_name run") as raised:
-        train(config)
+        launch.train(config)
     assert raised.value.exit_code == 7
     for folder in (tmp_path / "runs/run/checkpoints").iterdir():
         verify(folder)
+
+
+def train_and_say(config: TrainConfig) -> int:
+    """What the command line does."""
+    try:
+        launch.train(config)
+    except MinigptError as error:
+        os.write(2, f"{error}\n".encode())
+        return error.exit_code
+    return 0
+
+
+def test_processes_started_with_other_flags_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    config = tiny_run(tmp_path, trainer__devices=2)
+    other = replace(config, seed=4, eval=replace(config.eval, tokens=5))
+    assert in_forks(2, lambda rank: train_and_say([config, other][rank])) == {0: 8, 1: 8}
+    said = capfd.readouterr().err
+    assert said.count("process 1 on ") == 2
+    assert "was started with another config than process 0" in said
+    assert "eval.tokens 5 (process 0: 1000000), seed 4 (process 0: 3); start all of them with the same" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_processes_with_another_corpus_or_other_code_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_code(rank: int) -> None:
+        if rank == 1:
+            monkeypatch.setattr("minigpt.training.fit.code_identity", lambda: {**join.code_identity(), "torch": "1.0"})
+
+    assert forked(tiny_run(tmp_path, trainer__devices=2), other_code) == {0: 8, 1: 8}
+    assert f"torch '1.0' (process 0: '{torch.__version__}')" in capfd.readouterr().err
+
+    prepared = launch.settle
+    other = tiny_run(tmp_path, "other")
+    text = corpus_file(tmp_path).with_name("other.txt")
+    text.write_text("another text " * 500)
+    other = replace(other, data=replace(other.data, source=str(text)))
+    from contextlib import ExitStack
+
+    with ExitStack() as held:
+        elsewhere = prepared(other, held).corpus
+
+    def other_corpus(rank: int) -> None:
+        from minigpt.data.shards import open_corpus
+
+        if rank == 1:
+            monkeypatch.setattr("minigpt.training.fit.open_corpus", lambda folder: open_corpus(elsewhere))
+
+    assert forked(tiny_run(tmp_path, trainer__devices=2), other_corpus) == {0: 8, 1: 8}
+    assert "process 1 on " in (said := capfd.readouterr().err) and "corpus '" in said
+
+
+def place(monkeypatch: pytest.MonkeyPatch, rank: int, port: int) -> None:
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_port_that_is_taken_or_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join, "JOIN_SECONDS", 1.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place(monkeypatch, 0, port)
+        with pytest.raises(
+            DistributedError, match=rf"process 0 cannot meet the others at 127\.0\.0\.1:{port} \(the port"
+        ):
+            join.connect()
+        place(monkeypatch, 1, port)  # somebody listens, but holds no store
+        with pytest.raises(
+            DistributedError, match=rf"process 1 cannot meet the others at 127\.0\.0\.1:{port} \(nothing"
+        ):
+            join.connect()
+    place(monkeypatch, 1, port)
+    with pytest.raises(DistributedError, match=rf":{port} \(nothing answers there as it should\); check MASTER_ADDR"):
+        join.connect()

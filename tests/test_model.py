@@ -14,6 +14,7 @@ from minigpt.model.config import GPTConfig
 from minigpt.model.cost import cost_of
 from minigpt.model.explicit import explicit_forward
 from minigpt.model.gpt import GPT
+from minigpt.model.layers import NgramEmbedding
 
 GPT2_SHAPES = [
     {},
@@ -83,7 +84,8 @@ def test_explicit_forward_names_every_term_of_the_stream(preset: str) -> None:
     ids = random_ids(2, 9)
     with torch.no_grad():
         explicit_forward(model, ids, tap=tap)
-    terms = [seen["hook_embed"], seen.get("hook_pos_embed", torch.zeros(())) + 0]
+    terms = [seen["hook_embed"]]
+    terms += [seen[f"hook_{also}_embed"] for also in ("pos", "bigram", "trigram") if f"hook_{also}_embed" in seen]
     terms += [seen[f"blocks.{layer}.hook_{part}_out"] for layer in range(2) for part in ("attn", "mlp")]
     torch.testing.assert_close(sum(terms), seen["blocks.1.hook_resid_post"])
     pattern = seen["blocks.1.attn.hook_pattern"]
@@ -209,3 +211,30 @@ def test_a_config_survives_its_dictionary() -> None:
     assert GPTConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="unknown fields"):
         GPTConfig.from_dict({**config.to_dict(), "n_experts": 8})
+
+
+def test_groups_of_tokens_have_a_row_each_or_share_rows_by_hash() -> None:
+    history = torch.tensor([[[2, -1, -1], [0, 2, -1], [1, 0, 2], [2, 1, 0]]])
+    pairs, triples = NgramEmbedding(2, 3, 100, 2), NgramEmbedding(3, 3, 100, 2)
+    assert (len(pairs.weight), len(triples.weight)) == (12, 48)  # each of three tokens after none, 0, 1 or 2
+    with torch.no_grad():
+        for table in (pairs, triples):
+            table.weight.copy_(torch.arange(float(len(table.weight)))[:, None])
+    assert pairs(history)[0, :, 0].tolist() == [8, 3, 5, 10]  # 4 token + before + 1
+    assert triples(history)[0, :, 0].tolist() == [32, 12, 23, 41]  # 4 of that + before that + 1
+    hashed = NgramEmbedding(3, 50_000, 4096, 1)
+    groups = torch.randint(50_000, (1, 100_000, 3), generator=torch.Generator().manual_seed(0))
+    groups[0, :50_000, 1:] = 7  # half of them differ in one token only
+    with torch.no_grad():
+        hashed.weight.copy_(torch.arange(4096.0)[:, None])
+    counts = torch.bincount(hashed(groups.unique(dim=1)).flatten().long(), minlength=4096)
+    expected = counts.sum() / 4096
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < 4095 + 5 * (2 * 4095) ** 0.5  # as evenly spread as chance would, or more
+
+
+def test_attention_weights_can_have_a_dropout_of_their_own() -> None:
+    assert tiny_config("modern", dropout=0.2).attn_dropout == 0.2
+    model = random_model(tiny_config("modern", dropout=0.2, attn_dropout=0.0)).train()
+    assert model.trunk.blocks[0].attn.dropout == 0.0
+    assert model.trunk.blocks[0].drop.p == 0.2

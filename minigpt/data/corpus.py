@@ -102,6 +102,8 @@ def _named(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
         text_sha256 = hashlib.sha256("\0".join(topics).encode()).hexdigest()
         fingerprint = {"name": name, "python": sys.version.split()[0], "sha256": text_sha256}
         return Source(name, fingerprint, 0, lambda log: topic_pieces(topics))
+    if entry["kind"] == "supplied":
+        return _supplied(name, entry, data)
     file_name = entry.get("member") or Path(entry["url"]).name
     path = Path(data.file).expanduser() if data.file else Path(data.folder) / name / "source" / file_name
 
@@ -113,6 +115,20 @@ def _named(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
 
     fingerprint = {"name": name, "sha256": entry["sha256"]}
     return Source(name, fingerprint, entry["bytes"], lambda log: read_documents(path, data.field, log), settle)
+
+
+def _supplied(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
+    """A corpus too large to be fetched: a file or folder of the user's, kept under the corpus's name."""
+    if data.file is None:
+        raise DataError(
+            f"data.source {name!r} is not fetched by minigpt; get it from {entry['url']} and name the file or folder "
+            f"(text, .jsonl, .gz, .zst) with --data.file PATH, or take another text with --data.source PATH"
+        )
+    path = Path(data.file).expanduser()
+    files = _files_below(path, Path(data.folder)) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"data.file {data.file!r} is a folder without files; put {name} into it")
+    return _files(name, files, path if path.is_dir() else path.parent, data.field, sniff=path.is_dir())
 
 
 def _files_below(folder: Path, excluded: Path) -> list[Path]:

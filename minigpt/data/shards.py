@@ -122,6 +122,16 @@ def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
     return Corpus(folder, read_manifest(folder))
 
 
+def find_prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Corpus | None:
+    """The corpus that `prepare` would open because it was made before; None where it would have to make it.
+
+    Raises ConfigError or DataError where `data.source` cannot be found.
+    """
+    source = find_source(data)
+    made = _made_for(_request(source, data, tokenizer), Path(data.folder) / source.name)
+    return open_corpus(made) if made else None
+
+
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, show: bool = True) -> Corpus:
     """Make the corpus that a config asks for, or open it where it was made before.
 

@@ -86,8 +86,13 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        for begin in range(rank * rows, len(windows), rows * world_size):
-            ids, targets = windows.read(slice(begin, begin + rows))
+        for first in range(0, len(windows), rows * world_size):
+            # Who has none left joins the last forward all the same: weights in pieces are gathered by all together.
+            begin = first + rank * rows
+            idle = begin >= len(windows)
+            ids, targets = windows.read(slice(0, 1) if idle else slice(begin, begin + rows))
+            if idle:
+                targets = torch.full_like(targets, IGNORED)
             logits = widen(model(ids.to(device)).flatten(0, 1))  # (B T, V)
             loss = F.cross_entropy(
                 logits, targets.to(device).flatten(), ignore_index=IGNORED, reduction="none"

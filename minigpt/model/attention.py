@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.model.cache import KVCache, Step
 from minigpt.model.config import GPTConfig
-from minigpt.model.layers import RMSNorm, Rotary
+from minigpt.model.layers import RMSNorm, Rotary, widen
 
 
 class Attention(nn.Module):
@@ -24,36 +27,49 @@ class Attention(nn.Module):
         assert config.n_kv_head is not None and config.head_dim is not None
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.dropout = config.dropout
+        self.dropout = config.attn_dropout or 0.0
         bias = bool(config.bias)
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=bias)
         self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        weight = bool(config.norm_weight)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps, weight) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps, weight) if config.qk_norm else None
         self.rotary = None
         if config.position == "rope":
             self.rotary = Rotary(self.head_dim, config.block_size, config.rope_theta)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys and values (B, G, T, D) of a normed stream (B, T, C)."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2G, T, D)
-        return heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+    def heads(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, H + 2G, T, D)
+        """Queries, keys and values of a normed stream, one behind the other."""
+        return self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def normed(self, qk: Tensor) -> Tensor:  # (B, H + G, T, D) -> (B, H + G, T, D)
+        """Queries and keys through their norms: one pass over both, as all heads are normed alike."""
+        assert self.q_norm is not None and self.k_norm is not None
+        if self.q_norm.weight is None:
+            return self.q_norm(qk)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
+        return torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
-        q, k, v = self.split(x)  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        # On a CPU attention's backward pass in bfloat16 takes several times as long as in float32.
+        wide = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        heads = widen(self.heads(x)) if wide else self.heads(x)  # (B, H + 2G, T, D)
+        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
+        if self.q_norm is not None:
+            qk = self.normed(qk)  # (B, H + G, T, D)
         if self.rotary is not None:
-            q, k = self.rotary(q, step.positions), self.rotary(k, step.positions)
+            qk = self.rotary(qk, step.positions)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)  # (B, H, T, D), (B, G, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v, step)  # (B, G, S, D)
-        z = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=step.mask,
-            is_causal=step.causal,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_kv_head != self.n_head,
-        )  # (B, H, T, D)
+        with torch.autocast("cpu", enabled=False) if wide else nullcontext():
+            z = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=step.mask,
+                is_causal=step.causal,
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=self.n_kv_head != self.n_head,
+            )  # (B, H, T, D)
         return self.proj(z.transpose(1, 2).flatten(2))  # (B, T, C)

@@ -59,6 +59,7 @@ class KVCache:
         shape = (rows, heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
+        self.ids = [torch.zeros((rows, 1, capacity, 1), dtype=torch.int64, device=device)]  # shaped as a layer's keys
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B) tokens each row holds
         self.longest = 0  # max(lengths), as a plain number: no device is asked for it
         self.even = True  # every row holds `longest` tokens
@@ -90,6 +91,18 @@ class KVCache:
         positions = self.lengths[:, None] + offsets  # (B, T)
         seen = torch.arange(width, device=offsets.device) <= positions[:, :, None]  # (B, T, S)
         return Step(positions, seen[:, None], False, width)
+
+    def history(self, ids: Tensor, step: Step, n: int) -> Tensor:
+        """Store the ids (B, T) of the tokens to come; return each with the n - 1 before it, newest first, (B, T, n).
+
+        Where there is none before, -1 stands for it.
+        """
+        slots = step.positions.expand(self.rows, -1)  # (B, T)
+        held = self.ids[0][:, 0, :, 0]  # (B, S)
+        held.scatter_(1, slots, ids)
+        before = slots[..., None] - torch.arange(n, device=slots.device)  # (B, T, n)
+        found = held.gather(1, before.clamp(min=0).flatten(1)).view_as(before)
+        return found.masked_fill(before < 0, -1)
 
     def append(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values (B, G, T, D); return all that are held, each (B, G, S, D)."""
@@ -134,7 +147,7 @@ class KVCache:
             # Only rows that change are copied: dropping one costs at most a row, and beams that stay cost nothing.
             moved = (rows != torch.arange(count, device=rows.device)).nonzero().squeeze(1)
             source = rows[moved]
-        for tensors in (self.keys, self.values):
+        for tensors in (self.keys, self.values, self.ids):
             for layer, tensor in enumerate(tensors):
                 if count > self.rows:
                     tensors[layer] = tensor.new_zeros(count, *tensor.shape[1:])
@@ -156,6 +169,6 @@ class KVCache:
         extra = capacity - self.capacity
         if extra <= 0:
             return
-        for tensors in (self.keys, self.values):
+        for tensors in (self.keys, self.values, self.ids):
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = torch.nn.functional.pad(tensor, (0, 0, 0, extra))

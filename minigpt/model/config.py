@@ -22,31 +22,40 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm": "layernorm",
         "position": "learned",
         "activation": "gelu",
+        "norm_weight": True,
         "qk_norm": False,
         "bias": True,
         "tie_embeddings": True,
         "zero_init": False,
         "logit_softcap": 0.0,
+        "bigram_rows": 0,
+        "trigram_rows": 0,
     },
     "llama": {
         "norm": "rmsnorm",
         "position": "rope",
         "activation": "swiglu",
+        "norm_weight": True,
         "qk_norm": False,
         "bias": False,
         "tie_embeddings": False,
         "zero_init": False,
         "logit_softcap": 0.0,
+        "bigram_rows": 0,
+        "trigram_rows": 0,
     },
     "modern": {
         "norm": "rmsnorm",
         "position": "rope",
         "activation": "relu2",
+        "norm_weight": False,
         "qk_norm": True,
         "bias": False,
         "tie_embeddings": False,
         "zero_init": True,
         "logit_softcap": 15.0,
+        "bigram_rows": 8192,
+        "trigram_rows": 16384,
     },
 }
 
@@ -74,11 +83,15 @@ class GPTConfig:
     n_inner: int | None = None
     """Hidden width of the MLP; 4 n_embd when not given (swiglu: 8/3 n_embd rounded up to a multiple of 32)."""
     dropout: float = 0.0
-    """Probability of dropping an embedding, an attention weight or a block's output, while training."""
+    """Probability of dropping an embedding or a block's output, while training."""
+    attn_dropout: float | None = None
+    """Probability of dropping an attention weight; as dropout when not given. 0 keeps the fused kernel on a CPU."""
     norm: Norm | None = None
     """layernorm or rmsnorm."""
     norm_eps: float = 1e-5
     """Added to the variance inside a norm."""
+    norm_weight: bool | None = None
+    """rmsnorm multiplies by a learned weight a channel; layernorm always does."""
     position: Position | None = None
     """learned position embeddings, or rope (rotary, half-split pairs)."""
     rope_theta: float = 10000.0
@@ -96,6 +109,11 @@ class GPTConfig:
     logit_softcap: float | None = None
     """c > 0: logits become c tanh(logits / c); 0 leaves them as they are."""
 
+    bigram_rows: int | None = None
+    """Rows of an embedding of each token with the one before it; pairs share rows where they must. 0: none."""
+    trigram_rows: int | None = None
+    """Rows of an embedding of each token with the two before it; 0: none."""
+
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ConfigError(f"model.preset: '{self.preset}' is none of {', '.join(PRESETS)}")
@@ -103,6 +121,7 @@ class GPTConfig:
             **PRESETS[self.preset],
             "n_kv_head": self.n_head,
             "head_dim": self.n_embd // max(self.n_head, 1),
+            "attn_dropout": self.dropout,
         }
         for name, value in derived.items():
             if getattr(self, name) is None:
@@ -119,6 +138,10 @@ class GPTConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 2**31:
                 raise ConfigError(f"model.{name}: {value!r} is not a whole number from 1 to {2**31}")
+        for name in ("bigram_rows", "trigram_rows"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 2**31:
+                raise ConfigError(f"model.{name}: {value!r} is not a whole number from 0 (none) to {2**31}")
         if self.n_head % self.n_kv_head:  # type: ignore[operator]
             raise ConfigError(
                 f"model.n_kv_head: {self.n_kv_head} does not divide n_head ({self.n_head}); choose a divisor of it"
@@ -130,8 +153,9 @@ class GPTConfig:
             )
         if self.position == "rope" and self.head_dim % 2:  # type: ignore[operator]
             raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope turns pairs, so it must be even")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"model.dropout: {self.dropout} is not in [0, 1)")
+        for name in ("dropout", "attn_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"model.{name}: {getattr(self, name)} is not in [0, 1)")
         for name in ("norm_eps", "rope_theta"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not a positive number")

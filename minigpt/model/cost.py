@@ -11,27 +11,55 @@ from minigpt.model.config import GPTConfig
 class Cost:
     """Counts of one model. A multiply-add is two floating-point operations (FLOPs)."""
 
-    parameters: int
-    """All of them, shared ones once."""
     embedding_parameters: int
-    """Token and position embeddings; the unembedding too where it is not tied."""
+    """Token, n-gram and position embeddings, with the unembedding where it is tied to them."""
+    block_parameters: int
+    """All blocks and the last norm."""
+    matrix_parameters: int
+    """Those of them that are in matrices: what Muon updates."""
+    unembedding_parameters: int
+    """0 where it is the embedding."""
     forward_flops: int
     """FLOPs a token of a forward at full context: 2 a matrix weight, and 4 H D S for attention, S averaged (causal)."""
-    training_flops: int
-    """FLOPs a token of a training step: three forwards' worth."""
     cache_bytes_per_token: int
     """Keys and values of all layers in float32 (2 n_layer n_kv_head head_dim 4 bytes)."""
-    state_bytes: int
-    """Weights, gradients and AdamW's two moments in float32: 16 bytes a parameter."""
 
-    def activation_bytes(self, config: GPTConfig, tokens: int) -> int:
-        """A rough count of what float32 training keeps of `tokens` tokens for the backward pass, logits included."""
-        assert config.n_inner is not None and config.head_dim is not None and config.n_kv_head is not None
-        gated = 3 if config.activation == "swiglu" else 2
-        heads = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim
-        layer = 4 * config.n_embd + heads + gated * config.n_inner
-        assert config.vocab_size is not None
-        return 4 * tokens * (config.n_layer * layer + 2 * config.n_embd + 2 * config.vocab_size)
+    @property
+    def parameters(self) -> int:
+        """All of them, shared ones once."""
+        return self.embedding_parameters + self.block_parameters + self.unembedding_parameters
+
+    @property
+    def training_flops(self) -> int:
+        """FLOPs a token of a training step: three forwards' worth (Kaplan et al. 2020, arXiv 2001.08361)."""
+        return 3 * self.forward_flops
+
+    def optimizer_bytes(self, name: str) -> int:
+        """What the optimizer remembers in float32, but for a counter a tensor.
+
+        Args:
+            name: "adamw" (two moments a parameter) or "muon" (one for matrices inside blocks, two for the rest).
+        """
+        return 4 * (2 * self.parameters - (self.matrix_parameters if name == "muon" else 0))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that training keeps from the forward pass for the backward pass, for one token; uncompiled, no dropout."""
+
+    block: int
+    """One block's."""
+    stream: int
+    """The input of a block: all that is kept of one under activation checkpointing."""
+    ends: int
+    """The last norm's."""
+    logits: int
+    """The logits and what the loss makes of them."""
+
+    def bytes(self, layers: int, tokens: int, checkpointing: bool = False) -> int:
+        """All of it but the logits, for `tokens` tokens of a forward through `layers` blocks."""
+        blocks = layers * self.stream + self.block if checkpointing else layers * self.block
+        return tokens * (blocks + self.ends)
 
 
 def cost_of(config: GPTConfig) -> Cost:
@@ -42,23 +70,45 @@ def cost_of(config: GPTConfig) -> Cost:
     qkv_width = (config.n_head + 2 * config.n_kv_head) * config.head_dim
     attention = width * qkv_width + config.n_head * config.head_dim * width
     mlp = (3 if config.activation == "swiglu" else 2) * width * config.n_inner
-    biases = 0
-    if config.bias:
-        biases = qkv_width + width + config.n_inner + width
-    norm = width * (2 if config.norm == "layernorm" and config.bias else 1)
-    block = attention + mlp + biases + 2 * norm + (2 * config.head_dim if config.qk_norm else 0)
+    gates = config.n_inner if config.activation == "swiglu" else 0
+    biases = qkv_width + width + config.n_inner + gates + width if config.bias else 0
+    weighs = config.norm == "layernorm" or bool(config.norm_weight)
+    norm = width * (2 if config.norm == "layernorm" and config.bias else 1) * weighs
+    block = attention + mlp + biases + 2 * norm + (2 * config.head_dim if config.qk_norm and config.norm_weight else 0)
     positions = config.block_size * width if config.position == "learned" else 0
-    unembedding = 0 if config.tie_embeddings else vocab * width
-    embeddings = vocab * width + positions + unembedding
-    matrices = layers * (attention + mlp) + vocab * width
+    ngrams = min(config.bigram_rows or 0, vocab * (vocab + 1)) * width
+    ngrams += min(config.trigram_rows or 0, vocab * (vocab + 1) ** 2) * width
+    matrices = layers * (attention + mlp)
     scores = 4 * layers * config.n_head * config.head_dim * (config.block_size + 1) // 2
-    parameters = layers * block + norm + embeddings
-    forward = 2 * matrices + scores
     return Cost(
-        parameters=parameters,
-        embedding_parameters=embeddings,
-        forward_flops=forward,
-        training_flops=3 * forward,
+        embedding_parameters=vocab * width + ngrams + positions,
+        block_parameters=layers * block + norm,
+        matrix_parameters=matrices,
+        unembedding_parameters=0 if config.tie_embeddings else vocab * width,
+        forward_flops=2 * (matrices + vocab * width) + scores,
         cache_bytes_per_token=2 * layers * config.n_kv_head * config.head_dim * 4,
-        state_bytes=16 * parameters,
     )
+
+
+def activations_of(config: GPTConfig, half: bool = False) -> Activations:
+    """What a token's forward leaves for the backward pass.
+
+    Args:
+        config: of the model; vocab_size must be known.
+        half: whether matrix products are in bfloat16, as under bf16-mixed. The stream and the norms stay float32.
+    """
+    assert config.vocab_size is not None and config.n_inner is not None
+    assert config.n_kv_head is not None and config.head_dim is not None
+    size = 2 if half else 4
+    width, vocab = config.n_embd, config.vocab_size
+    keys, heads = config.n_kv_head * config.head_dim, config.n_head * config.head_dim
+    norm = 4 * width + (2 if half else 4) * width  # its input, and its output in the products' dtype
+    attention = size * (heads + 2 * keys)  # queries, keys and values as they were made
+    if config.qk_norm:
+        attention += 4 * (heads + keys)
+    if config.position == "rope":
+        attention += 4 * (heads + keys)
+    attention += size * heads + 4 * config.n_head  # what was read, and the sums of the softmax
+    inner = size * config.n_inner * (4 if config.activation == "swiglu" else 2)
+    logits = 4 * vocab * (2 if config.logit_softcap else 1) + (2 * vocab if half else 0)
+    return Activations(block=2 * norm + attention + inner, stream=4 * width, ends=norm, logits=logits)

@@ -37,7 +37,8 @@ def explicit_norm(
     if isinstance(norm, LayerNorm):
         wide = wide - wide.mean(-1, keepdim=True)
     scale = tap(f"{at}hook_scale", (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt())
-    y = tap(f"{at}hook_normalized", (wide / scale).to(x.dtype)) * norm.weight
+    y = tap(f"{at}hook_normalized", (wide / scale).to(x.dtype))
+    y = y if norm.weight is None else y * norm.weight
     bias = getattr(norm, "bias", None)
     return y if bias is None else y + bias
 
@@ -50,7 +51,8 @@ def explicit_attention(
     def tapped(name: str, heads: Tensor) -> Tensor:  # (B, heads, T, D), shown with the position before the head
         return tap(at + name, heads.transpose(1, 2)).transpose(1, 2)
 
-    q, k, v = attn.split(x)  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+    counts = (attn.n_head, attn.n_kv_head, attn.n_kv_head)
+    q, k, v = attn.heads(x).split(counts, dim=1)  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
     q, k, v = tapped("hook_q", q), tapped("hook_k", k), tapped("hook_v", v)
     if attn.q_norm is not None and attn.k_norm is not None:
         q = explicit_norm(attn.q_norm, q, tap, f"{at}q_norm.")
@@ -99,6 +101,8 @@ def explicit_trunk(trunk: Trunk, ids: Tensor, cache: KVCache | None = None, tap:
     """Token ids (B, T) -> normed hidden states (B, T, C)."""
     step = trunk.begin(ids, cache)
     x = tap("hook_embed", trunk.embed(ids))
+    for name, term in trunk.ngrams(ids, step, cache):
+        x = x + tap(f"hook_{name}_embed", term)
     if trunk.position is not None:
         x = x + tap("hook_pos_embed", trunk.position(step.positions).expand_as(x))
     x = trunk.drop(x)

@@ -130,7 +130,7 @@ class Compiled(nn.Module):
         slots = torch.arange(step.width, device=ids.device)  # its size is the one thing that changes from step to step
         torch._dynamo.maybe_mark_dynamic(slots, 0)
         try:
-            logits = self.step(self.model, ids, cache.keys, cache.values, step.positions, slots)
+            logits = self.step(self.model, ids, cache.keys, cache.values, cache.ids, step.positions, slots)
         except Exception as error:  # no compiler, or a kernel that does not compile: both come as many types
             if "dynamo" not in type(error).__module__ and "inductor" not in type(error).__module__:
                 raise
@@ -141,11 +141,16 @@ class Compiled(nn.Module):
         return logits
 
 
-class _Slots:
+class _Slots(KVCache):
     """The part of a cache that a compiled step works on: tensors alone, so that no plain number is compiled in."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: list[Tensor], values: list[Tensor], ids: list[Tensor]) -> None:
+        self.keys, self.values, self.ids = keys, values, ids
+
+    @property
+    def rows(self) -> int:
+        """As `KVCache.rows`."""
+        return self.ids[0].shape[0]
 
     def append(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """As `KVCache.append`."""
@@ -161,13 +166,19 @@ class _Slots:
 
 
 def _step(
-    model: GPT, ids: Tensor, keys: list[Tensor], values: list[Tensor], positions: Tensor, slots: Tensor
+    model: GPT,
+    ids: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    held: list[Tensor],
+    positions: Tensor,
+    slots: Tensor,
 ) -> Tensor:  # (B, 1) -> (B, V)
     # One query a row: where all rows stand at the same place it sees every slot.
     mask = None if positions.dim() == 1 else (slots <= positions[:, :, None])[:, None]  # (B, 1, 1, S)
     step = Step(positions, mask, False, slots.shape[0])
-    cache = _Slots(keys, values)
-    x = model.trunk.start(ids, step)  # (B, 1, C)
+    cache = _Slots(keys, values, held)
+    x = model.trunk.start(ids, step, cache)  # (B, 1, C)
     for block in model.trunk.blocks:
         x = block(x, step, cache)
     return model.unembed(model.trunk.norm(x)[:, -1])

@@ -8,6 +8,7 @@ Shapes are written in trailing comments with these letters, the same in every fi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -18,7 +19,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.attention import Attention
 from minigpt.model.cache import KVCache, Step, causal_step
 from minigpt.model.config import GPTConfig
-from minigpt.model.layers import MLP, make_norm, widen
+from minigpt.model.layers import MLP, NgramEmbedding, make_norm, widen
 
 
 class Block(nn.Module):
@@ -46,6 +47,9 @@ class Trunk(nn.Module):
         assert config.vocab_size is not None
         self.block_size = config.block_size
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        ngrams = ((2, config.bigram_rows), (3, config.trigram_rows))
+        tables = [NgramEmbedding(n, config.vocab_size, rows, config.n_embd) if rows else None for n, rows in ngrams]
+        self.bigram, self.trigram = tables
         self.position = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -61,16 +65,32 @@ class Trunk(nn.Module):
             )
         return causal_step(ids.shape[1], ids.device) if cache is None else cache.begin(ids.shape[1])
 
-    def start(self, ids: Tensor, step: Step) -> Tensor:  # (B, T) -> (B, T, C)
+    def ngrams(self, ids: Tensor, step: Step, cache: KVCache | None) -> Iterator[tuple[str, Tensor]]:
+        """What the embeddings of tokens with those before them add to the stream, by name, each (B, T, C)."""
+        tables = [(name, table) for name in ("bigram", "trigram") if (table := getattr(self, name)) is not None]
+        if not tables:
+            return
+        n = tables[-1][1].n
+        if cache is None:
+            padded = F.pad(ids, (n - 1, 0), value=-1)
+            history = padded.unfold(1, n, 1).flip(-1)  # (B, T, n)
+        else:
+            history = cache.history(ids, step, n)
+        for name, table in tables:
+            yield name, table(history)
+
+    def start(self, ids: Tensor, step: Step, cache: KVCache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
         """The stream as the first block receives it."""
         x = self.embed(ids)  # (B, T, C)
+        for _, term in self.ngrams(ids, step, cache):
+            x = x + term
         if self.position is not None:
             x = x + self.position(step.positions)  # (T, C) or (B, T, C)
         return self.drop(x)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
         step = self.begin(ids, cache)
-        x = self.start(ids, step)  # (B, T, C)
+        x = self.start(ids, step, cache)  # (B, T, C)
         for block in self.blocks:
             x = block(x, step, cache)
         if cache is not None:
@@ -139,7 +159,7 @@ class GPT(nn.Module):
                     nn.init.zeros_(parameter)
                 else:
                     nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer), generator=generator)
-            elif config.zero_init and name == "unembed.weight":
+            elif "gram.weight" in name or (config.zero_init and name == "unembed.weight"):
                 nn.init.zeros_(parameter)
             elif config.zero_init and name.startswith("trunk.blocks"):
                 bound = math.sqrt(3 / parameter.shape[1])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt.model import byhand
 from minigpt.model.config import GPTConfig
 
 
@@ -22,22 +23,53 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 inside (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 inside (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    def __init__(self, width: int, eps: float) -> None:
+    The weight is None where the config has no norm weights.
+    """
+
+    def __init__(self, width: int, eps: float, weight: bool = True) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width)) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        if byhand.suits(x):
+            y = byhand.ScaledToUnit.apply(x, self.eps)
+            return y if self.weight is None else y * self.weight
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
 
 def make_norm(config: GPTConfig, width: int) -> LayerNorm | RMSNorm:
     """The norm that the config names, over `width` channels."""
     if config.norm == "layernorm":
         return LayerNorm(width, config.norm_eps, bool(config.bias))
-    return RMSNorm(width, config.norm_eps)
+    return RMSNorm(width, config.norm_eps, bool(config.norm_weight))
+
+
+class NgramEmbedding(nn.Module):
+    """An embedding of each token with the n - 1 before it, added to the token's own; it starts at zero
+    (Huang et al. 2025, arXiv 2501.16975).
+
+    With V tokens there are V (V + 1)^(n-1) such groups, as at a text's beginning there may be none before. They have a
+    row each where there are rows enough; otherwise a hash spreads them over `rows`.
+    """
+
+    def __init__(self, n: int, vocab_size: int, rows: int, width: int) -> None:
+        super().__init__()
+        self.n, self.base = n, vocab_size + 1
+        groups = vocab_size * self.base ** (n - 1)
+        self.hashed = rows < groups
+        self.weight = nn.Parameter(torch.empty(min(rows, groups), width))
+
+    def forward(self, history: Tensor) -> Tensor:  # (B, T, n or more): the token, the one before, ... -> (B, T, C)
+        group = history[..., 0]
+        for back in range(1, self.n):
+            group = group * self.base + history[..., back] + 1  # -1, for none, becomes 0
+        if self.hashed:  # Fibonacci hashing: 2^64 divided by the golden ratio, then the upper bits
+            group = (group * -7046029254386353131 >> 33) % len(self.weight)
+        return F.embedding(group, self.weight)
 
 
 class Rotary(nn.Module):
@@ -69,6 +101,8 @@ class Rotary(nn.Module):
         cos, sin = self.cos[positions], self.sin[positions]  # (T, D) or (B, T, D)
         if positions.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D)
+        if byhand.suits(x):
+            return byhand.Rotated.apply(x, cos, sin)
         swapped = torch.cat(x.chunk(2, -1)[::-1], -1)  # (B, heads, T, D): each half in the other's place
         return (x * cos + swapped * sin).to(x.dtype)
 
@@ -90,7 +124,7 @@ class MLP(nn.Module):
         if gate is not None:
             return F.silu(gate) * pre
         if self.activation == "relu2":
-            return F.relu(pre).square()
+            return byhand.SquaredReLU.apply(pre) if byhand.suits(pre, half=True) else F.relu(pre).square()
         return F.gelu(pre, approximate="tanh" if self.activation == "gelu" else "none")
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from minigpt.training.sharding import like, local
+
 
 class Average:
     """An exponential moving average (Polyak & Juditsky 1992) of a model's parameters.
@@ -32,8 +34,15 @@ class Average:
         """Take the model's weights in."""
         self.updates += 1
         part = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        parameters = [parameter.detach() for parameter in self.model.parameters()]
-        torch._foreach_lerp_(list(self.tensors.values()), parameters, part)
+        parameters = [local(parameter.detach()) for parameter in self.model.parameters()]
+        torch._foreach_lerp_([local(tensor) for tensor in self.tensors.values()], parameters, part)
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Go on from averaged weights that were saved, by parameter name, after this many updates."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(like(tensors[name], tensor))
+        self.updates = updates
 
     @torch.no_grad()
     def exchange(self) -> None:

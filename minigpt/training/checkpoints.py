@@ -10,27 +10,36 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from minigpt.checkpoint import (
     load_weights,
-    prune,
     read_training_state,
     read_training_tensors,
     read_weights,
+    refuse_nonfinite,
     save_checkpoint,
+    state_of,
 )
+from minigpt.durable import check_space
+from minigpt.runs import Best, prune, read_best, record_best, step_of
 from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
+from minigpt.training.average import Average
 from minigpt.training.config import TrainConfig
 from minigpt.training.each_step import EachStep, due
 from minigpt.training.metrics import Metrics
 from minigpt.training.module import TrainingModule
 from minigpt.training.optimizer import optimizer_tensors, restore_optimizer
+from minigpt.training.sharding import gather, share_out
 from minigpt.training.stopping import Agreement
+
+RAW = "raw/"  # before the names of the raw weights, where model.safetensors holds averaged ones
 
 
 class Checkpoints(EachStep):
-    """Restores the checkpoint a run goes on from, then saves every `checkpoint.every` steps, at the end and on a stop.
+    """Restores the checkpoint a run goes on from, then saves every `checkpoint.every` steps, at the end, on a stop, and
+    where validation found the best loss so far.
 
     Args:
         run: the run's folder.
@@ -55,17 +64,22 @@ class Checkpoints(EachStep):
         self.run, self.config, self.tokenizer, self.start = run, config, tokenizer, start
         self.corpus_hash = corpus_hash
         self.agreement, self.metrics, self.sampling = agreement, metrics, sampling
+        self.saved = step_of(start) if start else 0  # the last step that there is a checkpoint of
+        self.best = read_best(run)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.start is None:
-            return
         assert isinstance(pl_module, TrainingModule)
-        state = read_training_state(self.start)
-        load_weights(pl_module.model, read_weights(self.start)[1], self.start)
-        restore_optimizer(trainer.optimizers[0], pl_module.model, read_training_tensors(self.start))
-        self.metrics.seconds_before = state["seconds"]
-        if trainer.is_global_zero:
-            self._announce_changes(state["environment"], environment(pl_module.device))
+        if self.start is not None:
+            state = read_training_state(self.start)
+            restore(trainer.optimizers[0], pl_module, self.start, state)
+            self.metrics.seconds_before = state["seconds"]
+            if trainer.is_global_zero:
+                self._announce_changes(state["environment"], environment(pl_module.device))
+        elif pl_module.average:
+            pl_module.average = Average(pl_module.model, pl_module.average.decay)  # on the model's device now
+        if trainer.is_global_zero:  # a disk that cannot hold one checkpoint is found out now
+            weights = sum(parameter.numel() * parameter.element_size() for parameter in pl_module.model.parameters())
+            check_space(self.run / "checkpoints", weights * (3 if pl_module.average else 2))
 
     def _announce_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
@@ -73,32 +87,83 @@ class Checkpoints(EachStep):
             notice(f"the run goes on, but not to the bit, since this changed: {', '.join(changed)}")
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if due(step, self.config.checkpoint.every, self.config.trainer.max_steps) or self.agreement.stopping:
-            if trainer.is_global_zero:
-                self._save(trainer, module, step)
-            if trainer.world_size > 1:
-                dist.barrier()
+        asked = self.agreement.stopping or self.agreement.save_now
+        if asked or due(step, self.config.checkpoint.every, self.config.trainer.max_steps):
+            self.ensure(trainer, module, step)
 
-    def _save(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+    def ensure(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        """Have a checkpoint of this step, the one in progress, on every process."""
+        if self.saved == step:
+            return
         began = time.monotonic()
+        weights, tensors = training_tensors(trainer, module)
+        if trainer.is_global_zero:
+            self._save(module, step, weights, tensors)
+            self._prune()
+        if trainer.world_size > 1:
+            dist.barrier()
+        self.saved = step
+        self.metrics.pause("save", time.monotonic() - began)
+
+    def keep_best(self, trainer: pl.Trainer, module: TrainingModule, best: Best) -> None:
+        """Validation found its best loss at this step: have a checkpoint of it, recorded as the best."""
+        self.ensure(trainer, module, best.step)
+        self.best = best
+        if trainer.is_global_zero:
+            record_best(self.run, best)
+            self._prune()  # the one that was the best before
+
+    def _prune(self) -> None:
+        prune(self.run, self.config.checkpoint.keep, self.best.step if self.best else None)
+
+    def _save(self, module: TrainingModule, step: int, weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         self.metrics.sync()
+        state = {
+            "step": step,
+            "tokens": step * self.config.batch.tokens,
+            "corpus": self.corpus_hash,
+            "seconds": self.metrics.seconds(),
+            "environment": environment(module.device),
+        }
+        if module.average:
+            state["average_updates"] = module.average.updates
         save_checkpoint(
             self.run / "checkpoints" / f"step-{step:08d}",
             module.model,
             self.tokenizer,
+            weights=weights,
             sampling=self.sampling,
             train_config=self.config.to_dict(),
-            state={
-                "step": step,
-                "tokens": step * self.config.batch.tokens,
-                "corpus": self.corpus_hash,
-                "seconds": self.metrics.seconds(),
-                "environment": environment(module.device),
-            },
-            state_tensors=optimizer_tensors(trainer.optimizers[0], module.model),
+            state=state,
+            state_tensors=tensors,
         )
-        prune(self.run, self.config.checkpoint.keep)
-        self.metrics.paused += time.monotonic() - began
+
+
+def training_tensors(trainer: pl.Trainer, module: TrainingModule) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a checkpoint holds, by name: the weights that are evaluated, and the tensors of training."""
+    moments = gather(optimizer_tensors(trainer.optimizers[0], module.model))
+    weights = gather(state_of(module.model))
+    if module.average is None:
+        return weights, moments
+    return gather(module.average.tensors), {**{RAW + name: tensor for name, tensor in weights.items()}, **moments}
+
+
+def restore(optimizer: torch.optim.Optimizer, module: TrainingModule, start: Path, state: dict[str, Any]) -> None:
+    """Put back what training_tensors gave, from a checkpoint: weights, averaged weights, optimizer state.
+
+    A run that begins to average starts with the weights it has; one that ceases to goes on from the raw ones.
+    Raises CheckpointError where a tensor does not fit, NonFiniteError where one holds NaN or infinity.
+    """
+    weights, tensors = read_weights(start)[1], read_training_tensors(start)
+    refuse_nonfinite(weights, f"{start}: cannot be resumed")
+    raw = {name.removeprefix(RAW): tensor for name, tensor in tensors.items() if name.startswith(RAW)}
+    load_weights(module.model, share_out(raw or weights, module.model), start)
+    moments = {name: tensor for name, tensor in tensors.items() if not name.startswith(RAW)}
+    restore_optimizer(optimizer, module.model, moments)
+    if module.average:
+        module.average = Average(module.model, module.average.decay)
+        if raw:
+            module.average.restore(weights, state.get("average_updates", 0))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

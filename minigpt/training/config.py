@@ -34,6 +34,8 @@ class OptimizerConfig:
     """muon: Muon for the matrices inside blocks, AdamW for the rest. adamw: AdamW for all."""
     learning_rate: float = 4e-3
     """AdamW's peak learning rate."""
+    embedding_learning_rate: float = 0.1
+    """AdamW's peak learning rate for embeddings that start with unit variance (modern preset)."""
     muon_learning_rate: float = 0.02
     """Muon's peak learning rate; it follows the same schedule."""
     muon_momentum: float = 0.95
@@ -55,7 +57,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW: added to the denominator."""
     weight_decay: float = 0.5
-    """Decay of matrices and embeddings, times their learning rate; norms and biases have none."""
+    """Decay of matrices and embeddings, times learning_rate, whatever their own is; norms and biases have none."""
     ema_decay: float = 0.0
     """Validate, save and sample a running average of the weights with this decay a step, say 0.99; 0: the weights."""
 
@@ -156,6 +158,10 @@ class TrainConfig:
         """Plain values, as config.yaml holds them."""
         return asdict(self)
 
+    def flat(self) -> dict[str, Any]:
+        """Every field by its dotted name, as in model.n_layer."""
+        return flatten(self.to_dict())
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of to_dict. Raises ConfigError for a field this version does not know."""
@@ -200,6 +206,7 @@ class TrainConfig:
             "eval.tokens": self.eval.tokens,
             "batch.micro_batch_size": self.micro_batch_size,
             "optimizer.learning_rate": self.optimizer.learning_rate,
+            "optimizer.embedding_learning_rate": self.optimizer.embedding_learning_rate,
             "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
             "optimizer.newton_schulz_steps": self.optimizer.newton_schulz_steps,
             "minutes": 1.0 if self.minutes is None else self.minutes,
@@ -244,6 +251,14 @@ class TrainConfig:
             )
         if self.trainer.threads is not None and self.trainer.threads < 1:
             raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dict with dotted names."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
 
 
 def _build(kind: Any, values: dict[str, Any], where: str) -> Any:

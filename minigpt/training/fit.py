@@ -6,28 +6,34 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt.data.batches import Batches, ValidationWindows, validation_windows
 from minigpt.data.shards import open_corpus
-from minigpt.errors import ConfigError, Interrupted, MemoryExceeded
+from minigpt.errors import ConfigError, DistributedError, Interrupted
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
+from minigpt.terminal import hushed
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig
+from minigpt.training.join import agree, code_identity, connect, join
 from minigpt.training.loader import MicroBatches
 from minigpt.training.loggers import finish, make_loggers
 from minigpt.training.metrics import Metrics, rewind_metrics
 from minigpt.training.module import TrainingModule
 from minigpt.training.observing import Samples, Validation
-from minigpt.training.progress import set_progress, without_signal_broadcast
+from minigpt.training.progress import NoProfiler, set_progress, without_signal_broadcast
+from minigpt.training.rehearsal import Rehearsal, memory_errors, training_advice
 from minigpt.training.settle import Job
 from minigpt.training.stopping import Agreement
+from minigpt.training.strategy import make_strategy
+from minigpt.training.watch import Watch
 
 
 def fit(job: Job) -> None:
@@ -36,7 +42,17 @@ def fit(job: Job) -> None:
     Raises:
         Interrupted: asked to stop; a checkpoint was saved at the step that was in progress.
         NonFiniteError: loss or gradient stayed NaN or infinite.
+        MemoryExceeded: what a step needs does not fit; found before anything is written.
+        DistributedError: the processes cannot meet, were started differently, or one was lost.
     """
+    agreement = Agreement()
+    resume = f"go on with --run_name {job.run.name} --resume auto"
+    with agreement.listening(), hushed(job.probe):
+        _fit(job, agreement, resume)
+    agreement.raise_if_stopped(resume)
+
+
+def _fit(job: Job, agreement: Agreement, resume: str) -> None:
     config, run = job.config, job.run
     world_size = config.processes
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
@@ -44,6 +60,12 @@ def fit(job: Job) -> None:
         torch.set_num_threads(config.trainer.threads or max(1, torch.get_num_threads() // config.trainer.devices))
 
     corpus = open_corpus(job.corpus)
+    watch = None
+    if world_size > 1:
+        store = connect()
+        agree(store, "code or corpus", {"corpus": corpus.hash, **code_identity()})
+        join(store, config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available())
+        watch = Watch(run, rank, world_size, config.trainer.hang_seconds, resume)
     batches = Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)
     windows: ValidationWindows | None = None
     if len(corpus.val):
@@ -54,13 +76,17 @@ def fit(job: Job) -> None:
     if rank == 0:
         rewind_metrics(run / "metrics.jsonl", job.first_step)
 
-    agreement = Agreement()
-    metrics = Metrics(run, config, batches, agreement, job.first_step)
+    loader = MicroBatches(batches, config, job.first_step, rank)
+    metrics = Metrics(run, config, loader, agreement, job.first_step)
     sampling = SamplingConfig(temperature=config.sample.temperature).to_dict()
     checkpoints = Checkpoints(run, config, corpus.tokenizer, corpus.hash, job.start, agreement, metrics, sampling)
     owed_at = {what: job.first_step if what in job.owed else None for what in ("validation", "sample")}
-    validation = Validation(config, windows, corpus.tokenizer, agreement, metrics, owed_at["validation"])
+    validation = Validation(
+        config, windows, corpus.tokenizer, agreement, metrics, checkpoints, job.standing, owed_at["validation"]
+    )
     samples = Samples(run, config, corpus.tokenizer, agreement, metrics, owed_at["sample"])
+
+    rehearsal = Rehearsal(config, batches, windows)
 
     quiet_lightning()
     precision = config.trainer.precision
@@ -69,51 +95,48 @@ def fit(job: Job) -> None:
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
-        strategy=DDPStrategy(gradient_as_bucket_view=True) if world_size > 1 else "auto",
+        strategy=make_strategy(config),
         precision=precision,
-        max_steps=config.trainer.max_steps,
+        max_steps=job.last_step,
         accumulate_grad_batches=config.accumulation,
         log_every_n_steps=config.trainer.log_every_n_steps,
-        # At the end of every step: agree, write, save, and only then spend time on looking.
-        callbacks=[agreement, metrics, checkpoints, validation, samples],
+        # Rehearse before the first step; at the end of every step agree, write, save, and only then look.
+        callbacks=[*([watch] if watch else []), agreement, metrics, rehearsal, checkpoints, validation, samples],
+        plugins=[TorchElasticEnvironment() if world_size > 1 else LightningEnvironment()],  # SLURM's would requeue
         logger=make_loggers(config, run, rank),
         limit_val_batches=0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        profiler=NoProfiler(),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     set_progress(trainer, job.first_step)
     without_signal_broadcast(trainer)
-    resume = f"go on with --run_name {run.name} --resume auto"
     try:
-        with foreign_errors(config, resume):
-            trainer.fit(module, train_dataloaders=MicroBatches(batches, config, job.first_step, rank))
+        with foreign_errors(config, resume), watch.watching() if watch else nullcontext():
+            trainer.fit(module, train_dataloaders=loader)
     finally:
         finish(trainer.loggers)
-    agreement.raise_if_stopped(resume)
 
 
 @contextmanager
 def foreign_errors(config: TrainConfig, resume: str) -> Iterator[None]:
     """Turn what torch and Lightning raise for a user's circumstances into our errors."""
     try:
-        yield
+        with memory_errors(training_advice(config)):
+            yield
     except SystemExit as error:  # Lightning turns a Ctrl-C before the first step into exit(1)
         if isinstance(error.__context__, KeyboardInterrupt):
             raise Interrupted(f"stopped; {resume}") from None
         raise
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "closed by peer" not in str(error):
             raise
-        rows = config.micro_batch_size
-        raise MemoryExceeded(
-            f"out of memory with {rows} rows of {config.model.block_size} tokens a forward; give "
-            f"--batch.micro_batch_size {max(1, rows // 2)}: the rest of the step is accumulated, with the same result"
-        ) from error
+        raise DistributedError(f"lost another process ({str(error).splitlines()[0]}); {resume}") from error
 
 
 def quiet_lightning() -> None:

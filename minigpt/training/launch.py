@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import subprocess
 import sys
 import time
-from contextlib import ExitStack
-from datetime import timedelta
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from minigpt.errors import ConfigError, DistributedError, Interrupted, MinigptError
 from minigpt.terminal import notice
+from minigpt.training.budget import plan, report
 from minigpt.training.config import TrainConfig
 from minigpt.training.fit import fit
+from minigpt.training.join import STARTED_BY_TORCHRUN, agree, connect, tell
+from minigpt.training.processes import Processes
 from minigpt.training.settle import Job, settle
-
-# What torchrun tells each process that it starts.
-STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def train(config: TrainConfig) -> Path:
@@ -37,80 +38,84 @@ def train(config: TrainConfig) -> Path:
             f"on each: torchrun --nnodes {config.trainer.num_nodes} --nproc_per_node {config.trainer.devices} "
             f"--rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ..."
         )
+    run_job = fit if config.processes == 1 else _launch
     with ExitStack() as held:
-        job = settle(config, held)
+        job = settle(config, held, lambda job: plan(job, run_job))
         if job.finished:
-            notice(f"{job.run}: finished at step {job.first_step}; raise trainer.max_steps to go on")
-        elif config.processes == 1:
-            fit(job)
+            notice(job.ending)
         else:
-            _launch(job)
+            run_job(job)
+            report(job)
     return job.run
 
 
 def _launch(job: Job) -> None:
-    """Run the job in several processes of this machine, under torch's elastic launcher: it names the one that dies."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job.config.trainer.devices,
-        run_id=f"{job.config.run_name}-{time.time_ns()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
+    """Run the job in several processes of this machine."""
+    name = f"{job.config.run_name}-{time.time_ns()}"
+    command = [sys.executable, "-m", "minigpt.training.worker", json.dumps(job.to_dict())]
     resume = f"go on with --run_name {job.run.name} --resume auto"
-    try:
-        elastic_launch(launch, sys.executable)("-m", "minigpt.training.worker", json.dumps(job.to_dict()))
-    except SignalException as error:  # we were told to stop; the processes were told too, saved and left
-        raise Interrupted(f"stopped by {error.sigval.name}; {resume}", 128 + error.sigval) from None
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        stopped = MinigptError(f"process {rank} ended ({how}); {resume}")
-        stopped.exit_code = failure.exitcode if failure.exitcode > 0 else DistributedError.exit_code
-        raise stopped from None
+    with Processes(command, job.config.trainer.devices, name) as processes:
+        processes.wait()
+        if cause := processes.cause():
+            stopped = MinigptError(f"{processes.how_it_ended(cause)}; {resume}")
+            stopped.exit_code = cause[1] if cause[1] > 0 else DistributedError.exit_code
+            raise stopped
+        if stop := processes.stopped_by():
+            raise Interrupted(f"stopped by {stop.name}; {resume}", 128 + stop)
 
 
 def _train_as_one_of_many(config: TrainConfig) -> Path:
     """Under torchrun: the first process settles the job and tells the others."""
-    import torch
-    import torch.distributed as dist
-
     if int(os.environ["WORLD_SIZE"]) != config.processes:
         raise ConfigError(
             f"trainer.devices: {config.trainer.devices} x trainer.num_nodes {config.trainer.num_nodes} is not the "
             f"{os.environ['WORLD_SIZE']} processes that were started; make them agree"
         )
-    on_gpu = config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # preparing a corpus may take hours
-    except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise DistributedError(f"process {os.environ['RANK']} cannot join the others at {where} ({error})") from error
+    import torch.distributed as dist
+
+    store = connect()
+    agree(store, "config", config.flat())
+    turns = itertools.count()
+
+    def say(values: dict | None) -> dict:
+        return tell(dist.PrefixStore(f"turn-{next(turns)}", store), values)
+
+    def probe(job: Job) -> None:
+        name = f"probe-{time.time_ns()}"
+        say({"probe": job.to_dict(), "name": name})
+        _probe_as_one_of_many(job, name)
+
     with ExitStack() as held:
-        told: list = [None]
-        if dist.get_rank() == 0:
+        if os.environ["RANK"] == "0":
             try:
-                told = [settle(config, held).to_dict()]
+                told = say({"job": settle(config, held, lambda job: plan(job, probe)).to_dict()})
             except MinigptError as error:
-                told = [(error.exit_code, str(error))]
-        dist.broadcast_object_list(told, group=patient)
-        if isinstance(told[0], tuple):
-            refused = MinigptError(told[0][1])
-            refused.exit_code = told[0][0]
+                told = say({"refused": str(error), "exit_code": error.exit_code})
+        else:
+            while "probe" in (told := say(None)):
+                with suppress(MinigptError):  # the first process hears of it and says so
+                    _probe_as_one_of_many(Job.from_dict(told["probe"]), told["name"])
+        if "refused" in told:
+            refused = MinigptError(told["refused"])
+            refused.exit_code = told["exit_code"]
             raise refused
-        job = Job.from_dict(told[0])
+        job = Job.from_dict(told["job"])
         if not job.finished:
             fit(job)
-        elif dist.get_rank() == 0:
-            notice(f"{job.run}: finished at step {job.first_step}; raise trainer.max_steps to go on")
+        if os.environ["RANK"] == "0":
+            notice(job.ending) if job.finished else report(job)
     return job.run
+
+
+def _probe_as_one_of_many(job: Job, name: str) -> None:
+    """Run a probe in a process of its own beside each of those that torchrun started; they meet at the same store."""
+    settings = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # there is one: nobody opens another
+        "TORCHELASTIC_RESTART_COUNT": name,  # a part of the store of its own
+    }
+    command = [sys.executable, "-m", "minigpt.training.worker", json.dumps(job.to_dict())]
+    ended = subprocess.run(command, env={**os.environ, **settings}, check=False)
+    if ended.returncode:
+        failed = DistributedError(f"the probe that minutes need failed (exit code {ended.returncode}); see above")
+        failed.exit_code = ended.returncode if ended.returncode > 0 else failed.exit_code
+        raise failed

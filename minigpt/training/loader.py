@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from time import perf_counter
 
 from torch import Tensor
 
@@ -14,13 +16,17 @@ class MicroBatches:
     """Yields (ids, targets), each (micro_batch_size, T) int64: the slice of every global batch that is this process's.
 
     The batches follow from the step alone, so a loader that begins at step s gives what one that ran up to there would.
+
+    Attributes:
+        waited: seconds that reading has taken so far.
     """
 
     def __init__(self, batches: Batches, config: TrainConfig, first_step: int, rank: int = 0) -> None:
         self.batches = batches
-        self.steps = range(first_step, config.trainer.max_steps)
+        self.config, self.steps = config, range(first_step, config.trainer.max_steps)
         self.accumulation, self.rows = config.accumulation, config.micro_batch_size
         self.first_row = rank * self.accumulation * self.rows
+        self.waited = 0.0
 
     def __len__(self) -> int:
         return len(self.steps) * self.accumulation
@@ -29,4 +35,16 @@ class MicroBatches:
         for step in self.steps:
             for micro in range(self.accumulation):
                 begin = self.first_row + micro * self.rows
-                yield self.batches.read(step, slice(begin, begin + self.rows))
+                asked = perf_counter()
+                batch = self.batches.read(step, slice(begin, begin + self.rows))
+                self.waited += perf_counter() - asked
+                yield batch
+
+
+def batch_hash(batches: Batches, step: int) -> str:
+    """Identity of global batch `step`: 16 hex digits of the sha256 over its ids, row by row, as 64-bit little-endian.
+
+    However many processes share the batch, and in however many parts, it is the same.
+    """
+    ids, _ = batches.read(step)  # (rows, T)
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()[:16]

@@ -1,22 +1,98 @@
-"""The training loss: next-token cross-entropy, plain or compiled."""
+"""The training loss: next-token cross-entropy, whole or in chunks, plain or compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from minigpt.data.batches import IGNORED
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import widen
 from minigpt.terminal import notice
 
+# Logits worked on at once. On the CPU a chunk that small stays cheaper to pass over than the whole (2 cores, AVX2,
+# V = 50,304: benchmarks/long_vocabulary.py); a GPU needs more rows of them, or adding each chunk's gradient of the
+# matrix to the sum takes longer than the products do (by arithmetic: 2,668 rows there, 1,300 FLOPs a byte).
+CPU_LOGITS, GPU_LOGITS = 2**24, 2**27
+
 
 def next_token_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of targets (B, T) given ids (B, T)."""
-    logits = model(ids)  # (B, T, V)
-    return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten())
+    """Mean cross-entropy in nats of targets (B, T) given ids (B, T); IGNORED targets count nothing.
+
+    Logits that are more than are worked on at once never exist all together; see chunked_loss.
+    """
+    at_once = CPU_LOGITS if ids.device.type == "cpu" else GPU_LOGITS
+    if ids.numel() * model.vocab_size > at_once:
+        return chunked_loss(model, ids, targets, max(1, at_once // model.vocab_size))
+    return plain_loss(model, ids, targets)
+
+
+def plain_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
+    """As next_token_loss, by all logits at once."""
+    logits = model.unembed(model.trunk(ids))  # (B, T, V)
+    return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def chunked_loss(model: GPT, ids: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """As next_token_loss, with the logits of `rows` tokens at a time.
+
+    Torch's own linear_cross_entropy does the same from version 2.13 on, but knows neither a softcap nor autocast.
+    """
+    hidden, targets = model.trunk(ids).flatten(0, 1), targets.flatten()  # (B T, C), (B T)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    softcap = float(model.unembed.softcap or 0.0)
+    nats = _ChunkedNats.apply(hidden, model.unembed.weight, targets, rows, softcap, dtype)
+    return nats / (targets != IGNORED).sum()
+
+
+class _ChunkedNats(torch.autograd.Function):
+    """The sum of all cross-entropies of an unembedding.
+
+    A chunk's logits z give, while they exist, its part of both gradients, dL/dz = softmax(z) - onehot(target), so that
+    nothing of them is kept and nothing computed again: three matrix products, as in the whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, softcap: float, dtype: torch.dtype
+    ) -> Tensor:
+        matrix = weight.to(dtype)  # (V, C)
+        nats = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        hidden_gradients = []
+        weight_gradient = torch.zeros_like(weight)
+        for states, target in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):  # (R, C), (R)
+            logits = widen(F.linear(states, matrix))  # (R, V)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            log_p = logits.log_softmax(-1)
+            counts = (target != IGNORED)[:, None]  # (R, 1)
+            target = target[:, None].where(counts, 0)
+            nats -= log_p.gather(1, target).where(counts, 0.0).sum()
+            slope = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
+            if softcap:
+                slope *= 1 - (logits / softcap).square()
+            slope = slope.to(dtype)
+            hidden_gradients.append((slope @ matrix).mul_(counts))
+            counted = states * counts  # (R, C)
+            if dtype == weight.dtype:
+                weight_gradient.addmm_(slope.t(), counted)
+            else:
+                weight_gradient += slope.t() @ counted
+        ctx.save_for_backward(torch.cat(hidden_gradients).to(hidden.dtype), weight_gradient)
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        # In place: they are as large as the matrix. A second backward would notice that, and refuse.
+        return hidden_gradient.mul_(gradient), weight_gradient.mul_(gradient), None, None, None, None
 
 
 def compiled_loss() -> Callable[[GPT, Tensor, Tensor], Tensor]:

@@ -1,22 +1,37 @@
-"""Metrics: one JSON object a row in metrics.jsonl, the progress bar, and the logger that was asked for."""
+"""Metrics: one JSON object a row in metrics.jsonl, the progress bar, and the logger that was asked for.
+
+A row of training holds, beside loss, lr and grad_norm, since the row before:
+    tokens_per_second   over all processes, without validation, saves and samples
+    mfu                 model-FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311): FLOPs that the model needs
+                        for those tokens, over what the devices' matrix products could do; null where that is unknown
+    data_wait           share of that time in which this process waited for its batches
+    memory              peak so far, bytes: of tensors on the GPU, or resident of the first process
+    batch               identity of the step's global batch, the same however many processes share it
+The last row of a session tells where its time went, in seconds: time/step (the median step), time/validation, time/save
+and time/sample (all of each), time/training (all of it).
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import statistics
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
-from minigpt.data.batches import Batches
 from minigpt.durable import disk_errors
+from minigpt.model.cost import cost_of
 from minigpt.terminal import Progress, notice, progress, readable
 from minigpt.training.config import TrainConfig
-from minigpt.training.each_step import EachStep, due
+from minigpt.training.each_step import EachStep, due, sum_over_processes
+from minigpt.training.hardware import peak_flops, peak_memory
+from minigpt.training.loader import MicroBatches, batch_hash
 from minigpt.training.module import TrainingModule
 from minigpt.training.stopping import Agreement
 
@@ -55,13 +70,19 @@ class Metrics(EachStep):
     always written.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, batches: Batches, agreement: Agreement, start_step: int) -> None:
+    def __init__(
+        self, run: Path, config: TrainConfig, loader: MicroBatches, agreement: Agreement, start_step: int
+    ) -> None:
         self.path = run / "metrics.jsonl"
-        self.config, self.batches, self.agreement, self.start_step = config, batches, agreement, start_step
+        self.config, self.loader, self.agreement, self.start_step = config, loader, agreement, start_step
+        self.step_flops = cost_of(config.model).training_flops * config.batch.tokens
+        self.peak = float("nan")  # FLOPs a second of all devices
         self.seconds_before = 0.0  # spent by earlier sessions of this run
         self.began = self.mark = time.monotonic()
+        self.mark_step, self.mark_waited = start_step, 0.0
         self.paused = 0.0  # since the mark: validation, samples and saves, which are no part of the training rate
-        self.mark_step = start_step
+        self.pauses: dict[str, float] = {}  # all of them in this session, by what they were for
+        self.paces: list[float] = []  # seconds a step, of each row
         self.text = ""
         self._file: Any = None
         self._bar: Progress | None = None
@@ -72,12 +93,27 @@ class Metrics(EachStep):
         """Wall-clock seconds of training so far, earlier sessions included."""
         return self.seconds_before + time.monotonic() - self.began
 
+    def pause(self, what: str, seconds: float) -> None:
+        """Note time that went into a "validation", "save" or "sample", which are no part of the training rate."""
+        self.paused += seconds
+        self.pauses[what] = self.pauses.get(what, 0.0) + seconds
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        peak = peak_flops(pl_module.device, self.config.trainer.precision)
+        self.peak = float(sum_over_processes(torch.tensor(peak, dtype=torch.float64)))
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.began = self.mark = time.monotonic()
         self.paused = 0.0
         total = self.config.trainer.max_steps
         self._bar_context = progress("training", total, "steps", start=self.start_step, show=trainer.is_global_zero)
         self._bar = self._bar_context.__enter__()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = statistics.median(self.paces[1:] or self.paces or [float("nan")])  # the first row has the compilation
+        spent = {what: self.pauses.get(what, 0.0) for what in ("validation", "save", "sample")}
+        spent = {"step": step, **spent, "training": time.monotonic() - self.began}
+        self.write(trainer, trainer.global_step, {f"time/{what}": round(s, 6) for what, s in spent.items()})
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._bar_context is not None:
@@ -89,20 +125,39 @@ class Metrics(EachStep):
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         if due(step, self.config.trainer.log_every_n_steps, self.config.trainer.max_steps):
-            now = time.monotonic()
-            rate = (step - self.mark_step) * self.config.batch.tokens / max(now - self.mark - self.paused, 1e-9)
-            self.mark, self.mark_step, self.paused = now, step, 0.0
-            self.text = f"loss {self.agreement.loss:.3f}  {readable(rate)} tokens/s"
-            row = {
-                "train/loss": self.agreement.loss,
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "grad_norm": float(module.gradient_norm) if module.gradient_norm is not None else float("nan"),
-                "tokens_per_second": round(rate, 1),
-                "epoch": round(self.batches.epoch(step), 4),
-            }
-            self.write(trainer, step, row)
+            self._row(trainer, module, step)
         if self._bar is not None:
             self._bar.update(step, self.text)
+
+    def _row(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        now, waited, steps = time.monotonic(), self.loader.waited, step - self.mark_step
+        seconds = max(now - self.mark - self.paused, 1e-9)
+        self.paces.append(seconds / steps)
+        rate = steps * self.config.batch.tokens / seconds
+        mfu, wait = self.step_flops * steps / seconds / self.peak, (waited - self.mark_waited) / seconds
+        memory = peak_memory(module.device)
+        self.mark, self.mark_step, self.mark_waited, self.paused = now, step, waited, 0.0
+        if not trainer.is_global_zero:
+            return
+        self.text = f"loss {self.agreement.loss:.3f}  {readable(rate)} tokens/s"
+        if math.isfinite(mfu):
+            self.text += f"  {mfu:.0%} of peak"
+        if wait > 0.02:
+            self.text += f"  {wait:.0%} waiting for data"
+        if memory:
+            self.text += f"  {readable(memory)}B"
+        row = {
+            "train/loss": self.agreement.loss,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": float(module.gradient_norm) if module.gradient_norm is not None else float("nan"),
+            "tokens_per_second": round(rate, 1),
+            "mfu": round(mfu, 4),
+            "data_wait": round(wait, 4),
+            "memory": memory,
+            "epoch": round(self.loader.batches.epoch(step), 4),
+            "batch": batch_hash(self.loader.batches, step - 1),
+        }
+        self.write(trainer, step, row)
 
     def write(self, trainer: pl.Trainer, step: int, row: dict[str, Any]) -> None:
         """Add a row; step, tokens and seconds are put in front. A value that is not finite is written as null."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -17,7 +16,10 @@ from minigpt.training.average import Average
 from minigpt.training.config import TrainConfig
 from minigpt.training.loss import compiled_loss, next_token_loss
 from minigpt.training.optimizer import make_optimizer
+from minigpt.training.progress import LightModule
 from minigpt.training.schedule import learning_rate
+from minigpt.training.sharding import whole
+from minigpt.training.strategy import recompute_blocks, share
 
 NONFINITE_STEPS = 5  # steps in a row without a usable gradient after which a run stops
 
@@ -33,7 +35,7 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
-class TrainingModule(pl.LightningModule):
+class TrainingModule(LightModule):
     """A GPT with its loss and optimizer.
 
     Nothing here has state that a checkpoint would have to hold: the learning rate follows from the step, and dropout's
@@ -47,11 +49,20 @@ class TrainingModule(pl.LightningModule):
         self.compute_loss: Callable[[GPT, Tensor, Tensor], Tensor] = next_token_loss
         if config.trainer.compile:
             self.compute_loss = compiled_loss()
+        if config.trainer.activation_checkpointing:
+            recompute_blocks(model)
         self.step_loss: Tensor | None = None  # sum over the step's micro-batches, each divided by their number
         self.gradient_norm: Tensor | None = None
         self.nonfinite_steps = 0
         decay = config.optimizer.ema_decay
         self.average = Average(model, decay) if decay else None  # made anew where weights are loaded
+
+    def configure_model(self) -> None:
+        """Called when the processes have met: each keeps its part of the weights, where they are not to be copied."""
+        loss = share(self.model, self.settings, self.trainer.strategy.root_device)
+        if loss is not None:
+            self.compute_loss = loss
+            self.average = Average(self.model, self.average.decay) if self.average else None
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """For the length of a `with` block the model has the weights that are validated, saved and sampled."""
@@ -69,7 +80,7 @@ class TrainingModule(pl.LightningModule):
         ids, targets = batch  # (B, T), (B, T)
         accumulation = self.settings.accumulation
         micro = batch_index % accumulation
-        if self.model.config.dropout:
+        if self.model.config.dropout or self.model.config.attn_dropout:
             torch.manual_seed(mix_seed(self.settings.seed, self.trainer.global_step, micro, self.global_rank))
         loss = self.compute_loss(self.model, ids, targets)
         part = loss.detach() / accumulation
@@ -97,7 +108,9 @@ class TrainingModule(pl.LightningModule):
         The norm is over gradients that are already averaged over all processes, so every process decides the same.
         """
         limit = self.settings.trainer.gradient_clip_val or float("inf")
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        self.gradient_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, self.gradient_norm)
         if torch.isfinite(self.gradient_norm):
             self.nonfinite_steps = 0
             return

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from minigpt.training.sharding import by_whole_matrices, local
 
 # The quintic whose repeated use drives singular values towards 1 (Jordan 2024, kellerjordan.github.io/posts/muon).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -81,10 +85,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         states = [self.state[parameter] for parameter in parameters]
         adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(parameter) for parameter in parameters],
+            [local(parameter.grad) for parameter in parameters],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -99,6 +103,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _muon(self, group: dict[str, Any]) -> None:
         same_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)  # (matrix, its update)
+        in_pieces: dict[tuple[Any, ...], list[tuple[DTensor, Tensor]]] = defaultdict(list)  # (parameter, its update)
         momentum = group["momentum"]
         for parameter, splits in zip(group["params"], group["splits"], strict=True):
             if parameter.grad is None:
@@ -106,8 +111,12 @@ class MuonAdamW(torch.optim.Optimizer):
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - momentum)
-            update = parameter.grad.lerp(state["momentum"], momentum)  # Nesterov
+            gradient, mean = local(parameter.grad), local(state["momentum"])
+            mean.lerp_(gradient, 1 - momentum)
+            update = gradient.lerp(mean, momentum)  # Nesterov
+            if isinstance(parameter, DTensor):
+                in_pieces[parameter.shape, splits].append((parameter, update))
+                continue
             for matrix, part in zip(parameter.split(splits), update.split(splits), strict=True):
                 rows, columns = matrix.shape
                 same_shape[min(rows, columns), max(rows, columns)].append((matrix, part))
@@ -118,3 +127,17 @@ class MuonAdamW(torch.optim.Optimizer):
                 rows, columns = matrix.shape
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update.mT if rows > columns else update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        for (_, splits), sharded in in_pieces.items():
+            # What is to be made orthogonal must be whole: each process has some of the matrices, and sends the pieces.
+            whole_updates = partial(self._split_orthogonal, splits, group["steps"])
+            updates = by_whole_matrices([update for _, update in sharded], sharded[0][0], whole_updates)
+            for (parameter, _), update in zip(sharded, updates, strict=True):
+                local(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+    def _split_orthogonal(self, splits: tuple[int, ...], steps: int, stack: Tensor) -> Tensor:
+        """Each of a stack of updates (N, rows, columns), split by rows, made orthogonal and scaled as in _muon."""
+        parts = [
+            orthogonalize(part, steps, self.dtype) * max(1, part.shape[-2] / part.shape[-1]) ** 0.5
+            for part in stack.split(splits, dim=-2)
+        ]
+        return torch.cat(parts, dim=-2)

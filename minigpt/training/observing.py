@@ -11,21 +11,31 @@ from minigpt.data.batches import ValidationWindows
 from minigpt.durable import write_text
 from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation.loss import bytes_per_token, evaluate
+from minigpt.model.gpt import GPT
+from minigpt.runs import Best
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
 from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
+from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig
 from minigpt.training.each_step import EachStep, due, sum_over_processes
 from minigpt.training.metrics import Metrics
 from minigpt.training.module import TrainingModule
+from minigpt.training.sharding import plain
+from minigpt.training.standing import Standing
 from minigpt.training.stopping import Agreement
 
 
 class Validation(EachStep):
     """Loss on the validation split every `eval.every` steps and at the end: nats a token, perplexity, bits a byte.
 
-    A run that was stopped between a save and the validation due at the same step makes up for it when it goes on.
+    The best loss so far has its checkpoint saved and recorded; `eval.patience` validations without a better one end the
+    run. A run that was stopped between a save and the validation due at the same step makes up for it when it goes on.
+
+    Args:
+        standing: how validation stood where the run goes on from.
+        owed_at: the step whose validation is to be made up for.
     """
 
     def __init__(
@@ -35,9 +45,12 @@ class Validation(EachStep):
         tokenizer: Tokenizer,
         agreement: Agreement,
         metrics: Metrics,
+        checkpoints: Checkpoints,
+        standing: Standing,
         owed_at: int | None,
     ) -> None:
         assert config.model.vocab_size is not None
+        self.checkpoints, self.standing = checkpoints, standing
         self.config, self.windows, self.agreement, self.metrics = config, windows, agreement, metrics
         self.byte_lengths = bytes_per_token(tokenizer.token_bytes(), config.model.vocab_size)
         self.owed_at = owed_at
@@ -55,7 +68,7 @@ class Validation(EachStep):
         if self.windows is None:
             return
         began = time.monotonic()
-        with trainer.precision_plugin.forward_context():  # in the precision that training uses
+        with module.evaluated_weights(), trainer.precision_plugin.forward_context():  # in training's precision
             result = evaluate(
                 module.model,
                 self.windows,
@@ -64,7 +77,7 @@ class Validation(EachStep):
                 world_size=trainer.world_size,
                 reduce=sum_over_processes,
             )
-        self.metrics.paused += time.monotonic() - began
+        self.metrics.pause("validation", time.monotonic() - began)
         self.metrics.write(
             trainer,
             step,
@@ -78,10 +91,24 @@ class Validation(EachStep):
         )
         if trainer.is_global_zero:
             notice(f"step {step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits a byte")
+        self.standing = self.standing.after(step, result.loss)
+        if self.standing.step == step:
+            self.checkpoints.keep_best(trainer, module, Best(step, result.loss))
+        if self.standing.exhausted(self.config.eval.patience):
+            self.checkpoints.ensure(trainer, module, step)  # so that a resume finds the end, and not the way there
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                notice(
+                    f"finished at step {step}: no better validation loss in {self.standing.since} validations; the "
+                    f"best was {self.standing.loss:.4f} at step {self.standing.step}"
+                )
 
 
 class Samples(EachStep):
-    """A sample every `sample.every` steps and at the end, from the same prompt and seed, in samples/step-N.txt."""
+    """A sample every `sample.every` steps and at the end, from the same prompt and seed, in samples/step-N.txt.
+
+    The end is the last step, or where patience has run out.
+    """
 
     def __init__(
         self,
@@ -101,24 +128,32 @@ class Samples(EachStep):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        if self.owed_at is not None:
-            self._draw(trainer, pl_module, self.owed_at)
+        if self.owed_at is not None or trainer.should_stop:  # the validation owed was the last one
+            self._draw(trainer, pl_module, trainer.global_step)
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if due(step, self.config.sample.every, self.config.trainer.max_steps) and not self.agreement.stopping:
+        if self.agreement.stopping:
+            return
+        if trainer.should_stop or due(step, self.config.sample.every, self.config.trainer.max_steps):
             self._draw(trainer, module, step)
 
     def _draw(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if not trainer.is_global_zero or not self.sampling.max_new_tokens:
+        if not self.sampling.max_new_tokens:
             return
         began = time.monotonic()
+        with module.evaluated_weights():
+            model = plain(module.model)  # all processes give their part of the weights
+            if trainer.is_global_zero and model is not None:
+                self._write(model, step)
+        self.metrics.pause("sample", time.monotonic() - began)
+
+    def _write(self, model: GPT, step: int) -> None:
         prompt = self.config.sample.prompt
         try:
-            [[sample]] = Sampler(module.model, self.tokenizer, self.sampling).generate(prompt)
+            [[sample]] = Sampler(model, self.tokenizer, self.sampling).generate(prompt)
             text = prompt + sample.text
         except (ConfigError, DataError) as error:  # a character that the corpus lacks: no reason to stop
             text = f"(no sample: {error})"
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
         write_text(folder / f"step-{step:08d}.txt", text)
-        self.metrics.paused += time.monotonic() - began

@@ -9,15 +9,19 @@ from torch import Tensor, nn
 
 from minigpt.errors import CheckpointError
 from minigpt.model.attention import Attention
+from minigpt.model.gpt import GPT
 from minigpt.training.config import OptimizerConfig
 from minigpt.training.muon import MuonAdamW
+from minigpt.training.sharding import like
+
+EMBEDDINGS = ("trunk.embed.", "trunk.bigram.", "trunk.trigram.")
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> MuonAdamW:
+def make_optimizer(model: GPT, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> MuonAdamW:
     """Muon for the matrices inside blocks where the config says so, AdamW for the rest.
 
-    Decay is for matrices and embeddings; norms and biases have none. A group's "scale" is its learning rate in units of
-    optimizer.learning_rate, which the schedule moves.
+    Decay is for matrices and embeddings, the same part a step for all of them; norms and biases have none. A group's
+    "scale" is its learning rate in units of optimizer.learning_rate, which the schedule moves.
 
     Args:
         model: whose parameters.
@@ -26,28 +30,25 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, dtype: torch.dtype
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     muon = [(n, p) for n, p in named if config.name == "muon" and ".blocks." in n and p.dim() == 2]
-    taken = {name for name, _ in muon}
+    large = model.config.zero_init and not model.config.tie_embeddings  # their entries are about 1, not 0.02
+    embeddings = [(n, p) for n, p in named if large and n.startswith(EMBEDDINGS)]
+    taken = {name for name, _ in muon + embeddings}
     rest = [parameter for name, parameter in named if name not in taken]
-    adamw: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "scale": 1.0,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-    }
+    adamw = {"betas": (config.beta1, config.beta2), "eps": config.eps}
+    orthogonal: dict[str, Any] = {"momentum": config.muon_momentum, "steps": config.newton_schulz_steps}
+    orthogonal["splits"] = _splits(model, [parameter for _, parameter in muon])
+
+    def group(parameters: list[nn.Parameter], rate: float, decay: float, settings: dict[str, Any]) -> dict[str, Any]:
+        scale = rate / config.learning_rate
+        return {"params": parameters, "lr": rate, "scale": scale, "weight_decay": decay / scale, **settings}
+
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay, **adamw},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, **adamw},
-        {
-            "params": [parameter for _, parameter in muon],
-            "splits": _splits(model, [parameter for _, parameter in muon]),
-            "lr": config.muon_learning_rate,
-            "scale": config.muon_learning_rate / config.learning_rate,
-            "weight_decay": config.weight_decay,
-            "momentum": config.muon_momentum,
-            "steps": config.newton_schulz_steps,
-        },
+        group([p for p in rest if p.dim() >= 2], config.learning_rate, config.weight_decay, adamw),
+        group([p for p in rest if p.dim() < 2], config.learning_rate, 0.0, adamw),
+        group([p for _, p in embeddings], config.embedding_learning_rate, config.weight_decay, adamw),
+        group([p for _, p in muon], config.muon_learning_rate, config.weight_decay, orthogonal),
     ]
-    return MuonAdamW([group for group in groups if group["params"]], dtype)
+    return MuonAdamW([each for each in groups if each["params"]], dtype)
 
 
 def _splits(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[int, ...]]:
@@ -78,4 +79,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
         parameter = parameters.get(name)
         if parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
             raise CheckpointError(f"training_state.safetensors: {full_name} fits no parameter of this model")
-        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        laid_out = like(tensor, parameter) if tensor.dim() else tensor.to(parameter.device)
+        optimizer.state[parameter][key] = laid_out.clone()

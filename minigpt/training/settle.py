@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from minigpt.checkpoint import checkpoints_of, clean_leftovers, newest_valid, read_training_state
+from minigpt.checkpoint import read_training_state, read_yaml
 from minigpt.data.batches import Batches
 from minigpt.data.shards import Corpus, prepare
 from minigpt.durable import disk_errors, locked, write_text
 from minigpt.errors import CheckpointError, ConfigError, DataError
+from minigpt.formats import migrate_training
+from minigpt.runs import checkpoints_of, make_ready, newest_valid, read_best, step_of
 from minigpt.terminal import notice
 from minigpt.training.choose import choose
-from minigpt.training.config import TrainConfig
+from minigpt.training.config import TrainConfig, flatten
 from minigpt.training.each_step import due
 from minigpt.training.metrics import read_metrics
+from minigpt.training.standing import Standing, settle_best, standing_at
 
 # A run with other values here is another run. (Tokenizer and text are held by the hash of the tokens.)
-FIXED = ("model.", "data.order", "batch.tokens", "seed")
+FIXED = ("model.", "data.order", "batch.tokens", "seed", "optimizer.name")
 NOT_COMPARED = ("run_name", "runs_dir", "resume")
 
 
@@ -43,11 +47,32 @@ class Job:
     """Steps that are done already."""
     owed: tuple[str, ...]
     """What was due at the last step and was cut off: "validation", "sample"."""
+    standing: Standing
+    """How validation stood at that step."""
+    probe: bool = False
+    """Trained only to be timed (see budget.py): nothing is said."""
+
+    @property
+    def last_step(self) -> int:
+        """The step to train to, at most."""
+        exhausted = self.standing.exhausted(self.config.eval.patience)
+        return self.first_step if exhausted else self.config.trainer.max_steps
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.first_step >= self.config.trainer.max_steps and not self.owed
+        return self.first_step >= self.last_step and not self.owed
+
+    @property
+    def ending(self) -> str:
+        """One line on a run that is finished: why, and how to go on all the same."""
+        if self.first_step >= self.config.trainer.max_steps:
+            return f"{self.run}: finished at step {self.first_step}; raise trainer.max_steps to go on"
+        return (
+            f"{self.run}: finished at step {self.first_step}, after {self.standing.since} validations without a "
+            f"better loss than {self.standing.loss:.4f} (step {self.standing.step}); raise eval.patience to go on, or "
+            f"set it to 0"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, to hand to another process."""
@@ -58,6 +83,8 @@ class Job:
             "start": str(self.start) if self.start else None,
             "first_step": self.first_step,
             "owed": list(self.owed),
+            "standing": asdict(self.standing),
+            "probe": self.probe,
         }
 
     @classmethod
@@ -70,15 +97,18 @@ class Job:
             start=Path(values["start"]) if values["start"] else None,
             first_step=values["first_step"],
             owed=tuple(values["owed"]),
+            standing=Standing(**values["standing"]),
+            probe=values["probe"],
         )
 
 
-def settle(config: TrainConfig, held: ExitStack) -> Job:
+def settle(config: TrainConfig, held: ExitStack, plan: Callable[[Job], TrainConfig] | None = None) -> Job:
     """Prepare the corpus, fill in what depends on it, settle name and checkpoint, and write the run's config.yaml.
 
     Args:
         config: as the user gave it.
         held: takes the lock on the run's folder; closing it lets the run go.
+        plan: decides what only a probe can tell of a new run: trainer.compile and the steps that fill its minutes.
 
     Raises:
         ConfigError, DataError, CheckpointError, DiskError: the run cannot start; nothing was changed.
@@ -86,6 +116,7 @@ def settle(config: TrainConfig, held: ExitStack) -> Job:
     config.check()
     _check_devices(config)
     corpus = prepare(config.data, config.tokenizer)
+    corpus.verify()
     vocab_size = config.model.vocab_size or corpus.tokenizer.vocab_size
     if vocab_size < corpus.tokenizer.vocab_size:
         raise ConfigError(
@@ -93,22 +124,27 @@ def settle(config: TrainConfig, held: ExitStack) -> Job:
         )
     Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)  # long enough?
     run = _folder_of(config)
-    config = choose(replace(config, run_name=run.name, model=replace(config.model, vocab_size=vocab_size)))
+    config = replace(config, run_name=run.name, model=replace(config.model, vocab_size=vocab_size))
     with disk_errors(str(run), "or choose another --runs_dir"):
         run.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(run))
 
+    config = choose(_keep_decisions(config, run))
     start = _checkpoint_to_resume(config, run, corpus)
     first_step = read_training_state(start)["step"] if start else 0
-    job = Job(config, run, corpus.folder, start, first_step, _owed(config, run, first_step, len(corpus.val) > 1))
+    standing = standing_at(first_step, read_metrics(run / "metrics.jsonl"), read_best(run))
+    owed = _owed(config, run, first_step, len(corpus.val) > 1, standing)
+    job = Job(config, run, corpus.folder, start, first_step, owed, standing)
     if first_step > config.trainer.max_steps:
         raise ConfigError(
             f"trainer.max_steps: {config.trainer.max_steps} is less than the {first_step} steps that {run} has done"
         )
     if not job.finished:
-        with disk_errors(str(run), "or choose another --runs_dir"):
-            (run / "checkpoints").mkdir(exist_ok=True)
-        clean_leftovers(run)
+        make_ready(run)
+        settle_best(run, standing, first_step)
+        if plan is not None and not _stored_config(run).is_file():
+            config = plan(job)
+            job = replace(job, config=config)
         stored = replace(config, resume="auto").to_dict()
         write_text(run / "config.yaml", yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
     return job
@@ -150,6 +186,33 @@ def _folder_of(config: TrainConfig) -> Path:
     raise ConfigError(f"runs_dir: {runs} holds a thousand runs named {name}; give a --run_name")
 
 
+def _stored_config(run: Path) -> Path:
+    """Where the config of a run is stored; every checkpoint carries it too."""
+    path = run / "config.yaml"
+    return path if path.is_file() else max(run.glob("checkpoints/step-*/train_config.yaml"), default=path)
+
+
+def _keep_decisions(config: TrainConfig, run: Path) -> TrainConfig:
+    """What was decided when a run began stays: precision, compilation, and the steps that its `minutes` gave it."""
+    stored = _stored_config(run)
+    if config.resume == "never" or not stored.is_file():
+        return config
+    before = TrainConfig.from_dict(_read_config(stored))
+    if config.trainer.precision == "auto":
+        config = replace(config, trainer=replace(config.trainer, precision=before.trainer.precision))
+    if config.trainer.compile is None:
+        config = replace(config, trainer=replace(config.trainer, compile=before.trainer.compile))
+    if config.minutes is None:
+        return config
+    steps = before.trainer.max_steps
+    if config.minutes != before.minutes or config.trainer.max_steps != steps:
+        notice(
+            f"{run}: its {steps:,} steps were fixed when it began and stay; to go on longer give --minutes null "
+            f"--trainer.max_steps N"
+        )
+    return replace(config, minutes=before.minutes, trainer=replace(config.trainer, max_steps=steps))
+
+
 def _checkpoint_to_resume(config: TrainConfig, run: Path, corpus: Corpus) -> Path | None:
     stored = run / "config.yaml"
     if not stored.is_file() and not checkpoints_of(run):
@@ -171,7 +234,10 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path, corpus: Corpus) -> Pat
             )
         notice(f"{run}: no checkpoint was finished yet, starting from the first step")
         return None
-    trained_on = read_training_state(start).get("corpus")
+    state = read_training_state(start)
+    if state["step"] != step_of(start):
+        raise CheckpointError(f"{start}: was saved at step {state['step']}; give the folder back its name")
+    trained_on = state.get("corpus")
     if trained_on != corpus.hash:
         raise DataError(
             f"data.source: {config.data.source}, or its tokenizer, has changed since {run} was trained on it (its "
@@ -183,24 +249,16 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path, corpus: Corpus) -> Pat
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return TrainConfig.from_dict(values).to_dict()
-    except (OSError, yaml.YAMLError, ConfigError, TypeError, AttributeError) as error:
+        return TrainConfig.from_dict(migrate_training(read_yaml(path))).to_dict()
+    except (CheckpointError, ConfigError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); put back the copy that every checkpoint carries (train_config.yaml)"
         ) from error
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
 def _compare(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
     """Refuse to go on with another model or data order; announce every other change."""
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten(before), flatten(now)
     changed = [key for key in new if key not in NOT_COMPARED and old.get(key) != new[key]]
     fixed = [key for key in changed if key.startswith(FIXED)]
     differences = ", ".join(f"{key} {old.get(key)!r} -> {new[key]!r}" for key in (fixed or changed))
@@ -210,7 +268,7 @@ def _compare(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
         notice(f"{run}: goes on with {differences}")
 
 
-def _owed(config: TrainConfig, run: Path, step: int, validates: bool) -> tuple[str, ...]:
+def _owed(config: TrainConfig, run: Path, step: int, validates: bool, standing: Standing) -> tuple[str, ...]:
     """What the step that a run goes on from should have shown, and was stopped before it did."""
     if not step:
         return ()
@@ -220,6 +278,7 @@ def _owed(config: TrainConfig, run: Path, step: int, validates: bool) -> tuple[s
         if not any(row["step"] == step and "val/loss" in row for row in rows):
             owed.append("validation")
     drawn = (run / "samples" / f"step-{step:08d}.txt").is_file() or not config.sample.max_new_tokens
-    if not drawn and due(step, config.sample.every, config.trainer.max_steps):
+    ended = standing.exhausted(config.eval.patience)
+    if not drawn and (ended or due(step, config.sample.every, config.trainer.max_steps)):
         owed.append("sample")
     return tuple(owed)

@@ -1,0 +1,77 @@
+"""What each part of the modern recipe is worth: configs/speedrun.yaml with one thing changed, on tinyshakespeare.
+
+    python benchmarks/ablations.py --file input.txt                      every row, three seeds
+    python benchmarks/ablations.py --file input.txt --rows adamw,gelu    some
+    python benchmarks/ablations.py --file input.txt --steps 300          of a shorter schedule
+
+A row shows the loss on the whole validation split at the end of the same number of steps (mean and spread over seeds),
+the difference to the recipe in standard errors of that difference, and the time of a step as a ratio to the recipe's.
+A part stays in the recipe if the row without it is worse at the same number of steps, or equal and slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from runs import Outcome, run
+
+# The row's name, what it shows, and the flags.
+ROWS: dict[str, tuple[str, list[str]]] = {
+    "recipe": ("configs/speedrun.yaml as it is", []),
+    "adamw": ("AdamW for the matrices too", ["--optimizer.name", "adamw", "--optimizer.learning_rate", "4e-3"]),
+    "no-bigrams": ("no embedding of pairs", ["--model.bigram_rows", "0"]),
+    "learned": ("learned positions for rotary ones", ["--model.position", "learned"]),
+    "no-qk-norm": ("queries and keys as they come", ["--model.qk_norm", "false"]),
+    "gelu": ("GELU for squared ReLU", ["--model.activation", "gelu"]),
+    "swiglu": ("SwiGLU for squared ReLU, as many parameters", ["--model.activation", "swiglu"]),
+    "random-init": ("output projections and unembedding start at random", ["--model.zero_init", "false"]),
+    "norm-weights": ("norms with learned weights", ["--model.norm_weight", "true"]),
+    "layernorm": ("LayerNorm for RMSNorm", ["--model.norm", "layernorm"]),
+    "no-softcap": ("logits as they come", ["--model.logit_softcap", "0"]),
+    "tied": ("one matrix for embedding and unembedding", ["--model.tie_embeddings", "true"]),
+    "cosine": ("cosine decay", ["--optimizer.schedule", "cosine"]),
+    "ema": ("averaged weights", ["--optimizer.ema_decay", "0.99"]),
+    "ns-3": ("three Newton-Schulz steps for five", ["--optimizer.newton_schulz_steps", "3"]),
+    "muon-half": ("half of Muon's learning rate", ["--optimizer.muon_learning_rate", "0.01"]),
+    "muon-double": ("twice Muon's learning rate", ["--optimizer.muon_learning_rate", "0.04"]),
+    "adamw-half": ("half of AdamW's learning rate", ["--optimizer.learning_rate", "4e-3"]),
+    "adamw-double": ("twice AdamW's learning rate", ["--optimizer.learning_rate", "16e-3"]),
+}
+
+
+def main() -> None:
+    """Print one line a row, as it is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", required=True, help="tinyshakespeare's input.txt")
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="length of the schedule; the config's own by default")
+    arguments = parser.parse_args()
+    common = ["--eval.every", "0"]
+    if arguments.steps:
+        common += ["--trainer.max_steps", str(arguments.steps)]
+    text = Path(arguments.file).resolve()
+    wanted = ["recipe", *(row for row in arguments.rows.split(",") if row != "recipe")]
+    recipe: list[Outcome] = []
+    for row in wanted:
+        meaning, flags = ROWS[row]
+        outcomes = [run("speedrun", text, *common, *flags, "--seed", str(seed + 1)) for seed in range(arguments.seeds)]
+        recipe = recipe or outcomes
+        losses, base = [outcome.best for outcome in outcomes], [outcome.best for outcome in recipe]
+        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
+        variance = spread**2 + statistics.stdev(base) ** 2 if len(losses) > 1 else float("nan")
+        error = (variance / len(losses)) ** 0.5
+        difference = statistics.mean(losses) - statistics.mean(base)
+        ratio = statistics.median(o.step_seconds for o in outcomes) / statistics.median(o.step_seconds for o in recipe)
+        mean, errors = statistics.mean(losses), difference / (error or 1)
+        print(
+            f"{row:12} {mean:.4f} +-{spread:.4f}  {difference:+.4f} ({errors:+.1f} errors)  step x {ratio:.2f}  "
+            f"{meaning}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

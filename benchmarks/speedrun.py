@@ -1,0 +1,139 @@
+"""How soon a loss is reached: configs/speedrun.yaml against nanoGPT's CPU recipe, on tinyshakespeare by character.
+
+    python benchmarks/speedrun.py --file input.txt                  baseline, sprint and budget, three seeds each
+    python benchmarks/speedrun.py --file input.txt --rows best      configs/shakespeare_best.yaml: half an hour a seed
+
+    baseline   nanoGPT's CPU recipe (configs/nanogpt_cpu.yaml): 2,000 steps and one validation, in a plain PyTorch loop
+    sprint     configs/speedrun.yaml with a schedule that ends at a loss of 1.88, which is about where the baseline ends
+    budget     configs/speedrun.yaml with as many steps as fit into the baseline's time
+    best       configs/shakespeare_best.yaml: the lowest loss within half an hour
+
+The loss is the mean over the whole validation split in neighbouring windows of the model's own block. Time counts from
+the first step, with compilation (the compiler's cache is empty) and every validation; start-up stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import yaml
+from runs import ROOT, Outcome, run
+
+from minigpt.data.batches import Batches, validation_windows
+from minigpt.data.shards import open_corpus
+from minigpt.evaluation.loss import evaluate
+from minigpt.model.gpt import GPT
+from minigpt.training.config import TrainConfig
+from minigpt.training.loss import next_token_loss
+from minigpt.training.schedule import learning_rate
+from minigpt.training.settle import settle
+
+TARGET = 1.88  # nats a character
+SPRINT_STEPS = 120
+MARGIN = 0.97  # of the baseline's time that the budget row plans for
+
+
+def baseline(text: Path, seed: int) -> dict[str, float]:
+    """The recipe of nanoGPT in the loop that one would write by hand: seconds and final loss."""
+    values = yaml.safe_load((ROOT / "configs/nanogpt_cpu.yaml").read_text())
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+        values["data"] |= {"source": str(text), "folder": f"{folder}/data"}
+        job = settle(TrainConfig.from_dict({**values, "run_name": "run", "runs_dir": folder, "seed": seed}), held)
+        config, corpus = job.config, open_corpus(job.corpus)
+        batches = Batches(corpus.train, config.model.block_size, config.batch_size, seed, config.data.order)
+        torch.manual_seed(seed)
+        model = GPT(config.model).train()
+        settings = config.optimizer
+        matrices = [p for p in model.parameters() if p.dim() >= 2]
+        rest = [p for p in model.parameters() if p.dim() < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            betas=(settings.beta1, settings.beta2),
+        )
+        began = time.perf_counter()
+        for step in range(config.trainer.max_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step, config.trainer.max_steps)
+            ids, targets = batches.read(step)
+            loss = next_token_loss(model, ids, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.gradient_clip_val)
+            optimizer.step()
+        windows = validation_windows(corpus.val, config.model.block_size)
+        loss = evaluate(model, windows, torch.ones(corpus.tokenizer.vocab_size, dtype=torch.int64)).loss
+        return {"seconds": time.perf_counter() - began, "loss": loss}
+
+
+def median(values: list[float]) -> str:
+    """The median with its range."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f}..{max(values):.3f})"
+
+
+def report(name: str, outcomes: list[Outcome], target: float) -> None:
+    """One row: medians over the seeds."""
+    reached = [outcome.seconds_to(target) for outcome in outcomes]
+    print(
+        f"{name:9} {outcomes[0].steps:6} steps of {1000 * statistics.median(o.step_seconds for o in outcomes):.0f} ms, "
+        f"{median([o.seconds for o in outcomes])} s, lowest loss {median([o.best for o in outcomes])}, "
+        f"at or below {target} after {median(reached)} s, start-up {median([o.start_up for o in outcomes])} s",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Print the table; the curves as JSON into --curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", required=True, help="tinyshakespeare's input.txt")
+    parser.add_argument("--rows", default="baseline,sprint,budget")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--curves", help="file for every validation of every run")
+    parser.add_argument("--baseline", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    text = Path(arguments.file).resolve()
+    if arguments.baseline is not None:
+        print(json.dumps(baseline(text, arguments.baseline)))
+        return
+    rows, seeds = arguments.rows.split(","), range(1, arguments.seeds + 1)
+    times: list[float] = []
+    losses: list[float] = []
+    outcomes: dict[str, list[Outcome]] = {row: [] for row in rows if row != "baseline"}
+    for seed in seeds:  # in turn, so that a drift of the machine meets all rows alike
+        if "baseline" in rows:
+            command = [sys.executable, __file__, "--file", str(text), "--baseline", str(seed)]
+            result = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
+            times.append(result["seconds"])
+            losses.append(result["loss"])
+        for row in outcomes:
+            flags = ["--seed", str(seed)]
+            if row == "sprint":
+                flags += ["--trainer.max_steps", str(SPRINT_STEPS), "--eval.every", "0"]
+            if row == "budget":
+                step = outcomes["sprint"][-1].step_seconds
+                flags += ["--trainer.max_steps", str(int(MARGIN * times[-1] / step)), "--eval.every", "0"]
+            outcomes[row].append(run("shakespeare_best" if row == "best" else "speedrun", text, *flags))
+    if times:
+        print(f"baseline    2000 steps, {median(times)} s, loss {median(losses)}")
+    for row, done in outcomes.items():
+        report(row, done, TARGET if row != "best" else 1.47)
+        if row == "sprint" and times:
+            ratios = [seconds / o.seconds_to(TARGET) for seconds, o in zip(times, done, strict=True)]
+            print(f"          the baseline takes {median(ratios)} times as long")
+    if arguments.curves:
+        curves = {row: [outcome.curve for outcome in done] for row, done in outcomes.items()}
+        Path(arguments.curves).write_text(json.dumps(curves))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What a machine can do: the peak rate of its matrix products, its memory, and how much of that a process has used."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+T = 1e12
+GIB = 2**30
+GROW_UNTIL = 0.03  # seconds that one size of product may take before no larger one is tried
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device from its vendor's data sheet. Rates are dense (no sparsity), in FLOPs a second."""
+
+    name: str
+    pattern: str
+    """Finds it in the name that torch gives a device."""
+    bf16: float | None
+    """bfloat16 matrix units with float32 sums; None where there are none."""
+    fp32: float
+    """float32 outside the matrix units, which is what 32-true computes in."""
+    memory: float
+    """Bytes. Where a device comes in several sizes, the largest."""
+
+    def peak(self, precision: str) -> float | None:
+        """FLOPs a second in a trainer.precision; None where the device has no such units."""
+        return self.bf16 if precision == "bf16-mixed" else self.fp32
+
+
+# NVIDIA's data sheets and the architecture papers of the GeForce cards; Apple's figures for its 8- and 32-core GPUs.
+ACCELERATORS = (
+    Accelerator("H200", r"\bH200\b(?!.*NVL)", 989.5 * T, 67 * T, 141 * 1e9),
+    Accelerator("H100 NVL", r"\bH100 NVL\b", 835 * T, 60 * T, 94 * 1e9),
+    Accelerator("H100 PCIe", r"\bH100 PCIe\b", 756 * T, 51 * T, 80 * 1e9),
+    Accelerator("H100", r"\bH100\b(?! NVL| PCIe)", 989.5 * T, 67 * T, 80 * 1e9),
+    Accelerator("A100", r"\bA100\b", 312 * T, 19.5 * T, 80 * 1e9),
+    Accelerator("L40S", r"\bL40S\b", 362 * T, 91.6 * T, 48 * 1e9),
+    Accelerator("L4", r"\bL4\b", 121 * T, 30.3 * T, 24 * 1e9),
+    Accelerator("A10", r"\bA10\b", 125 * T, 31.2 * T, 24 * 1e9),
+    Accelerator("T4", r"\bT4\b", None, 8.1 * T, 16 * 1e9),
+    Accelerator("RTX 4090", r"\bRTX 4090\b(?! Laptop| D)", 165.2 * T, 82.6 * T, 24 * GIB),
+    Accelerator("RTX 3090", r"\bRTX 3090\b(?! Ti)", 71 * T, 35.6 * T, 24 * GIB),
+    Accelerator("Apple M1", r"\bApple M1$", None, 2.6 * T, 16 * GIB),
+    Accelerator("Apple M1 Max", r"\bApple M1 Max$", None, 10.4 * T, 64 * GIB),
+)
+
+
+def accelerator_named(device_name: str) -> Accelerator | None:
+    """The entry for what torch.cuda.get_device_name says; None for a device that the table lacks."""
+    return next((entry for entry in ACCELERATORS if re.search(entry.pattern, device_name)), None)
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOPs a second that matrix products reach at best: measured on a CPU, from the table on a GPU, nan if unknown.
+
+    Args:
+        device: where training happens.
+        precision: trainer.precision, "32-true" or "bf16-mixed".
+    """
+    if device.type == "cpu":
+        return measured_peak(torch.bfloat16 if precision == "bf16-mixed" else torch.float32, torch.get_num_threads())
+    if device.type == "cuda":
+        entry = accelerator_named(torch.cuda.get_device_name(device))
+        return (entry and entry.peak(precision)) or float("nan")
+    return float("nan")
+
+
+@cache
+def measured_peak(dtype: torch.dtype, threads: int) -> float:
+    """FLOPs a second of the fastest of a few square matrix products on this CPU; takes about a tenth of a second.
+
+    The sizes grow while a product takes no time worth speaking of: without units for a dtype, large ones take seconds.
+
+    Args:
+        dtype: of both factors.
+        threads: as many as torch uses now; measured once for each number.
+    """
+    best = 0.0
+    for size in (64, 128, 256, 512, 1024):
+        a, b, out = (
+            torch.ones(size, size, dtype=dtype),
+            torch.ones(size, size, dtype=dtype),
+            torch.empty(0, dtype=dtype),
+        )
+        seconds = []
+        for _ in range(4):
+            began = time.perf_counter()
+            torch.matmul(a, b, out=out)
+            seconds.append(time.perf_counter() - began)
+        best = max(best, 2 * size**3 / min(seconds))
+        if sum(seconds) > GROW_UNTIL:
+            break
+    return best
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory this machine has for programs, or fewer where a container is given fewer; None if unknown."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such limit, or the word "max"
+            continue
+    return total
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes, at most so far: of tensors on this GPU, or of this process in the machine's memory; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # getrusage would also count the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,129 @@
+"""How several processes meet: the store that their launcher holds, the process group, and a comparison of what each of
+them was started with.
+
+The store is a small server of keys and values. What goes through it is JSON; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minigpt.durable import canonical_json
+from minigpt.errors import DistributedError
+
+# What torchrun tells each process that it starts.
+STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+JOIN_SECONDS = 20.0  # to reach the store
+# For collectives and for the store: preparing a corpus or a save may take hours, and who hangs is watch.py's to say.
+PATIENCE = timedelta(days=30)
+
+
+def connect() -> dist.Store:
+    """A connection to the store at MASTER_ADDR:MASTER_PORT; the first process opens it where no launcher did.
+
+    Raises:
+        DistributedError: nothing answers there within JOIN_SECONDS, or the port is taken.
+    """
+    host, port, rank = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]
+    opens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == "0"
+    found: list[dist.Store | Exception] = []
+
+    def reach() -> None:
+        patience = timedelta(seconds=JOIN_SECONDS)
+        try:
+            found.append(
+                dist.TCPStore(
+                    host, int(port), is_master=opens, timeout=patience, wait_for_workers=False, multi_tenant=True
+                )
+            )
+        except (RuntimeError, ValueError) as error:
+            found.append(error)
+
+    # In a thread, because torch waits without end for somebody who listens there but is no store.
+    thread = threading.Thread(target=reach, daemon=True)
+    thread.start()
+    thread.join(JOIN_SECONDS + 5)
+    store = found[0] if found else None
+    if not isinstance(store, dist.Store):
+        why = "the port is taken" if "EADDRINUSE" in str(store) else "nothing answers there as it should"
+        raise DistributedError(
+            f"process {rank} cannot meet the others at {host}:{port} ({why}); check MASTER_ADDR and MASTER_PORT, or "
+            f"choose another --master_port"
+        ) from store
+    store.set_timeout(PATIENCE)
+    return store_of_one_start(store)
+
+
+def store_of_one_start(store: dist.Store) -> dist.Store:
+    """Our part of a store; a group that torchrun restarts does not read what the one before it wrote."""
+    return dist.PrefixStore(f"minigpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def join(store: dist.Store, on_gpu: bool) -> None:
+    """Make this process one of the group whose members exchange gradients."""
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=group, rank=rank, world_size=world_size, timeout=PATIENCE
+    )
+
+
+def agree(store: dist.Store, what: str, values: dict[str, Any]) -> None:
+    """Compare a flat dict of plain values with every other process's.
+
+    Args:
+        store: what all share.
+        what: a name that no other comparison has.
+        values: must be the same everywhere.
+
+    Raises:
+        DistributedError: on every process alike, with the names and values in which the first one differs.
+    """
+    store.set(f"{what}/{os.environ['RANK']}", canonical_json({"host": platform.node(), "values": values}))
+    first, *others = [json.loads(store.get(f"{what}/{rank}")) for rank in range(int(os.environ["WORLD_SIZE"]))]
+    for rank, other in enumerate(others, start=1):
+        names = dict.fromkeys([*first["values"], *other["values"]])
+        pairs = {name: (first["values"].get(name), other["values"].get(name)) for name in names}
+        different = [
+            f"{name} {theirs!r} (process 0: {ours!r})" for name, (ours, theirs) in pairs.items() if theirs != ours
+        ]
+        if different:
+            raise DistributedError(
+                f"process {rank} on {other['host']} was started with another {what} than process 0 on {first['host']}: "
+                f"{', '.join(different)}; start all of them with the same command and the same files"
+            )
+
+
+def tell(store: dist.Store, values: dict[str, Any] | None) -> dict[str, Any]:
+    """What the first process has to say to all: it gives the values, the others None; all get them."""
+    if values is not None:
+        store.set("told", canonical_json(values))
+    return json.loads(store.get("told"))
+
+
+def code_identity() -> dict[str, str]:
+    """What code this process runs: a hash of minigpt's own files, and the versions of what it stands on."""
+    import lightning
+
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return {
+        "minigpt's files": digest.hexdigest()[:12],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+    }

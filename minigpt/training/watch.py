@@ -1,0 +1,218 @@
+"""Finding the process that hangs: each shows the others signs of life and how far it is, and all look.
+
+A thread in every process writes, several times in `trainer.hang_seconds`, a beat and the place where the main thread is
+(micro-batch, phase) to the store that all share. Every process looks at all the others.
+
+What is found, within hang_seconds:
+
+- A process whose beat stands still: stopped, swapped out, its machine gone, or its interpreter locked by native code.
+  Whatever it is doing, a process that works shows its beat: nobody is too slow in compiling, validating, saving,
+  preparing data.
+- A process that beats but whose main thread stays in the forward or backward pass or the update of a step while others
+  are further on and wait for it: an endless loop, a deadlock.
+
+What is not found: a main thread that stands still between two steps (saving, validating, sampling: a slow disk looks
+the same), and a hang in which all processes are at the same place, so that nobody waits for anybody.
+
+When a process is found, the verdict goes to the store, every process that still can writes the stacks of its threads to
+runs/NAME/stacks/rank-N.txt, one of them says who hangs and where the others were, and all leave with exit code 8.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from torch import Tensor
+
+from minigpt.errors import DistributedError, leave
+from minigpt.terminal import notice
+from minigpt.training.join import connect
+
+FORWARD, BACKWARD, UPDATE, BETWEEN = range(4)
+PHASES = ("forward pass", "backward pass", "update", "between steps")
+VERDICT = "verdict"
+BEATS = 20  # in hang_seconds
+LIMIT = 0.75  # of hang_seconds: the rest is for the beats' distance and for writing stacks
+
+
+@dataclass
+class Seen:
+    """What one process last showed, and for how long it has been so (this process's clock)."""
+
+    shown: dict[str, Any]
+    beat_since: float
+    place_since: float
+
+    def update(self, shown: dict[str, Any], now: float) -> None:
+        if shown["beat"] != self.shown["beat"]:
+            self.beat_since = now
+        if shown["place"] != self.shown["place"]:
+            self.place_since = now
+        self.shown = shown
+
+
+def hanging(seen: dict[int, Seen], now: float, limit: float) -> dict[int, str]:
+    """Who hangs, and how it shows. A pure function of what was seen.
+
+    Args:
+        seen: by rank; processes that are done are left out of account.
+        now: the clock that `seen` was taken with.
+        limit: seconds.
+
+    Returns:
+        rank -> a few words; empty if nobody hangs.
+    """
+    running = {rank: each for rank, each in seen.items() if not each.shown["done"]}
+    found = {
+        rank: f"has shown no sign of life for {now - each.beat_since:.0f} s"
+        for rank, each in running.items()
+        if now - each.beat_since > limit
+    }
+    if found or not running:
+        return found
+    front = max(each.shown["place"] for each in running.values())
+    if any(now - each.place_since <= limit for each in running.values() if each.shown["place"] == front):
+        return {}  # those ahead are not waiting yet
+    for rank, each in running.items():
+        micro_batch, phase = each.shown["place"]
+        # The first micro-batch may compile.
+        works = phase != BETWEEN and micro_batch > 0
+        if each.shown["place"] < front and works and now - each.place_since > limit:
+            found[rank] = f"has been in the same {PHASES[phase]} for {now - each.place_since:.0f} s while others wait"
+    return found
+
+
+class Watch(pl.Callback):
+    """Marks the place of this process's main thread; its thread shows it to the others and looks at theirs.
+
+    Args:
+        run: the run's folder, for stacks/.
+        rank: this process.
+        world_size: how many there are.
+        hang_seconds: a process that hangs is named within these; 0 only watches whether the launcher lives.
+        resume: what to say about going on.
+    """
+
+    def __init__(self, run: Path, rank: int, world_size: int, hang_seconds: float, resume: str) -> None:
+        self.folder, self.rank, self.world_size, self.resume = run / "stacks", rank, world_size, resume
+        self.hang_seconds = hang_seconds
+        self.interval = min(2.0, hang_seconds / BEATS) if hang_seconds else 1.0
+        self.place = (-1, BETWEEN)  # (micro-batch since the start, phase): grows, and is the same road for all
+        self.where = "starting"
+        self._done = threading.Event()
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """For the length of a `with` block the thread runs."""
+        thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            thread.join(5 * self.interval)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.where = f"step {trainer.global_step + 1}"
+        self.place = (batch_idx, FORWARD)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self.place = (self.place[0], BACKWARD)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.place = (self.place[0], UPDATE)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.place = (batch_idx, BETWEEN)
+
+    def _run(self) -> None:
+        try:
+            self._watch(connect())
+        except (RuntimeError, DistributedError) as error:  # the store has gone, and with it whoever held it
+            if not self._done.wait(self.hang_seconds or 60.0):
+                notice(f"process {self.rank}: has lost the store that all share ({error}); leaving. {self.resume}")
+                leave(DistributedError.exit_code)
+
+    def _watch(self, store: dist.Store) -> None:
+        seen: dict[int, Seen] = {}
+        beat = 0
+        looked = time.monotonic()
+        while not self._done.wait(self.interval):
+            if self._launcher is not None and os.getppid() != self._launcher:
+                notice(f"process {self.rank}: the launcher has gone; leaving. {self.resume}")
+                leave(DistributedError.exit_code)
+            if not self.hang_seconds:
+                continue
+            beat += 1
+            self._show(store, beat, done=False)
+            now = time.monotonic()
+            self._look(store, seen, now)
+            if now - looked > LIMIT * self.hang_seconds / 2:  # this process itself stood still, maybe all did
+                seen.clear()
+            looked = now
+            if not store.check([VERDICT]) and (found := hanging(seen, now, LIMIT * self.hang_seconds)):
+                self._accuse(store, seen, found)
+            if store.check([VERDICT]):
+                self._end(store)
+        if self.hang_seconds:
+            self._show(store, beat + 1, done=True)
+
+    def _show(self, store: dist.Store, beat: int, done: bool) -> None:
+        shown = {"beat": beat, "place": self.place, "where": self.where, "done": done}
+        store.set(f"beat/{self.rank}", json.dumps({**shown, "pid": os.getpid(), "host": platform.node()}))
+
+    def _look(self, store: dist.Store, seen: dict[int, Seen], now: float) -> None:
+        for rank in range(self.world_size):
+            if not store.check([f"beat/{rank}"]):  # not there yet
+                continue
+            shown = json.loads(store.get(f"beat/{rank}"))
+            if rank in seen:
+                seen[rank].update(shown, now)
+            else:
+                seen[rank] = Seen(shown, now, now)
+
+    def _accuse(self, store: dist.Store, seen: dict[int, Seen], found: dict[int, str]) -> None:
+        """Write the verdict; the first one stands."""
+        accused = "; ".join(f"process {rank} on {seen[rank].shown['host']} {how}" for rank, how in found.items())
+        places = "; ".join(
+            f"process {rank}: {each.shown['where']}, {PHASES[each.shown['place'][1]]}, pid {each.shown['pid']}"
+            for rank, each in sorted(seen.items())
+        )
+        verdict = {"by": self.rank, "hanging": sorted(found), "text": f"{accused} ({places})"}
+        store.compare_set(VERDICT, "", json.dumps(verdict))
+
+    def _end(self, store: dist.Store) -> None:
+        """Write this process's stacks and leave; who accused waits for the others' stacks, and speaks."""
+        verdict = json.loads(store.get(VERDICT))
+        self.folder.mkdir(exist_ok=True)
+        with open(self.folder / f"rank-{self.rank}.txt", "w", encoding="utf-8") as file:
+            file.write(f"process {self.rank}, pid {os.getpid()} on {platform.node()}: {self.where}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        store.set(f"stacks/{self.rank}", "")
+        others = [f"stacks/{rank}" for rank in range(self.world_size)]
+        deadline = time.monotonic() + 3 * self.interval
+        while not store.check(others) and time.monotonic() < deadline:
+            time.sleep(self.interval / 4)
+        if verdict["by"] == self.rank:
+            silent = [str(rank) for rank, key in enumerate(others) if not store.check([key])]
+            missing = f", none of process {', '.join(silent)}, which does not answer" if silent else ""
+            notice(f"{verdict['text']}; stacks are in {self.folder}{missing}; {self.resume}")
+        leave(DistributedError.exit_code)
