@@ -93,16 +93,17 @@ def pair_kills(wanted: int, seed: int) -> Iterator[Row]:
         draw, killed, name, wrong, step = random.Random(seed), 0, 0, [], 0
         finished = 0
         while killed < wanted or step:
-            process = launch(folder, f"pair-{name}", 2)
+            began, process = time.monotonic(), launch(folder, f"pair-{name}", 2)
             if killed < wanted:
-                deadline = time.monotonic() + draw.uniform(0.3, 1.1) * seconds
+                deadline = time.monotonic() + draw.uniform(0.2, 0.9) * seconds
                 while process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.01)
                 if process.poll() is None:
                     workers = workers_of(process.pid)
                     victim = draw.choice(["all", "first", "last"]) if workers else "all"
                     if victim == "all":
-                        os.killpg(process.pid, signal.SIGKILL)
+                        for each in (process.pid, *workers):  # workers have sessions of their own
+                            os.kill(each, signal.SIGKILL)
                     else:
                         os.kill(workers[0 if victim == "first" else -1], signal.SIGKILL)
                     killed += 1
@@ -116,6 +117,7 @@ def pair_kills(wanted: int, seed: int) -> Iterator[Row]:
             if code == 0:
                 wrong += [f"pair {name}: {what}" for what in outcome(run).differences(expected)]
                 name, step, finished = name + 1, 0, finished + 1
+                seconds = min(seconds, time.monotonic() - began)
             elif code not in (8, -signal.SIGKILL):
                 wrong.append(f"pair {name}: exit code {code}")
         yield f"SIGKILL at a random moment, two processes ({finished} runs finished and compared)", killed, wrong

@@ -99,7 +99,7 @@ def test_activations_are_what_autograd_keeps(preset: str, half: bool) -> None:
         config = tiny_config(preset, n_layer=layers, n_embd=64, vocab_size=400)
         ids = random_ids(8, config.block_size, 400)
         found[layers] = kept_bytes(GPT(config).train(), ids, half) / ids.numel()
-    counted = activations_of(config, half)
+    counted = activations_of(config, half, on_gpu=False)
     weights = 2 * cost_of(config).matrix_parameters / ids.numel() if half else 0  # autocast's copies, for 4 layers
     a_layer = (found[4] - found[2] - weights / 2) / 2
     assert counted.block == pytest.approx(a_layer, rel=0.15)

@@ -19,13 +19,25 @@ from minigpt.training.rehearsal import Rehearsal, memory_errors, training_advice
 
 
 def test_a_run_is_the_same_with_and_without_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With dropout, which draws random numbers, and a model whose dropout follows the global generator."""
+    """With dropout, which draws random numbers: generator, gradients and weights are as before."""
+    seen = []
+
+    def traced(self: Rehearsal, trainer, module) -> None:
+        before = torch.get_rng_state(), [parameter.detach().clone() for parameter in module.parameters()]
+        real(self, trainer, module)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before[1], strict=True))
+        assert all(parameter.grad is None for parameter in module.parameters())
+        assert module.step_loss is None
+        seen.append(1)
+
+    real = Rehearsal.on_train_start
+    monkeypatch.setattr(Rehearsal, "on_train_start", traced)
     _, rehearsed = run_and_read(tiny_run(tmp_path, "rehearsed", model__dropout=0.3))
-    state = torch.get_rng_state()
+    assert seen
     monkeypatch.setattr(Rehearsal, "on_train_start", lambda *_: None)
     _, plain = run_and_read(tiny_run(tmp_path, "plain", model__dropout=0.3))
     assert losses(rehearsed) == losses(plain)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_memory_that_does_not_suffice_is_found_before_anything_is_written(

@@ -90,12 +90,13 @@ def cost_of(config: GPTConfig) -> Cost:
     )
 
 
-def activations_of(config: GPTConfig, half: bool = False) -> Activations:
+def activations_of(config: GPTConfig, half: bool = False, on_gpu: bool = True) -> Activations:
     """What a token's forward leaves for the backward pass.
 
     Args:
         config: of the model; vocab_size must be known.
         half: whether matrix products are in bfloat16, as under bf16-mixed. The stream and the norms stay float32.
+        on_gpu: on a CPU attention stays float32 too.
     """
     assert config.vocab_size is not None and config.n_inner is not None
     assert config.n_kv_head is not None and config.head_dim is not None
@@ -103,12 +104,13 @@ def activations_of(config: GPTConfig, half: bool = False) -> Activations:
     width, vocab = config.n_embd, config.vocab_size
     keys, heads = config.n_kv_head * config.head_dim, config.n_head * config.head_dim
     norm = 4 * width + (2 if half else 4) * width  # its input, and its output in the products' dtype
-    attention = size * (heads + 2 * keys)  # queries, keys and values as they were made
+    attends = size if on_gpu else 4
+    attention = attends * (heads + 2 * keys)  # queries, keys and values as they were made
     if config.qk_norm:
         attention += 4 * (heads + keys)
     if config.position == "rope":
         attention += 4 * (heads + keys)
-    attention += size * heads + 4 * config.n_head  # what was read, and the sums of the softmax
+    attention += attends * heads + 4 * config.n_head  # what was read, and the sums of the softmax
     inner = size * config.n_inner * (4 if config.activation == "swiglu" else 2)
     logits = 4 * vocab * (2 if config.logit_softcap else 1) + (2 * vocab if half else 0)
     return Activations(block=2 * norm + attention + inner, stream=4 * width, ends=norm, logits=logits)

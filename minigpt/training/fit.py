@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import lightning.pytorch as pl
 import torch
@@ -47,12 +47,12 @@ def fit(job: Job) -> None:
     """
     agreement = Agreement()
     resume = f"go on with --run_name {job.run.name} --resume auto"
-    with agreement.listening(), hushed(job.probe):
-        _fit(job, agreement, resume)
+    with agreement.listening(), hushed(job.probe), ExitStack() as held:
+        _fit(job, agreement, resume, held)
     agreement.raise_if_stopped(resume)
 
 
-def _fit(job: Job, agreement: Agreement, resume: str) -> None:
+def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
     config, run = job.config, job.run
     world_size = config.processes
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
@@ -66,6 +66,7 @@ def _fit(job: Job, agreement: Agreement, resume: str) -> None:
         agree(store, "code or corpus", {"corpus": corpus.hash, **code_identity()})
         join(store, config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available())
         watch = Watch(run, rank, world_size, config.trainer.hang_seconds, resume)
+        held.enter_context(watch.watching())  # from here on: what follows takes long on some processes only
     batches = Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)
     windows: ValidationWindows | None = None
     if len(corpus.val):
@@ -115,7 +116,7 @@ def _fit(job: Job, agreement: Agreement, resume: str) -> None:
     set_progress(trainer, job.first_step)
     without_signal_broadcast(trainer)
     try:
-        with foreign_errors(config, resume), watch.watching() if watch else nullcontext():
+        with foreign_errors(config, resume):
             trainer.fit(module, train_dataloaders=loader)
     finally:
         finish(trainer.loggers)

@@ -55,7 +55,7 @@ def memory_of(config: TrainConfig, half: bool, on_gpu: bool) -> Memory:
         half: whether matrix products are in bfloat16.
         on_gpu: where it trains; more logits are worked on at once there.
     """
-    cost, kept = cost_of(config.model), activations_of(config.model, half)
+    cost, kept = cost_of(config.model), activations_of(config.model, half, on_gpu)
     share = 1 / config.processes if config.trainer.strategy == "fsdp" else 1.0
     tokens = config.micro_batch_size * config.model.block_size
     assert config.model.vocab_size is not None

@@ -44,6 +44,8 @@ FORWARD, BACKWARD, UPDATE, BETWEEN = range(4)
 PHASES = ("forward pass", "backward pass", "update", "between steps")
 VERDICT = "verdict"
 BEATS = 20  # in hang_seconds
+# Of a process that has not shown itself since this one, which met it before, began to look.
+NOT_YET: dict[str, Any] = {"beat": 0, "place": [-1, BETWEEN], "where": "starting", "done": False, "pid": "?", "host": "?"}
 LIMIT = 0.75  # of hang_seconds: the rest is for the beats' distance and for writing stacks
 
 
@@ -180,9 +182,8 @@ class Watch(pl.Callback):
 
     def _look(self, store: dist.Store, seen: dict[int, Seen], now: float) -> None:
         for rank in range(self.world_size):
-            if not store.check([f"beat/{rank}"]):  # not there yet
-                continue
-            shown = json.loads(store.get(f"beat/{rank}"))
+            key = f"beat/{rank}"
+            shown = json.loads(store.get(key)) if store.check([key]) else NOT_YET
             if rank in seen:
                 seen[rank].update(shown, now)
             else:
