@@ -42,6 +42,8 @@ def tiny_config(preset: str, **changes: object) -> GPTConfig:
         "n_head": 4,
         "n_kv_head": 4 if preset == "gpt2" else 2,
         "n_embd": 32,
+        "bigram_rows": 64 if preset == "modern" else 0,  # fewer than there are pairs: some share
+        "trigram_rows": 64 if preset == "modern" else 0,
     }
     return GPTConfig(**{**values, **changes})
 

@@ -38,7 +38,7 @@ pytestmark = [
 ]
 
 TWO = {"trainer__devices": 2, "optimizer__schedule": "constant", "batch__micro_batch_size": 1, "model__dropout": 0.1}
-ENDLESS = {**TWO, "trainer__max_steps": 100_000, "checkpoint__every": 5}
+ENDLESS = {**TWO, "trainer__max_steps": 100_000, "checkpoint__every": 5, "checkpoint__keep": 100_000}
 
 
 def rows_of(config: TrainConfig) -> list[dict]:

@@ -54,8 +54,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tie_embeddings": False,
         "zero_init": True,
         "logit_softcap": 15.0,
-        "bigram_rows": 8192,
-        "trigram_rows": 16384,
+        "bigram_rows": 0,
+        "trigram_rows": 0,
     },
 }
 
@@ -72,7 +72,7 @@ class GPTConfig:
     """Longest context, in tokens."""
     n_layer: int = 4
     """Number of blocks."""
-    n_head: int = 4
+    n_head: int = 2
     """Number of query heads."""
     n_kv_head: int | None = None
     """Number of key/value heads, a divisor of n_head (grouped-query attention); n_head when not given."""

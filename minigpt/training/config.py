@@ -32,11 +32,11 @@ class OptimizerConfig:
 
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the matrices inside blocks, AdamW for the rest. adamw: AdamW for all."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 8e-3
     """AdamW's peak learning rate."""
-    embedding_learning_rate: float = 0.1
+    embedding_learning_rate: float = 0.05
     """AdamW's peak learning rate for embeddings that start with unit variance (modern preset)."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: float = 0.03
     """Muon's peak learning rate; it follows the same schedule."""
     muon_momentum: float = 0.95
     """Muon: decay of the gradient's running mean."""
@@ -56,7 +56,7 @@ class OptimizerConfig:
     """AdamW: decay of the squared gradient's running mean."""
     eps: float = 1e-8
     """AdamW: added to the denominator."""
-    weight_decay: float = 0.5
+    weight_decay: float = 0.25
     """Decay of matrices and embeddings, times learning_rate, whatever their own is; norms and biases have none."""
     ema_decay: float = 0.0
     """Validate, save and sample a running average of the weights with this decay a step, say 0.99; 0: the weights."""

@@ -45,7 +45,7 @@ PHASES = ("forward pass", "backward pass", "update", "between steps")
 VERDICT = "verdict"
 BEATS = 20  # in hang_seconds
 # Of a process that has not shown itself since this one, which met it before, began to look.
-NOT_YET: dict[str, Any] = {"beat": 0, "place": [-1, BETWEEN], "where": "starting", "done": False, "pid": "?", "host": "?"}
+NOT_YET: dict[str, Any] = {"beat": 0, "place": [-1, BETWEEN], "where": "starting", "done": False, "pid": 0, "host": "?"}
 LIMIT = 0.75  # of hang_seconds: the rest is for the beats' distance and for writing stacks
 
 
