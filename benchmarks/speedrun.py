@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from runs import ROOT, Outcome, run
 
 from minigpt.data.batches import Batches, validation_windows
 from minigpt.data.shards import open_corpus
@@ -36,9 +35,10 @@ from minigpt.training.config import TrainConfig
 from minigpt.training.loss import next_token_loss
 from minigpt.training.schedule import learning_rate
 from minigpt.training.settle import settle
+from runs import ROOT, Outcome, run
 
 TARGET = 1.88  # nats a character
-SPRINT_STEPS = 120
+SPRINT_STEPS = 90
 MARGIN = 0.97  # of the baseline's time that the budget row plans for
 
 

@@ -272,6 +272,6 @@ def run(*arguments: str) -> None:
         arguments: in place of the command line's, if there are any.
     """
     code = main(arguments or None)
-    if "torch.distributed.elastic.agent" in sys.modules or "TORCHELASTIC_RUN_ID" in os.environ:
+    if "minigpt.training.processes" in sys.modules:  # it may have been one of several, or have launched them
         leave(code)
     sys.exit(code)
