@@ -22,7 +22,12 @@ from minigpt.training.loss import next_token_loss
 from minigpt.training.metrics import read_metrics
 from minigpt.training.optimizer import make_optimizer
 
-MUON = {"optimizer__name": "muon", "optimizer__muon_learning_rate": 0.02, "optimizer__weight_decay": 0.3}
+MUON = {
+    "optimizer__name": "muon",
+    "optimizer__muon_learning_rate": 0.02,
+    "optimizer__embedding_learning_rate": 0.1,
+    "optimizer__weight_decay": 0.3,
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "gpt2": {"model__preset": "gpt2"},
     "modern": {"model__preset": "modern", **MUON},
