@@ -1,7 +1,7 @@
 """Three small functions with their backward passes written out, for training on a CPU.
 
-What these cost there is passes over memory. PyTorch composes them of general operations, whose derivatives make two to
-eight times as many passes. Elsewhere a compiler or a fused kernel does this, so other devices, half precision and
+What these cost there is passes over memory. PyTorch composes them of general operations, whose derivatives make
+more of them. Elsewhere a compiler or a fused kernel does this, so other devices, half precision and
 whoever needs no gradient take the plain formulas in layers.py; tests hold both against each other.
 """
 
