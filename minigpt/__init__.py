@@ -5,6 +5,7 @@
     run = minigpt.load("runs/NAME")
     sampler = minigpt.Sampler(run.model, run.tokenizer)
     print(sampler.generate("Once upon a time")[0][0].text)
+    minigpt.Study(run).loss("Once upon a time")
 
 The public names are resolved when they are first used: `import minigpt` loads neither torch nor lightning.
 """
@@ -23,6 +24,7 @@ _HOMES = {
     "Run": "minigpt.checkpoint",
     "Sampler": "minigpt.sampling.sampler",
     "SamplingConfig": "minigpt.sampling.config",
+    "Study": "minigpt.internals.study",
     "TrainConfig": "minigpt.training.config",
     "fast": "minigpt.model.fast",
     "load": "minigpt.checkpoint",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from minigpt.checkpoint import Run as Run
     from minigpt.checkpoint import load as load
     from minigpt.errors import MinigptError as MinigptError
+    from minigpt.internals.study import Study as Study
     from minigpt.model.config import GPTConfig as GPTConfig
     from minigpt.model.fast import fast as fast
     from minigpt.model.gpt import GPT as GPT

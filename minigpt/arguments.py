@@ -46,6 +46,7 @@ def make_parser(command: str, description: str, positional: str = "", folder: st
         usage=f"{command}{' ' + positional if positional else ''} [--config FILE] [--name VALUE ...]",
         description=re.sub(r"\s+", " ", description),
         exit_on_error=False,
+        allow_abbrev=False,  # else --optimizer.nam is taken for --optimizer.name
     )
     parser.shipped_folder = folder  # type: ignore[attr-defined]
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file of values; may be repeated")

@@ -47,6 +47,7 @@ def said(capsys: pytest.CaptureFixture):
     [
         (["tran"], "tran: no such verb; did you mean train?"),
         (["train", "--model.n_layr", "3"], "--model.n_layr: no such setting; did you mean --model.n_layer?"),
+        (["train", "--optimizer.nam", "muon"], "--optimizer.nam: no such setting; did you mean --optimizer.name?"),
         (["train", "--n_layer", "3"], "--n_layer: no such setting; did you mean --model.n_layer?"),
         (["train", "--model.n_layer", "many"], '"model.n_layer": Expected a whole number. Got value: many'),
         (["train", "--model.preset", "gpt5"], "model.preset"),

@@ -31,6 +31,7 @@ FLOORS = {
     "training": 6,
     "arguments": 1,
     "cli_sample": 7,
+    "cli_study": 7,
     "cli": 8,
     "__main__": 9,
     "__init__": 9,

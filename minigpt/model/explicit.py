@@ -6,6 +6,9 @@ shapes are the field's (TransformerLens's classic ones), for example
 
     blocks.3.attn.hook_pattern   (B, H, T, S)    attention weights after the softmax
     blocks.3.hook_resid_mid      (B, T, C)       the stream between attention and MLP
+
+A few activations cost time and memory that nothing else needs: what each head reads and writes by itself. They are
+computed only where the tap asks for them, by a method `wants(name)`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,11 @@ def untouched(name: str, activation: Tensor) -> Tensor:
     return activation
 
 
+def wants(tap: Tap, name: str) -> bool:
+    """Whether a tap asks for an activation that is not computed by itself."""
+    return hasattr(tap, "wants") and tap.wants(name)
+
+
 def explicit_norm(
     norm: LayerNorm | RMSNorm, x: Tensor, tap: Tap = untouched, at: str = ""
 ) -> Tensor:  # (..., C) -> (..., C)
@@ -43,20 +51,40 @@ def explicit_norm(
     return y if bias is None else y + bias
 
 
+def separate_heads(
+    attn: Attention, norm: LayerNorm | RMSNorm, x: Tensor, tap: Tap, at: str = ""
+) -> Tensor:  # (B, T, C) -> (B, H + 2G, T, D)
+    """Queries, keys and values where every head reads a copy of the stream of its own: hook_q_input (B, T, H, C),
+    hook_k_input and hook_v_input (B, T, G, C), each then normed by itself.
+    """
+    made, begin = [], 0
+    for letter, count in (("q", attn.n_head), ("k", attn.n_kv_head), ("v", attn.n_kv_head)):
+        read = tap(f"{at}hook_{letter}_input", x[:, :, None].expand(-1, -1, count, -1))  # (B, T, heads, C)
+        rows = slice(begin * attn.head_dim, (begin + count) * attn.head_dim)
+        weight = attn.qkv.weight[rows].unflatten(0, (count, attn.head_dim))  # (heads, D, C)
+        heads = torch.einsum("bthc,hdc->bhtd", explicit_norm(norm, read), weight)
+        made.append(heads if attn.qkv.bias is None else heads + attn.qkv.bias[rows].view(count, 1, attn.head_dim))
+        begin += count
+    return torch.cat(made, 1)
+
+
 def explicit_attention(
-    attn: Attention, x: Tensor, step: Step, cache: KVCache | None = None, tap: Tap = untouched, at: str = ""
-) -> Tensor:  # (B, T, C) -> (B, T, C)
+    attn: Attention, heads: Tensor, step: Step, cache: KVCache | None = None, tap: Tap = untouched, at: str = ""
+) -> Tensor:  # (B, H + 2G, T, D) -> (B, T, C)
     """Scores, softmax and the weighted sum written out; q, k, v and z pass the tap as (B, T, heads, D)."""
 
     def tapped(name: str, heads: Tensor) -> Tensor:  # (B, heads, T, D), shown with the position before the head
         return tap(at + name, heads.transpose(1, 2)).transpose(1, 2)
 
+    def normed(norm: RMSNorm | None, heads: Tensor, name: str) -> Tensor:
+        if norm is None:
+            return heads
+        return explicit_norm(norm, heads.transpose(1, 2), tap, at + name).transpose(1, 2)
+
     counts = (attn.n_head, attn.n_kv_head, attn.n_kv_head)
-    q, k, v = attn.heads(x).split(counts, dim=1)  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+    q, k, v = heads.split(counts, dim=1)  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
     q, k, v = tapped("hook_q", q), tapped("hook_k", k), tapped("hook_v", v)
-    if attn.q_norm is not None and attn.k_norm is not None:
-        q = explicit_norm(attn.q_norm, q, tap, f"{at}q_norm.")
-        k = explicit_norm(attn.k_norm, k, tap, f"{at}k_norm.")
+    q, k = normed(attn.q_norm, q, "q_norm."), normed(attn.k_norm, k, "k_norm.")
     if attn.rotary is not None:
         q = tapped("hook_rot_q", attn.rotary(q, step.positions))
         k = tapped("hook_rot_k", attn.rotary(k, step.positions))
@@ -65,12 +93,16 @@ def explicit_attention(
     group = attn.n_head // attn.n_kv_head
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # (B, H, S, D)
     scores = q @ k.transpose(-2, -1) / math.sqrt(attn.head_dim)  # (B, H, T, S)
-    slots = torch.arange(step.width, device=x.device)
+    slots = torch.arange(step.width, device=heads.device)
     seen = slots <= step.positions.reshape(-1, 1, step.positions.shape[-1], 1)  # (1 or B, 1, T, S)
     scores = tap(f"{at}hook_attn_scores", scores.masked_fill(~seen, -torch.inf))
     pattern = tap(f"{at}hook_pattern", scores.softmax(-1))
     pattern = nn.functional.dropout(pattern, attn.dropout, attn.training)
     z = tapped("hook_z", pattern @ v)  # (B, H, T, D)
+    if wants(tap, f"{at}hook_result"):
+        weight = attn.proj.weight.unflatten(1, (attn.n_head, attn.head_dim))  # (C, H, D)
+        result = tap(f"{at}hook_result", torch.einsum("bhtd,chd->bthc", z, weight)).sum(2)
+        return result if attn.proj.bias is None else result + attn.proj.bias
     return attn.proj(z.transpose(1, 2).flatten(2))
 
 
@@ -89,10 +121,13 @@ def explicit_block(
 ) -> Tensor:  # (B, T, C) -> (B, T, C)
     """The two residual lines with every term of the stream in sight."""
     x = tap(f"{at}hook_resid_pre", x)
-    normed = explicit_norm(block.norm1, x, tap, f"{at}ln1.")
-    attn_out = block.drop(explicit_attention(block.attn, normed, step, cache, tap, f"{at}attn."))
+    if any(wants(tap, f"{at}hook_{letter}_input") for letter in "qkv"):
+        heads = separate_heads(block.attn, block.norm1, x, tap, at)  # (B, H + 2G, T, D)
+    else:
+        heads = block.attn.heads(explicit_norm(block.norm1, x, tap, f"{at}ln1."))
+    attn_out = block.drop(explicit_attention(block.attn, heads, step, cache, tap, f"{at}attn."))
     x = tap(f"{at}hook_resid_mid", x + tap(f"{at}hook_attn_out", attn_out))
-    normed = explicit_norm(block.norm2, x, tap, f"{at}ln2.")
+    normed = explicit_norm(block.norm2, tap(f"{at}hook_mlp_in", x), tap, f"{at}ln2.")
     mlp_out = block.drop(explicit_mlp(block.mlp, normed, tap, f"{at}mlp."))
     return tap(f"{at}hook_resid_post", x + tap(f"{at}hook_mlp_out", mlp_out))
 

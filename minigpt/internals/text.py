@@ -1,0 +1,83 @@
+"""Text into a model and out of it, for study: nothing put in front, nothing guessed, every token shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minigpt.errors import ConfigError, DataError
+from minigpt.model.gpt import GPT
+from minigpt.tokenizer.base import Tokenizer
+
+Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+class Texts:
+    """A model and its tokenizer, which may be missing: then texts are token ids."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer | None) -> None:
+        self.model, self._tokenizer = model, tokenizer
+        self.config = model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ConfigError where the study was made without one."""
+        if self._tokenizer is None:
+            raise ConfigError("this study has no tokenizer: give token ids, or Study.of(model, tokenizer)")
+        return self._tokenizer
+
+    def ids(self, text: Text) -> Tensor:
+        """Token ids (B, T) on the model's device. Raises DataError for texts that are empty, of unequal numbers of
+        tokens, or outside the model's vocabulary, and ConfigError for more tokens than its block holds.
+        """
+        if isinstance(text, str):
+            text = [text]
+        if not isinstance(text, Tensor) and len(text) and isinstance(text[0], str):
+            rows = [self.tokenizer.encode(item) for item in text]  # type: ignore[arg-type]
+            if len({len(row) for row in rows}) > 1:
+                raise DataError(
+                    f"texts of {', '.join(str(len(row)) for row in rows)} tokens: expected equal numbers; "
+                    "give them one by one, or choose words of as many tokens"
+                )
+            text = rows
+        try:
+            ids = torch.as_tensor(text, device=self.model.device)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"text: expected text, or token ids in rows of equal length ({error})") from None
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.dim() != 2 or not ids.numel():
+            raise DataError(f"text: holds no tokens (shape {tuple(ids.shape)}); give at least one")
+        if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= self.model.vocab_size:
+            raise DataError(
+                f"token ids {int(ids.min())} .. {int(ids.max())}: the model's are 0 .. {self.model.vocab_size - 1}"
+            )
+        if ids.shape[1] > self.config.block_size:
+            raise ConfigError(
+                f"text: {ids.shape[1]} tokens do not fit the model's block_size of {self.config.block_size}"
+            )
+        return ids.long()
+
+    def tokens(self, text: Text) -> list[str]:
+        """What each token of one text reads as; without a tokenizer, the id. Bytes that are no character become �."""
+        [row] = self.ids(text).tolist()
+        if self._tokenizer is None:
+            return [str(id) for id in row]
+        return [self.token(id) for id in row]
+
+    def token(self, id: int) -> str:
+        """What one token reads as; an id that the tokenizer has not, as its number."""
+        if self._tokenizer is None or id >= self._tokenizer.vocab_size:
+            return f"<{id}>"
+        return self._tokenizer.pieces[id].decode("utf-8", "replace")
+
+    def token_id(self, text: str | int) -> int:
+        """The id of a text that is one token. Raises DataError where it is none or several."""
+        if isinstance(text, int):
+            return int(self.ids([text])[0, 0])
+        ids = self.tokenizer.encode(text)
+        if len(ids) != 1:
+            pieces = " | ".join(self.token(id) for id in ids)
+            raise DataError(f"{text!r}: is {len(ids)} tokens ({pieces}), expected one")
+        return ids[0]
