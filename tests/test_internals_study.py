@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
@@ -304,7 +307,11 @@ def test_texts_become_tokens_and_tokens_text() -> None:
     assert study.losses(["AB", "BA"]).shape == (2, 1)
 
 
-def test_every_name_is_a_name_of_one_place() -> None:
+def test_the_docs_list_every_activation_with_its_axes() -> None:
+    text = (Path(__file__).parents[1] / "docs/study.md").read_text(encoding="utf-8")
+    rows = {name: axes.split() for name, axes in re.findall(r"^\| `([\w.{}]*hook_\w+)` \| ([\w ]+) \|", text, re.M)}
+    there = {}
     for preset in PRESETS:
-        names = list(activations(tiny_config(preset)))
-        assert len(names) == len(set(names))
+        for name, activation in activations(tiny_config(preset)).items():
+            there[re.sub(r"^blocks\.\d+", "blocks.{i}", name)] = list(activation.axes)
+    assert rows == there

@@ -88,10 +88,10 @@ class Result:
     def _list(self) -> str:
         labels = [_visible(label) for label in self.axes[0].labels]
         width = max((len(label) for label in labels), default=0)
-        greatest = np.nanmax(np.abs(self.values), initial=0.0) or 1.0
+        greatest = _greatest(self.values)
         shown = range(len(labels)) if len(labels) <= WIDEST else sorted(np.argsort(-np.abs(self.values))[:WIDEST])
         lines = [
-            f"  {labels[i]:{width}}  {self.values[i]:+10.4f}  {'█' * round(20 * abs(self.values[i]) / greatest)}"
+            f"  {labels[i]:{width}}  {self.values[i]:+10.4f}  {'█' * round(20 * min(1, abs(self.values[i]) / greatest))}"
             for i in shown
             if not np.isnan(self.values[i])
         ]
@@ -124,7 +124,7 @@ class Result:
         grid = self.values.astype(float)
         grid = grid.reshape(len(self.axes[0].labels), -1) if grid.ndim > 1 else grid[:, None]
         columns = list(product(*(axis.labels for axis in self.axes[1:]))) or [("",)]
-        greatest = np.nanmax(np.abs(grid), initial=0.0) or 1.0
+        greatest = _greatest(grid)
         cells = "".join(
             f"<tr><th>{html.escape(_visible(label))}</th>"
             + "".join(f'<td style="background:{_colour(value / greatest)}">{value:.4g}</td>' for value in line)
@@ -201,7 +201,12 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
 
 
+def _greatest(values: np.ndarray) -> float:
+    """The greatest finite magnitude, by which bars and colours are scaled; 1 where there is none."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
+
+
 def _colour(share: float) -> str:
     """Blue for positive, red for negative, clear for nothing; readable on light and on dark."""
     share = 0.0 if np.isnan(share) else share
-    return f"rgb({'70 130 230' if share >= 0 else '230 90 70'} / {abs(share) * 0.8:.2f})"
+    return f"rgb({'70 130 230' if share >= 0 else '230 90 70'} / {min(1, abs(share)) * 0.8:.2f})"
