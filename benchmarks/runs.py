@@ -28,6 +28,8 @@ class Outcome:
     """Seconds of a step, validations and saves left out: the median of the metrics rows' own."""
     curve: list[tuple[int, float, float]]
     """(step, seconds, loss on the whole validation split), by validation."""
+    training: list[tuple[float, float]]
+    """(seconds, training loss), by logged step."""
 
     @property
     def best(self) -> float:
@@ -61,8 +63,9 @@ def run(config: str, text: Path, *flags: str) -> Outcome:
         lines = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     curve = [(row["step"], row["seconds"], row["val/loss"]) for row in rows if "val/loss" in row]
+    training = [(row["seconds"], row["train/loss"]) for row in rows if "train/loss" in row]
     rates = sorted(
         (row["tokens"] / row["step"]) / row["tokens_per_second"] for row in rows if "tokens_per_second" in row
     )
     steps, seconds, _ = curve[-1]
-    return Outcome(whole - seconds, steps, seconds, rates[len(rates) // 2], curve)
+    return Outcome(whole - seconds, steps, seconds, rates[len(rates) // 2], curve, training)

@@ -2,6 +2,7 @@
 
     python benchmarks/speedrun.py --file input.txt                  baseline, sprint and budget, three seeds each
     python benchmarks/speedrun.py --file input.txt --rows best      configs/shakespeare_best.yaml
+    python benchmarks/speedrun.py --file input.txt --picture curves.svg
 
     baseline   nanoGPT's CPU recipe (configs/nanogpt_cpu.yaml): 2,000 steps and one validation, in a plain PyTorch loop
     sprint     configs/speedrun.yaml with a schedule that ends at a loss of 1.88, which is about where the baseline ends
@@ -23,9 +24,11 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from draw import Points, curves, smooth
 
 from minigpt.data.batches import Batches, validation_windows
 from minigpt.data.shards import open_corpus
@@ -40,10 +43,12 @@ from runs import ROOT, Outcome, run
 TARGET = 1.88  # nats a character
 SPRINT_STEPS = 90
 MARGIN = 0.97  # of the baseline's time that the budget row plans for
+SMOOTHED = 0.03  # of the baseline's time that a point of the picture is a mean over
+HIGHEST = 2.6  # of the losses in the picture; a new model's is 4.2
 
 
-def baseline(text: Path, seed: int) -> dict[str, float]:
-    """The recipe of nanoGPT in the loop that one would write by hand: seconds and final loss."""
+def baseline(text: Path, seed: int) -> dict[str, Any]:
+    """The recipe of nanoGPT in the loop that one would write by hand: seconds, final loss, and losses on the way."""
     values = yaml.safe_load((ROOT / "configs/nanogpt_cpu.yaml").read_text())
     with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         values["data"] |= {"source": str(text), "folder": f"{folder}/data"}
@@ -59,6 +64,7 @@ def baseline(text: Path, seed: int) -> dict[str, float]:
             [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             betas=(settings.beta1, settings.beta2),
         )
+        training: list[tuple[float, float]] = []
         began = time.perf_counter()
         for step in range(config.trainer.max_steps):
             for group in optimizer.param_groups:
@@ -69,9 +75,11 @@ def baseline(text: Path, seed: int) -> dict[str, float]:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.gradient_clip_val)
             optimizer.step()
+            if step % 10 == 9:
+                training.append((time.perf_counter() - began, float(loss.detach())))
         windows = validation_windows(corpus.val, config.model.block_size)
         loss = evaluate(model, windows, torch.ones(corpus.tokenizer.vocab_size, dtype=torch.int64)).loss
-        return {"seconds": time.perf_counter() - began, "loss": loss}
+        return {"seconds": time.perf_counter() - began, "loss": loss, "training": training}
 
 
 def median(values: list[float]) -> str:
@@ -96,7 +104,7 @@ def main() -> None:
     parser.add_argument("--file", required=True, help="tinyshakespeare's input.txt")
     parser.add_argument("--rows", default="baseline,sprint,budget")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--curves", help="file for every validation of every run")
+    parser.add_argument("--picture", help="file for the curves of the last seed, .svg")
     parser.add_argument("--baseline", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     text = Path(arguments.file).resolve()
@@ -106,6 +114,8 @@ def main() -> None:
     rows, seeds = arguments.rows.split(","), range(1, arguments.seeds + 1)
     times: list[float] = []
     losses: list[float] = []
+    lines: dict[str, Points] = {}
+    marks: dict[str, Points] = {}
     outcomes: dict[str, list[Outcome]] = {row: [] for row in rows if row != "baseline"}
     for seed in seeds:  # in turn, so that a drift of the machine meets all rows alike
         if "baseline" in rows:
@@ -115,6 +125,8 @@ def main() -> None:
             )
             times.append(result["seconds"])
             losses.append(result["loss"])
+            lines["nanoGPT's CPU recipe"] = smooth(result["training"], SMOOTHED * times[-1])
+            marks["nanoGPT's CPU recipe"] = [(times[-1], losses[-1])]
         for row in outcomes:
             flags = ["--seed", str(seed)]
             if row == "sprint":
@@ -122,7 +134,10 @@ def main() -> None:
             if row == "budget":
                 step = outcomes["sprint"][-1].step_seconds
                 flags += ["--trainer.max_steps", str(int(MARGIN * times[-1] / step)), "--eval.every", "0"]
-            outcomes[row].append(run("shakespeare_best" if row == "best" else "speedrun", text, *flags))
+            done = run("shakespeare_best" if row == "best" else "speedrun", text, *flags)
+            outcomes[row].append(done)
+            lines[row] = smooth(done.training, SMOOTHED * (times[-1] if times else done.seconds))
+            marks[row] = [(seconds, loss) for _, seconds, loss in done.curve]
     if times:
         print(f"baseline    2000 steps, {median(times)} s, loss {median(losses)}")
     for row, done in outcomes.items():
@@ -130,9 +145,10 @@ def main() -> None:
         if row == "sprint" and times:
             ratios = [seconds / o.seconds_to(TARGET) for seconds, o in zip(times, done, strict=True)]
             print(f"          the baseline takes {median(ratios)} times as long")
-    if arguments.curves:
-        curves = {row: [outcome.curve for outcome in done] for row, done in outcomes.items()}
-        Path(arguments.curves).write_text(json.dumps(curves))
+    if arguments.picture:
+        title = "Training loss, and validation loss (dots), on tinyshakespeare by character"
+        lines = {name: [point for point in line if point[1] < HIGHEST] for name, line in lines.items()}
+        Path(arguments.picture).write_text(curves(title, lines, marks, "seconds on two CPU cores", "nats a character"))
 
 
 if __name__ == "__main__":
