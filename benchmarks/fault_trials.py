@@ -100,6 +100,7 @@ def outcome(run: Path) -> Outcome:
     rows = [
         (row["step"], row.get("train/loss"), row.get("val/loss"), row.get("batch"))
         for row in read_metrics(run / "metrics.jsonl")
+        if "time/training" not in row  # where a session's time went, which a killed one cannot say
     ]
     tensors = {}
     for name in ("model", "training_state"):
