@@ -15,13 +15,24 @@ import argparse
 import statistics
 from pathlib import Path
 
-from runs import Outcome, run
+import yaml
+
+from runs import ROOT, Outcome, run
+
+RATES = yaml.safe_load((ROOT / "configs/speedrun.yaml").read_text())["optimizer"]
+
+
+def rate(name: str, factor: float) -> list[str]:
+    """Flags for the recipe's learning rate of that name, times a factor."""
+    return [f"--optimizer.{name}", f"{factor * RATES[name]:g}"]
+
 
 # The row's name, what it shows, and the flags.
 ROWS: dict[str, tuple[str, list[str]]] = {
     "recipe": ("configs/speedrun.yaml as it is", []),
     "adamw": ("AdamW for the matrices too", ["--optimizer.name", "adamw", "--optimizer.learning_rate", "4e-3"]),
     "no-bigrams": ("no embedding of pairs", ["--model.bigram_rows", "0"]),
+    "no-trigrams": ("no embedding of triples", ["--model.trigram_rows", "0"]),
     "learned": ("learned positions for rotary ones", ["--model.position", "learned"]),
     "no-qk-norm": ("queries and keys as they come", ["--model.qk_norm", "false"]),
     "gelu": ("GELU for squared ReLU", ["--model.activation", "gelu"]),
@@ -34,10 +45,10 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "cosine": ("cosine decay", ["--optimizer.schedule", "cosine"]),
     "ema": ("averaged weights", ["--optimizer.ema_decay", "0.99"]),
     "ns-3": ("three Newton-Schulz steps for five", ["--optimizer.newton_schulz_steps", "3"]),
-    "muon-half": ("half of Muon's learning rate", ["--optimizer.muon_learning_rate", "0.01"]),
-    "muon-double": ("twice Muon's learning rate", ["--optimizer.muon_learning_rate", "0.04"]),
-    "adamw-half": ("half of AdamW's learning rate", ["--optimizer.learning_rate", "4e-3"]),
-    "adamw-double": ("twice AdamW's learning rate", ["--optimizer.learning_rate", "16e-3"]),
+    "muon-half": ("half of Muon's learning rate", rate("muon_learning_rate", 0.5)),
+    "muon-double": ("twice Muon's learning rate", rate("muon_learning_rate", 2)),
+    "adamw-half": ("half of AdamW's learning rate", rate("learning_rate", 0.5)),
+    "adamw-double": ("twice AdamW's learning rate", rate("learning_rate", 2)),
 }
 
 

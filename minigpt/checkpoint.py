@@ -156,9 +156,23 @@ def _move_aside(folder: Path) -> None:
         raise CheckpointError(f"{folder}: exists already and is whole; it is not overwritten")
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+    safetensors.torch.save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file whole or not at all; `load_tensors` and `load_metadata` read it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with disk_errors(str(path)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_tensors(temporary, tensors, metadata)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -176,6 +190,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError where it is damaged."""
     try:
         return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself. Raises CheckpointError where it is damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 

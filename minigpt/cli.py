@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.arguments import latest_run, make_parser, parse, pick_device, split_positional
+from minigpt.cli_lens import lens
+from minigpt.cli_sae import sae
 from minigpt.cli_sample import sample
+from minigpt.cli_study import dynamics, heads, inspect, patch
 from minigpt.errors import ConfigError, MinigptError, leave
 
 PROG = "minigpt"
@@ -217,6 +220,12 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "eval": evaluate,
     "info": info,
     "plan": plan,
+    "inspect": inspect,
+    "lens": lens,
+    "heads": heads,
+    "patch": patch,
+    "dynamics": dynamics,
+    "sae": sae,
 }
 
 

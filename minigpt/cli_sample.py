@@ -13,6 +13,7 @@ from minigpt.arguments import latest_run, make_parser, parse, pick_device, split
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from minigpt.model.gpt import GPT
     from minigpt.sampling.sampler import Completion, Sampler
 
 
@@ -36,6 +37,8 @@ def sample(argv: list[str]) -> None:
     parser.add_argument("--show_work", "--show-work", nargs="?", const=5, default=0, type=int, metavar="N", help=told)
     parser.add_argument("--show_order", action="store_true", help="print the processors in their order, and stop")
     parser.add_argument("--compile", action="store_true", help="compile the model first: pays for many tokens")
+    parser.add_argument("--steer", type=str, help="file with a steering vector, added wherever the model reads")
+    parser.add_argument("--steer_scale", type=float, help="with --steer: how many times (default: as the file says)")
     parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
     parser.add_class_arguments(SamplingConfig)
@@ -55,7 +58,8 @@ def sample(argv: list[str]) -> None:
     prompts = _prompts(values)
     together = len(prompts) * max(config.num_beams, config.num_return_sequences)
     rows = min(together, config.max_rows or together)
-    model: Any = fast(run.model.to(pick_device(values.device)), rows, compiled=values.compile)
+    on_device = run.model.to(pick_device(values.device))
+    model: Any = _steered(on_device, values) if values.steer else fast(on_device, rows, compiled=values.compile)
     sampler = Sampler(model, run.tokenizer, config)
     if values.show_order:
         _print_order(sampler)
@@ -83,10 +87,21 @@ def _check_flags(values: Any, config: Any) -> None:
         raise ConfigError(f"--show_work {values.show_work}: expected a whole number, 0 or more")
     if values.stride is not None and not values.score:
         raise ConfigError(f"--stride {values.stride}: is for --score; add it, or leave --stride out")
+    if values.steer_scale is not None and not values.steer:
+        raise ConfigError(f"--steer_scale {values.steer_scale}: is for --steer; add it, or leave --steer_scale out")
+    if values.steer and values.compile:
+        raise ConfigError("--compile: what is steered runs step by step; leave --compile or --steer out")
     if values.score and (values.continuation is not None or values.show_work):
         raise ConfigError("--score: writes nothing, so it goes neither with --continuation nor with --show_work")
     if config.top_logprobs is not None and not (values.json or values.show_order):
         raise ConfigError("--top_logprobs: is told in JSON; add --json, or see --show_work")
+
+
+def _steered(model: GPT, values: Any) -> Any:
+    from minigpt.internals.steering import Steered, Steering
+    from minigpt.internals.study import Study
+
+    return Steered(Study.of(model), Steering.load(values.steer).edits(values.steer_scale))
 
 
 def _write(sampler: Sampler, prompts: list[Any], config: Any, values: Any) -> None:

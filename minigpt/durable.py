@@ -150,11 +150,15 @@ def write_text(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+held: set[int] = set()  # descriptors of the locks that this process holds
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process, for as long as it lives. Raises ConfigError where another process holds it.
 
-    The system lets the lock go however the process ends, so none is ever left behind.
+    The system lets the lock go however the process ends, so none is ever left behind. Processes that inherit a
+    descriptor of `held` hold it too, until the last of them has ended.
     """
     try:
         import fcntl
@@ -174,7 +178,11 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        yield
+        held.add(file.fileno())
+        try:
+            yield
+        finally:
+            held.discard(file.fileno())
 
 
 def to_json(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The checkpoints of a run: which are whole, which is the newest, which is the best, and which may go.
 
     runs/NAME/
+        metrics.jsonl                       what was measured while it trained, one object a row
         best.json                           step and validation loss of the best checkpoint, sealed by its own sha256
         checkpoints/step-00000500/          a checkpoint: its manifest.json is written last, and covers every byte
 
@@ -10,6 +11,7 @@ What a process has verified it remembers, by the sizes and times of the files, s
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -223,6 +225,20 @@ def find_checkpoint(path: Path | str, say: Say = silent) -> Path:
     )
 
 
+# What was measured while it trained.
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
 # Making room.
 
 
@@ -248,7 +264,7 @@ def clean_leftovers(run: Path) -> None:
     """Remove what was killed half way: folders of saves and of prunings, temporary siblings of small files."""
     for path in (run / "checkpoints").glob(".tmp-step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for folder in (run, run / "samples"):
+    for folder in (run, run / "samples", run / "checkpoints"):
         for path in folder.glob(".*.????????"):
             if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) and path.is_file():
                 path.unlink(missing_ok=True)

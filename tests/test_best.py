@@ -139,6 +139,7 @@ def test_the_standing_by_hand() -> None:
     assert standing_at(5, rows, Best(2, 2.0)) == Standing(5, 1.0, since=0)
     assert standing_at(5, rows[5:], Best(2, 0.5)) == Standing(2, 0.5, since=1)  # rows were lost
     assert Standing().after(3, math.nan) == Standing(since=1)
+    assert Standing(2, 2.0).after(2, 2.0) == Standing(2, 2.0)  # its row was lost in a power cut, best.json was not
     assert [Standing(2, 2.0, since=2).exhausted(patience) for patience in (0, 1, 2, 3)] == [False, True, True, False]
 
 

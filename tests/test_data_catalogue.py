@@ -1,13 +1,14 @@
 import hashlib
 import threading
 import zipfile
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from minigpt.data import catalogue as catalogue_module
-from minigpt.data.catalogue import catalogue, download, python_topics
+from minigpt.data.catalogue import catalogue, download, python_topics, repeated_blocks
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import find_source
 from minigpt.data.reading import ReadingLog
@@ -67,7 +68,31 @@ def test_every_entry_of_the_catalogue_is_complete():
         elif entry["kind"] == "supplied":
             assert entry["url"].startswith("https://"), name
         else:
-            assert entry["kind"] == "pydocs", name
+            assert entry["kind"] in ("pydocs", "repeats"), name
+
+
+def test_repeated_blocks_are_random_blocks_that_come_again_and_again():
+    documents = [text for text, ends in repeated_blocks(300, 192, 8, 48, 0) if ends]
+    assert len(documents) == 300 and {len(text) for text in documents} == {192}
+    periods = []
+    for text in documents:
+        period = next(n for n in range(1, 193) if text.startswith(text[n:]))
+        assert text == (text[:period] * 24)[:192]
+        periods.append(period)
+    assert set(periods) == set(range(8, 49))
+    counts = Counter("".join(documents))
+    assert len(counts) == 64 and max(counts.values()) < 2 * min(counts.values())
+    assert documents != [text for text, _ in repeated_blocks(300, 192, 8, 48, 1)]
+
+
+def test_the_repeats_corpus_is_made_without_a_download_and_takes_no_file(tmp_path):
+    source = find_source(DataConfig(source="repeats", folder=str(tmp_path)))
+    made = catalogue()["repeats"]["made"]
+    assert len(text_of(source)) == made["documents"] * made["length"]
+    assert text_of(source) == text_of(source)
+    assert source.fingerprint == {"name": "repeats", **made}
+    with pytest.raises(ConfigError, match="'repeats', which is no download"):
+        find_source(DataConfig(source="repeats", file="x.txt"))
 
 
 def test_python_topics_are_documents_in_order_of_their_names():

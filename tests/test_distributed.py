@@ -153,7 +153,7 @@ def steps_saved(run: Path) -> list[int]:
     return sorted(int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*"))
 
 
-def test_processes_leave_when_their_launcher_is_killed(tmp_path: Path) -> None:
+def test_processes_save_and_leave_when_their_launcher_is_killed(tmp_path: Path) -> None:
     with StartedFork(tiny_run(tmp_path, **ENDLESS)) as started:
         started.wait_for_step(3)
         workers = started.workers()
@@ -164,8 +164,8 @@ def test_processes_leave_when_their_launcher_is_killed(tmp_path: Path) -> None:
             deadline -= 1
             time.sleep(0.05)
         assert deadline, "still there after a hundred seconds"
-    for folder in (started.run / "checkpoints").glob("step-*"):
-        verify(folder)
+    assert steps_saved(started.run)[-1] == started.last_step()
+    verify(started.run / f"checkpoints/step-{started.last_step():08d}")
 
 
 def test_torchrun_starts_the_same_run_and_its_processes_hear_signals(tmp_path: Path) -> None:
@@ -247,6 +247,34 @@ def place(monkeypatch: pytest.MonkeyPatch, rank: int, port: int) -> None:
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
+
+
+def test_a_process_that_never_comes_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join, "JOIN_SECONDS", 1.0)
+    config = tiny_run(tmp_path, trainer__devices=2)
+    assert in_forks(2, lambda rank: train_and_say(config) if rank == 0 else 0) == {0: 8, 1: 0}
+    assert "process 1 has not come within 1 s; see what it said" in capfd.readouterr().err
+
+
+def test_losing_the_first_process_before_training_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no launcher holds the store, as under SLURM, it goes with the first process."""
+    config = tiny_run(tmp_path, trainer__devices=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(launch, "settle", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+    def target(rank: int) -> int:
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+        place(monkeypatch, rank, port)
+        return train_and_say(config)
+
+    assert in_forks(2, target) == {0: -9, 1: 8}
+    assert f"process 1 has lost the store that all share, at 127.0.0.1:{port}: whoever" in capfd.readouterr().err
 
 
 def test_a_port_that_is_taken_or_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ import fault_trials as trials
 import minigpt
 from minigpt import checkpoint, durable, runs
 from minigpt.errors import CheckpointError, DiskError, NonFiniteError
+from minigpt.model.cost import cost_of
 from minigpt.runs import prune
 from minigpt.training.launch import train
 from minigpt.training.metrics import read_metrics
@@ -105,6 +107,18 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, mon
     assert not read_metrics(tmp_path / "runs/run/metrics.jsonl")
 
 
+@pytest.mark.parametrize(("ema_decay", "tensors"), [(0.0, 3), (0.9, 4)])  # weights, two moments, the average
+def test_a_disk_that_cannot_hold_a_checkpoint_is_found_at_the_start(
+    ema_decay: float, tensors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path, optimizer__ema_decay=ema_decay)
+    size = 4 * cost_of(replace(config.model, vocab_size=257)).parameters
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=tensors * size - 1))
+    with pytest.raises(DiskError, match=rf"checkpoints: {tensors * size / 1e6:.1f} MB needed"):
+        train(config)
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
@@ -126,6 +140,21 @@ def test_each_fault_of_a_disk_has_its_line(
         trials.save(tmp_path, 1)
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.glob("checkpoints/*")) and not list(tmp_path.glob("checkpoints/.*"))
+
+
+@posix
+def test_a_start_that_is_killed_while_it_tries_the_folder_leaves_nothing_for_good(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        folder.mkdir(exist_ok=True)
+        child = os.fork()
+        if not child:  # killed between trying to write and removing what it wrote
+            os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            durable.probe_writing(folder, "")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert list(folder.glob(".probe.*"))
+    runs.make_ready(tmp_path)
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_at_the_start(tmp_path: Path) -> None:

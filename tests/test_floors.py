@@ -32,9 +32,11 @@ FLOORS = {
     "arguments": 1,
     "cli_sample": 7,
     "cli_study": 7,
-    "cli": 8,
-    "__main__": 9,
-    "__init__": 9,
+    "cli_lens": 8,
+    "cli_sae": 8,
+    "cli": 9,
+    "__main__": 10,
+    "__init__": 10,
 }
 # Third-party packages with one home. (huggingface's tokenizers trains and reads vocabularies.)
 HOMES = {
@@ -156,7 +158,10 @@ def test_importing_minigpt_loads_nothing_heavy() -> None:
     assert not {"torch", "lightning", "numpy", "tiktoken", "wandb", "transformers", "jsonargparse"} & set(loaded)
 
 
-@pytest.mark.parametrize("verb", ["", "train", "sample", "prepare", "eval", "info", "plan"])
+@pytest.mark.parametrize(
+    "verb",
+    ["", "train", "sample", "prepare", "eval", "info", "plan", "inspect", "lens", "heads", "patch", "dynamics", "sae"],
+)
 def test_help_loads_no_framework(verb: str) -> None:
     code = (
         "import sys; from minigpt.cli import main\n"

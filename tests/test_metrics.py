@@ -17,6 +17,7 @@ from training_runs import run_and_read, tiny_run
 from minigpt.data.batches import Batches
 from minigpt.data.shards import prepare
 from minigpt.model.cost import cost_of
+from minigpt.training import hardware
 from minigpt.training import metrics as metrics_module
 from minigpt.training.config import TrainConfig
 from minigpt.training.hardware import accelerator_named, machine_memory, measured_peak, peak_flops, peak_memory
@@ -169,3 +170,19 @@ def test_memory_is_the_most_that_the_process_held() -> None:
     total = machine_memory()
     assert total is not None
     assert total > after
+
+
+def test_a_moment_in_which_the_machine_was_busy_does_not_decide_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def product(dtype: torch.dtype, size: int) -> float:
+        nonlocal calls
+        calls += 1
+        if calls <= 9:  # something else ran
+            return 5.0
+        return 0.5 if dtype == torch.bfloat16 else 0.001
+
+    monkeypatch.setattr(hardware, "_product", product)
+    hardware.bfloat16_gain.cache_clear()
+    assert hardware.bfloat16_gain(1) == 0.002
+    hardware.bfloat16_gain.cache_clear()

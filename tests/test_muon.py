@@ -7,7 +7,8 @@ import torch
 from conftest import PRESETS, tiny_config
 
 from minigpt.model.gpt import GPT
-from minigpt.training.config import OptimizerConfig
+from minigpt.training.config import OptimizerConfig, TrainConfig, TrainerConfig
+from minigpt.training.module import TrainingModule
 from minigpt.training.muon import MuonAdamW, orthogonalize
 from minigpt.training.optimizer import make_optimizer
 
@@ -150,3 +151,11 @@ def test_every_parameter_is_taken_once_and_matrices_in_blocks_by_muon(preset: st
     assert not [name for name in names if not name.startswith("trunk.blocks.")]
     for group in optimizer.param_groups:
         assert all(sum(rows) == len(p) for rows, p in zip(group.get("splits", []), group["params"], strict=False))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_newton_schulz_is_computed_as_the_model_is(precision: str, dtype: torch.dtype) -> None:
+    config = TrainConfig(optimizer=OptimizerConfig(name="muon"), trainer=TrainerConfig(precision=precision))  # type: ignore[arg-type]
+    optimizer = TrainingModule(GPT(tiny_config("modern")), config).configure_optimizers()
+    assert isinstance(optimizer, MuonAdamW)
+    assert optimizer.dtype == dtype

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from minigpt.durable import locked
+from minigpt.errors import ConfigError
 from minigpt.training import processes
 from minigpt.training.processes import Processes
 
@@ -148,6 +152,52 @@ while not os.path.exists(f"{folder}/heard"): time.sleep(0.02)
         group.wait()
     assert group.failures == {}
     assert (tmp_path / "heard").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_they_are_started_ends_all_of_them(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = processes.subprocess.Popen
+
+    def popen(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(processes.subprocess, "Popen", popen)
+    with started("wait()", tmp_path) as group:
+        group.wait()
+    assert not group._running
+    assert group.cause() is None and group.stopped_by() == number
+
+
+def test_they_find_minigpt_wherever_they_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with started("import minigpt", tmp_path) as group:
+        group.wait()
+    assert group.failures == {}
+
+
+def test_a_folder_stays_locked_as_long_as_one_of_them_lives(tmp_path: Path) -> None:
+    """Also where this process is killed: nobody begins the same run while they still save it."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    child = os.fork()
+    if child == 0:
+        with locked(tmp_path), started("ready(); time.sleep(2)", marks):
+            while len(list(marks.iterdir())) < 2:
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with pytest.raises(ConfigError, match=rf"is in use by process {child} on"), locked(tmp_path):
+        pass
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(ConfigError), locked(tmp_path):
+            return
+        time.sleep(0.05)
+    raise AssertionError("never let go")
 
 
 def test_signals_are_as_before_afterwards(tmp_path: Path) -> None:

@@ -71,6 +71,14 @@ def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(
         assert (parts / "samples" / path.name).read_text() == path.read_text()
 
 
+def test_a_run_stopped_while_its_minutes_are_planned_says_how_to_go_on(tmp_path: Path, monkeypatch) -> None:
+    config = replace(tiny_run(tmp_path, "a run"), minutes=1.0)
+    monkeypatch.setattr(Agreement, "on_step_end", stopping_at(1))
+    said = f"stopped by SIGTERM; go on with --run_name 'a run' --resume auto --runs_dir {tmp_path / 'runs'}"
+    with pytest.raises(Interrupted, match=f"^{said}$"):
+        launch.train(config)
+
+
 def stopping_at(stop: int):
     """An Agreement.on_step_end that receives SIGTERM during step `stop`."""
     real = Agreement.on_step_end

@@ -15,6 +15,7 @@ from minigpt.checkpoint import verify
 from minigpt.errors import Interrupted
 from minigpt.training import launch
 from minigpt.training.checkpoints import Checkpoints
+from minigpt.training.loader import MicroBatches
 from minigpt.training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
@@ -133,6 +134,25 @@ def test_a_signal_before_the_first_step_stops_after_it(tmp_path: Path, monkeypat
     with pytest.raises(Interrupted) as raised:
         launch.train(tiny_run(tmp_path))
     assert raised.value.exit_code == 130
+    assert steps_saved(tmp_path / "runs/run") == [1]
+
+
+@pytest.mark.parametrize("hook", ["__len__", "__iter__"])  # before Lightning's loop begins, and as it does
+def test_a_sigterm_while_lightning_starts_is_one_like_any_other(
+    hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's own handler would end the run with exit code 0, as if it were finished."""
+    real, sent = getattr(MicroBatches, hook), []
+
+    def signalled(self: MicroBatches):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return real(self)
+
+    monkeypatch.setattr(MicroBatches, hook, signalled)
+    with pytest.raises(Interrupted) as raised:
+        launch.train(tiny_run(tmp_path))
+    assert raised.value.exit_code == 143
     assert steps_saved(tmp_path / "runs/run") == [1]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -243,13 +245,34 @@ def test_schedules_by_hand() -> None:
     assert learning_rate(constant, 0, 10) == learning_rate(constant, 9, 10) == 0.3
 
 
-def test_rows_past_the_checkpoint_move_aside(tmp_path: Path) -> None:
+def test_best_losses_are_over_the_same_tokens(tmp_path: Path) -> None:
+    train(tiny_run(tmp_path))
+    with pytest.raises(ConfigError, match=r"cannot be resumed with eval\.tokens 1000000 -> 100; choose another"):
+        train(tiny_run(tmp_path, eval__tokens=100, trainer__max_steps=9))
+
+
+def test_another_processor_is_announced_at_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    train(tiny_run(tmp_path))
+    train(tiny_run(tmp_path, trainer__max_steps=9))
+    assert "not to the bit" not in capsys.readouterr().err
+    monkeypatch.setattr("minigpt.training.checkpoints.processor", lambda: "Z80")
+    train(tiny_run(tmp_path, trainer__max_steps=10))
+    assert re.search(r"goes on, but not to the bit, since this changed: processor .+ -> Z80\n", capsys.readouterr().err)
+
+
+def test_rows_past_the_checkpoint_move_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), real(descriptor)))
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "x": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "x')
     rewind_metrics(path, 2)
     assert read_metrics(path) == [{"step": 1, "x": 1}, {"step": 2, "x": 2}]
     assert read_metrics(tmp_path / "metrics-past-00000002.jsonl") == [{"step": 3, "x": 3}, {"step": 4, "x": 4}]
     assert path.read_text().endswith("\n")
+    assert len(synced) >= 2  # a run counts its validations by these rows: they outlast a power cut
 
 
 @pytest.mark.parametrize(
@@ -258,6 +281,7 @@ def test_rows_past_the_checkpoint_move_aside(tmp_path: Path) -> None:
         ({"batch__tokens": 100}, r"batch\.tokens: 100 is no multiple of model\.block_size \(16\); try 96"),
         ({"batch__micro_batch_size": 3}, r"8 rows a step .* do not divide among 1 processes x micro_batch_size 3"),
         ({"batch__micro_batch_size": 0}, r"batch\.micro_batch_size: 0 is not positive"),
+        ({"eval__patience": 2, "eval__every": 0}, r"eval\.patience: 2 counts validations, but eval\.every is 0"),
         ({"checkpoint__keep": 1}, r"checkpoint\.keep: 1 is less than 2"),
         ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate: 0\.0 is not positive"),
         ({"seed": 10**30}, r"seed: 1000000000000000000000000000000 is not below 2\*\*63"),
@@ -283,6 +307,9 @@ def test_a_text_shorter_than_a_block_says_so(tmp_path: Path) -> None:
 def test_resume_modes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no run to resume there"):
         train(tiny_run(tmp_path, resume="must"))
+    with pytest.raises(ConfigError, match=r"run_name: --resume must needs one"):
+        train(replace(tiny_run(tmp_path, resume="must"), run_name=None))
+    assert not (tmp_path / "runs").exists()
     train(tiny_run(tmp_path))
     with pytest.raises(ConfigError, match="exists already"):
         train(tiny_run(tmp_path, resume="never"))
@@ -307,11 +334,11 @@ def test_a_changed_text_is_noticed_at_resume(tmp_path: Path) -> None:
 def test_lightning_still_has_what_progress_touches() -> None:
     import lightning.pytorch as pl
 
-    from minigpt.training.progress import LightModule, set_progress, without_signal_broadcast
+    from minigpt.training.progress import LightModule, set_progress, without_signals
 
     trainer = pl.Trainer(max_steps=9, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     set_progress(trainer, 5)
-    without_signal_broadcast(trainer)
+    without_signals(trainer)
     assert trainer.global_step == 5
     assert "_current_fx_name" in vars(pl.LightningModule())  # what LightModule sets by a shorter way
     assert "_current_fx_name" in vars(LightModule())

@@ -91,6 +91,26 @@ def test_a_loop_without_end_in_one_process_is_named_with_the_stacks_of_both(
     assert_whole(tmp_path / "runs/run")
 
 
+def test_where_stacks_cannot_be_written_they_leave_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "runs/run").mkdir(parents=True)
+    (tmp_path / "runs/run/stacks").write_text("a file")
+
+    def hang(rank: int) -> None:
+        real = TrainingModule.training_step
+
+        def training_step(self: TrainingModule, *arguments):
+            while rank == 1 and self.trainer.global_step == 1:
+                time.sleep(0.01)
+            return real(self, *arguments)
+
+        monkeypatch.setattr(TrainingModule, "training_step", training_step)
+
+    assert forked(busy(tmp_path), hang) == {0: 8, 1: 8}
+    assert "has been in the same forward pass for" in capfd.readouterr().err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_is_stopped_is_named(

@@ -1,16 +1,18 @@
-"""The corpora known by name: data/corpora.yaml, their download, and the one that needs none."""
+"""The corpora known by name: data/corpora.yaml, their download, and those that need none."""
 
 from __future__ import annotations
 
 import http.client
 import os
 import secrets
+import string
 import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from minigpt.data.reading import BLOCK, Piece
@@ -18,6 +20,7 @@ from minigpt.durable import file_sha256
 from minigpt.errors import DataError, DiskError
 from minigpt.terminal import progress
 
+BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 TIMEOUT = 10.0  # seconds without a connection, or without a byte, before a download is given up
 
 
@@ -47,6 +50,23 @@ def topic_pieces(topics: list[str]) -> Iterator[Piece]:
     """The topics as documents."""
     for text in topics:
         yield Piece(text, True)
+
+
+def repeated_blocks(documents: int, length: int, shortest: int, longest: int, seed: int) -> Iterator[Piece]:
+    """Documents in which a block of random characters comes again and again: nothing but themselves foretells them.
+
+    The characters are those of base64, each as likely. The same numbers give the same text, everywhere.
+
+    Args:
+        documents: how many.
+        length: characters of each.
+        shortest: characters of a block, at least.
+        longest: at most; each length is as likely, so that how far back to look differs.
+        seed: another gives another text.
+    """
+    for words in np.random.Philox(key=seed).random_raw((documents, longest + 1)).tolist():
+        block = "".join(BASE64[word >> 58] for word in words[: shortest + words[-1] % (longest - shortest + 1)])
+        yield Piece((block * (length // len(block) + 1))[:length], True)
 
 
 def check_copy(name: str, entry: dict[str, Any], path: Path, what: str) -> None:

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minigpt.data.catalogue import catalogue, check_copy, download, python_topics, topic_pieces
+from minigpt.data.catalogue import catalogue, check_copy, download, python_topics, repeated_blocks, topic_pieces
 from minigpt.data.config import DataConfig
 from minigpt.data.reading import BLOCK, COMPRESSED, Piece, ReadingLog, looks_binary, read_documents
 from minigpt.durable import canonical_json, file_sha256
@@ -95,9 +95,11 @@ def _stem(path: Path) -> str:
 def _named(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
     if _folder_name(name, name) != name:
         raise ConfigError(f"the catalogue of corpora lists {name!r}, which cannot name a folder; rename it there")
+    if entry["kind"] in ("pydocs", "repeats") and data.file is not None:
+        raise ConfigError(f"data.file {data.file!r} does not go with data.source {name!r}, which is no download")
+    if entry["kind"] == "repeats":
+        return Source(name, {"name": name, **entry["made"]}, 0, lambda log: repeated_blocks(**entry["made"]))
     if entry["kind"] == "pydocs":
-        if data.file is not None:
-            raise ConfigError(f"data.file {data.file!r} does not go with data.source 'pydocs', which is no download")
         topics = python_topics()
         text_sha256 = hashlib.sha256("\0".join(topics).encode()).hexdigest()
         fingerprint = {"name": name, "python": sys.version.split()[0], "sha256": text_sha256}

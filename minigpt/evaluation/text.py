@@ -7,11 +7,31 @@ from dataclasses import replace
 from minigpt.checkpoint import Run, read_training_state
 from minigpt.data.batches import ValidationWindows, validation_windows
 from minigpt.data.config import CleanConfig, DataConfig
-from minigpt.data.shards import prepare
+from minigpt.data.shards import Corpus, prepare
 from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation.loss import Evaluation, bytes_per_token, evaluate
 from minigpt.terminal import progress
 from minigpt.tokenizer.config import TokenizerConfig
+
+
+def corpus_of(run: Run) -> Corpus:
+    """The corpus that a run was trained on, opened or prepared anew.
+
+    Raises ConfigError where the folder was not written by a training run, and DataError where the text is another by
+    now.
+    """
+    if not run.config:
+        raise ConfigError(f"{run.path}: was not trained here, so it has no text of its own; give --data.source FILE")
+    values = dict(run.config["data"])
+    data = DataConfig(**{**values, "clean": CleanConfig(**values["clean"])})
+    corpus = prepare(data, TokenizerConfig(**run.config["tokenizer"]))
+    corpus.check_tokenizer(run.tokenizer)
+    if (then := read_training_state(run.path).get("corpus")) != corpus.hash:
+        raise DataError(
+            f"data.source: {data.source} has changed since {run.path} was trained on it (its tokens hash to "
+            f"{corpus.hash[:12]}, then {str(then)[:12]}); restore it, or name the text with --data.source FILE"
+        )
+    return corpus
 
 
 def evaluate_run(
@@ -42,19 +62,8 @@ def evaluate_run(
     if data is not None:
         corpus = prepare(replace(data, val_fraction=0.0), saved)
         stream, what = corpus.train, data.source
-    elif not run.config:
-        raise ConfigError(f"{run.path}: was not trained here, so it has no validation split; give --data.source FILE")
     else:
-        values = dict(run.config["data"])
-        trained_on = DataConfig(**{**values, "clean": CleanConfig(**values["clean"])})
-        corpus = prepare(trained_on, TokenizerConfig(**run.config["tokenizer"]))
-        corpus.check_tokenizer(run.tokenizer)
-        if (then := read_training_state(run.path).get("corpus")) != corpus.hash:
-            raise DataError(
-                f"data.source: {trained_on.source} has changed since {run.path} was trained on it (its tokens hash to "
-                f"{corpus.hash[:12]}, then {str(then)[:12]}); restore it, or name the text with --data.source FILE"
-            )
-        stream, what = corpus.val, f"the validation split of {trained_on.source}"
+        stream, what = corpus_of(run).val, f"the validation split of {run.config['data']['source']}"
     windows: ValidationWindows = validation_windows(stream, window, limit_tokens)
     lengths = bytes_per_token(run.tokenizer.token_bytes(), run.model.vocab_size)
     with progress("evaluating", len(windows), "windows") as bar:

@@ -11,33 +11,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.data.stream import TokenStream
-from minigpt.errors import ConfigError, DataError
+from minigpt.errors import ConfigError
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.text import Text
 
 if TYPE_CHECKING:
+    from minigpt.data.shards import Corpus
     from minigpt.internals.study import Study
 
 TOKENS = 8192  # in all windows together, where nothing else is asked for
-AT_ONCE = 4096  # tokens a forward
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**25  # at most, in a forward
 EARLY, LATE, WIDTH = 0.1, 0.9, 0.1  # of the context: where the in-context score looks, and how far around
 
 
-def windows(stream: TokenStream, length: int, tokens: int = TOKENS) -> Tensor:
-    """Windows (B, length) evenly spaced over a stream, the same every time: about `tokens` tokens, at least one window.
+def held_out_windows(corpus: Corpus, length: int, tokens: int = TOKENS) -> Tensor:
+    """Windows (B, length) evenly spaced over a corpus's validation split, the same every time.
 
-    Raises DataError where the stream is shorter than one.
+    Args:
+        corpus: where its validation split is shorter than a window, the training split stands for it.
+        length: T, tokens in a window.
+        tokens: in all windows together, at most, but at least one window.
     """
-    if len(stream) < length:
-        raise DataError(f"{stream.name}: {len(stream)} tokens are less than one window of {length}; give a longer text")
-    count = max(1, min(tokens // length, len(stream) // length))
+    stream = corpus.val if len(corpus.val) >= length else corpus.train
+    count = max(1, min(tokens, len(stream)) // length)
     starts = np.linspace(0, len(stream) - length, count).astype(np.int64)
     return torch.from_numpy(stream.read(starts, length))
 
 
 def held_out(study: Study, tokens: int = TOKENS) -> Tensor:
-    """Windows (B, block_size) of the validation split beside which the study's run was trained.
+    """`held_out_windows` (B, block_size) of the corpus that the study's run was trained on.
 
     Raises ConfigError for a study that is of no run, DataError where that text is another by now.
     """
@@ -45,15 +47,19 @@ def held_out(study: Study, tokens: int = TOKENS) -> Tensor:
 
     if study.run is None:
         raise ConfigError("this study is of a model alone, which has no text of its own; give one, or token ids (B, T)")
-    corpus = corpus_of(study.run)
-    return windows(corpus.val if len(corpus.val) else corpus.train, study.config.block_size, tokens)
+    return held_out_windows(corpus_of(study.run), study.config.block_size, tokens)
+
+
+def in_parts(study: Study, ids: Tensor) -> tuple[Tensor, ...]:
+    """Ids (B, T) in parts of whole rows that are small enough for a watched forward."""
+    tokens = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // study.model.vocab_size)
+    return ids.split(max(1, tokens // ids.shape[1]))
 
 
 def losses(study: Study, text: Text | None = None) -> Tensor:
-    """Nats of each token after those before it, (B, T - 1), in parts of a few thousand tokens; None: `held_out`."""
+    """Nats of each token after those before it, (B, T - 1); None: of `held_out`."""
     ids = study.ids(held_out(study) if text is None else text)
-    rows = max(1, AT_ONCE // ids.shape[1])
-    return torch.cat([study.losses(part) for part in ids.split(rows)])
+    return torch.cat([study.losses(part) for part in in_parts(study, ids)])
 
 
 def loss_by_position(study: Study, text: Text | None = None) -> Result:
@@ -70,7 +76,7 @@ def loss_by_position(study: Study, text: Text | None = None) -> Result:
     labels = [str(position) for position in range(1, found.shape[1] + 1)]
     return Result(
         "loss by position",
-        found.mean(0),
+        found.mean(0).cpu().numpy(),
         (Axis("position", labels),),
         "nats",
         {"rows": len(found), "mean": float(found.mean())},

@@ -113,9 +113,7 @@ def site_of(study: Study, name: Names, axes: tuple[str, ...] = ("batch", "pos"))
     return found[0]
 
 
-def gather(
-    study: Study, texts: Sequence[Text], names: Sequence[str], position: int | None = -1
-) -> dict[str, Tensor]:
+def gather(study: Study, texts: Sequence[Text], names: Sequence[str], position: int | None = -1) -> dict[str, Tensor]:
     """One vector a text of each activation: name -> (texts, ...).
 
     Args:

@@ -90,8 +90,9 @@ class Result:
         width = max((len(label) for label in labels), default=0)
         greatest = _greatest(self.values)
         shown = range(len(labels)) if len(labels) <= WIDEST else sorted(np.argsort(-np.abs(self.values))[:WIDEST])
+        bars = ["█" * round(20 * min(1, abs(value) / greatest)) for value in np.nan_to_num(self.values)]
         lines = [
-            f"  {labels[i]:{width}}  {self.values[i]:+10.4f}  {'█' * round(20 * min(1, abs(self.values[i]) / greatest))}"
+            f"  {labels[i]:{width}}  {self.values[i]:+10.4f}  {bars[i]}"
             for i in shown
             if not np.isnan(self.values[i])
         ]

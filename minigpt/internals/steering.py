@@ -3,7 +3,7 @@
     happy = study.steering_vector(["I love it", ...], ["I hate it", ...], ("resid_post", 2))
     with study.hooks(happy.edits(4)):
         study.generate("I think")
-    happy.save("happy.safetensors")        minigpt sample RUN --prompt "I think" --steer happy.safetensors --steer_scale 4
+    happy.save("happy.safetensors")    # minigpt sample RUN --steer happy.safetensors --steer_scale 4
 
 The mean difference is that of Turner et al. 2023 (arXiv 2308.10248) and Rimsky et al. 2023 (arXiv 2312.06681), the
 principal component that of Zou et al. 2023 (arXiv 2310.01405).
@@ -24,9 +24,11 @@ from minigpt.checkpoint import load_metadata, load_tensors, save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.corpus import gather, site_of
 from minigpt.internals.text import Text
+from minigpt.internals.writing import Written
+from minigpt.model.cache import KVCache
 
 if TYPE_CHECKING:
-    from minigpt.internals.study import Edit, Site, Study
+    from minigpt.internals.study import Edit, Edits, Site, Study
 
 KIND = "minigpt steering vector"
 
@@ -84,6 +86,23 @@ class Steering:
         except ValueError as error:
             raise CheckpointError(f"{path}: its scale or notes cannot be read ({error}); make it again") from error
         return cls(told["name"], vector, scale, notes)
+
+
+class Steered(Written):
+    """A sampler's model, steered wherever it reads: `Sampler(Steered(study, happy.edits(4)), study.tokenizer)`.
+
+    Raises ConfigError where the edits do not fit the model.
+    """
+
+    def __init__(self, study: Study, edits: Edits) -> None:
+        super().__init__(study)
+        self.edits = edits
+        with study.hooks(edits):
+            study.logits([0])  # a mistake is told before anything is written
+
+    def hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+        with self.study.hooks(self.edits):
+            return super().hidden(ids, cache)
 
 
 def steering_vector(

@@ -26,9 +26,33 @@ from torch import Tensor
 
 from minigpt.checkpoint import Run, load
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.ablation import ablate
 from minigpt.internals.activations import Activations
+from minigpt.internals.attribution import attribute_logit
+from minigpt.internals.autoencoder_metrics import feature_contexts, feature_effect, judge_autoencoder
+from minigpt.internals.autoencoder_training import train_autoencoder
+from minigpt.internals.circuits import find_circuit
+from minigpt.internals.compare import compare
+from minigpt.internals.context import in_context_score, loss_by_position
+from minigpt.internals.decomposition import accumulated, components
+from minigpt.internals.effect import effect
+from minigpt.internals.flow import rollout, value_flow
+from minigpt.internals.heads import head_scores, heads
+from minigpt.internals.jacobian import fit_jacobian_lens
+from minigpt.internals.lens import logit_lens
 from minigpt.internals.names import Activation, Names, activations, select
+from minigpt.internals.neurons import neuron_effect, top_contexts
+from minigpt.internals.patching import attribution_patch, patch
+from minigpt.internals.paths import patch_paths
+from minigpt.internals.probes import probe
+from minigpt.internals.report import report
+from minigpt.internals.saliency import saliency
+from minigpt.internals.snapshot import snapshot
+from minigpt.internals.steering import steering_vector
 from minigpt.internals.text import Text, Texts
+from minigpt.internals.translators import jacobian_lens, lens_quality, tuned_lens
+from minigpt.internals.tuned import train_tuned_lens
+from minigpt.internals.weights import composition, copying_from_weights, ov_circuit, qk_circuit
 from minigpt.model.cache import KVCache
 from minigpt.model.explicit import explicit_trunk
 from minigpt.model.gpt import GPT
@@ -267,6 +291,44 @@ class Study(Texts):
         return write(self, prompt, select(self.config, names), settings)
 
     # Understanding: functions of files of their own, whose first argument is the study.
+
+    saliency = saliency
+    tuned_lens = tuned_lens
+    jacobian_lens = jacobian_lens
+    lens_quality = lens_quality
+    fit_jacobian_lens = fit_jacobian_lens
+    train_tuned_lens = train_tuned_lens
+    logit_lens = logit_lens
+    attribute_logit = attribute_logit
+    components = components
+    accumulated = accumulated
+    steering_vector = steering_vector
+    probe = probe
+    top_contexts = top_contexts
+    neuron_effect = neuron_effect
+    train_autoencoder = train_autoencoder
+    judge_autoencoder = judge_autoencoder
+    feature_contexts = feature_contexts
+    feature_effect = feature_effect
+    find_circuit = find_circuit
+    head_scores = head_scores
+    heads = heads
+    effect = effect
+    ablate = ablate
+    loss_by_position = loss_by_position
+    in_context_score = in_context_score
+    snapshot = snapshot
+    compare = compare
+    ov_circuit = ov_circuit
+    qk_circuit = qk_circuit
+    copying_from_weights = copying_from_weights
+    composition = composition
+    rollout = rollout
+    value_flow = value_flow
+    patch = patch
+    attribution_patch = attribution_patch
+    patch_paths = patch_paths
+    report = report
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from minigpt.checkpoint import (
     state_of,
 )
 from minigpt.durable import check_space
+from minigpt.model.cost import cost_of
 from minigpt.runs import Best, prune, read_best, record_best, step_of
 from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
@@ -78,11 +80,12 @@ class Checkpoints(EachStep):
         elif pl_module.average:
             pl_module.average = Average(pl_module.model, pl_module.average.decay)  # on the model's device now
         if trainer.is_global_zero:  # a disk that cannot hold one checkpoint is found out now
-            weights = sum(parameter.numel() * parameter.element_size() for parameter in pl_module.model.parameters())
-            check_space(self.run / "checkpoints", weights * (3 if pl_module.average else 2))
+            cost = cost_of(self.config.model)
+            weights = 4 * cost.parameters * (2 if pl_module.average else 1)
+            check_space(self.run / "checkpoints", weights + cost.optimizer_bytes(self.config.optimizer.name))
 
     def _announce_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+        changed = [f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value]
         if changed:
             notice(f"the run goes on, but not to the bit, since this changed: {', '.join(changed)}")
 
@@ -166,10 +169,20 @@ def restore(optimizer: torch.optim.Optimizer, module: TrainingModule, start: Pat
             module.average.restore(weights, state.get("average_updates", 0))
 
 
+def processor() -> str:
+    """The name of this machine's processor, as exactly as the system tells it: others may add up in another order."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What must stay as it is for a resumed run to be equal to the bit, beside the config."""
     return {
         "machine": platform.machine(),
+        "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -24,7 +24,7 @@ def pick_precision(config: TrainConfig) -> tuple[str, str]:
     """bf16-mixed where its matrix products are faster, 32-true elsewhere, and why."""
     import torch
 
-    from minigpt.training.hardware import measured_peak
+    from minigpt.training.hardware import bfloat16_gain
 
     if config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -35,6 +35,6 @@ def pick_precision(config: TrainConfig) -> tuple[str, str]:
     ):
         return "32-true", "the steadier one on mps"
     threads = config.trainer.threads or torch.get_num_threads()
-    ratio = measured_peak(torch.bfloat16, threads) / measured_peak(torch.float32, threads)
+    ratio = bfloat16_gain(threads)
     faster = "bf16-mixed" if ratio > WORTH else "32-true"
     return faster, f"on this CPU bfloat16 matrix products run at {ratio:.2g} times the speed of float32"

@@ -129,6 +129,14 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class InternalsConfig:
+    """Looking inside while it trains: head scores, ablations, loss by position; `minigpt dynamics` draws them."""
+
+    every: int | Literal["log"] = 0
+    """Steps between two snapshots of the model's inside, or log: two to every doubling of the steps; 0: none."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run. `minigpt train --config FILE --section.field VALUE`; later values win."""
 
@@ -153,6 +161,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    internals: InternalsConfig = field(default_factory=InternalsConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as config.yaml holds them."""
@@ -230,6 +239,7 @@ class TrainConfig:
             "eval.every": self.eval.every,
             "eval.patience": self.eval.patience,
             "sample.every": self.sample.every,
+            "internals.every": 0 if self.internals.every == "log" else self.internals.every,
             "sample.max_new_tokens": self.sample.max_new_tokens,
             "sample.temperature": self.sample.temperature,
             "seed": self.seed,
@@ -248,6 +258,10 @@ class TrainConfig:
             raise ConfigError(
                 f"checkpoint.keep: {self.checkpoint.keep} is less than 2; one more than the newest must stay, "
                 f"in case the newest is damaged"
+            )
+        if self.eval.patience and not self.eval.every:
+            raise ConfigError(
+                f"eval.patience: {self.eval.patience} counts validations, but eval.every is 0; give the steps between two"
             )
         if self.trainer.threads is not None and self.trainer.threads < 1:
             raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive")

@@ -17,18 +17,22 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from minigpt.data.batches import Batches, ValidationWindows, validation_windows
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, DistributedError, Interrupted
+from minigpt.internals.context import held_out_windows
+from minigpt.internals.snapshot import TOKENS
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
 from minigpt.terminal import hushed
+from minigpt.training.allocator import keep_freed_memory
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig
+from minigpt.training.internals import Internals
 from minigpt.training.join import agree, code_identity, connect, join
 from minigpt.training.loader import MicroBatches
 from minigpt.training.loggers import finish, make_loggers
 from minigpt.training.metrics import Metrics, rewind_metrics
 from minigpt.training.module import TrainingModule
 from minigpt.training.observing import Samples, Validation
-from minigpt.training.progress import NoProfiler, set_progress, without_signal_broadcast
+from minigpt.training.progress import NoProfiler, set_progress, without_signals
 from minigpt.training.rehearsal import Rehearsal, memory_errors, training_advice
 from minigpt.training.settle import Job
 from minigpt.training.stopping import Agreement
@@ -46,8 +50,8 @@ def fit(job: Job) -> None:
         DistributedError: the processes cannot meet, were started differently, or one was lost.
     """
     agreement = Agreement()
-    resume = f"go on with --run_name {job.run.name} --resume auto"
-    with agreement.listening(), hushed(job.probe), ExitStack() as held:
+    resume = job.how_to_resume
+    with agreement.listening(), hushed(job.probe), foreign_errors(job.config, resume), ExitStack() as held:
         _fit(job, agreement, resume, held)
     agreement.raise_if_stopped(resume)
 
@@ -58,6 +62,8 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
     if config.trainer.threads or world_size > 1:
         torch.set_num_threads(config.trainer.threads or max(1, torch.get_num_threads() // config.trainer.devices))
+
+    keep_freed_memory()
 
     corpus = open_corpus(job.corpus)
     watch = None
@@ -88,6 +94,9 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
     samples = Samples(run, config, corpus.tokenizer, agreement, metrics, owed_at["sample"])
 
     rehearsal = Rehearsal(config, batches, windows)
+    inside = []
+    if config.internals.every and not job.probe:
+        inside = [Internals(config, held_out_windows(corpus, config.model.block_size, TOKENS), metrics)]
 
     quiet_lightning()
     precision = config.trainer.precision
@@ -102,7 +111,16 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
         accumulate_grad_batches=config.accumulation,
         log_every_n_steps=config.trainer.log_every_n_steps,
         # Rehearse before the first step; at the end of every step agree, write, save, and only then look.
-        callbacks=[*([watch] if watch else []), agreement, metrics, rehearsal, checkpoints, validation, samples],
+        callbacks=[
+            *([watch] if watch else []),
+            agreement,
+            metrics,
+            rehearsal,
+            *inside,
+            checkpoints,
+            validation,
+            samples,
+        ],
         plugins=[TorchElasticEnvironment() if world_size > 1 else LightningEnvironment()],  # SLURM's would requeue
         logger=make_loggers(config, run, rank),
         limit_val_batches=0,
@@ -114,10 +132,9 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
         enable_model_summary=False,
     )
     set_progress(trainer, job.first_step)
-    without_signal_broadcast(trainer)
+    without_signals(trainer)
     try:
-        with foreign_errors(config, resume):
-            trainer.fit(module, train_dataloaders=loader)
+        trainer.fit(module, train_dataloaders=loader)
     finally:
         finish(trainer.loggers)
 

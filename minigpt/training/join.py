@@ -11,6 +11,8 @@ import json
 import os
 import platform
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ import torch.distributed as dist
 
 from minigpt.durable import canonical_json
 from minigpt.errors import DistributedError
+from minigpt.terminal import notice
 
 # What torchrun tells each process that it starts.
 STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-JOIN_SECONDS = 20.0  # to reach the store
+# Until all are there: the machines of a cluster may begin minutes apart, and read code from a disk that all share.
+JOIN_SECONDS = 300.0
+UNEASY_SECONDS = 15.0  # after which a line says what is waited for
 # For collectives and for the store: preparing a corpus or a save may take hours, and who hangs is watch.py's to say.
 PATIENCE = timedelta(days=30)
 
@@ -52,7 +57,10 @@ def connect() -> dist.Store:
     # In a thread, because torch waits without end for somebody who listens there but is no store.
     thread = threading.Thread(target=reach, daemon=True)
     thread.start()
-    thread.join(JOIN_SECONDS + 5)
+    thread.join(min(UNEASY_SECONDS, JOIN_SECONDS))
+    if thread.is_alive():
+        notice(f"process {rank}: waiting for the others at {host}:{port}, up to {JOIN_SECONDS:.0f} s")
+        thread.join(JOIN_SECONDS + 5)
     store = found[0] if found else None
     if not isinstance(store, dist.Store):
         why = "the port is taken" if "EADDRINUSE" in str(store) else "nothing answers there as it should"
@@ -89,10 +97,12 @@ def agree(store: dist.Store, what: str, values: dict[str, Any]) -> None:
         values: must be the same everywhere.
 
     Raises:
-        DistributedError: on every process alike, with the names and values in which the first one differs.
+        DistributedError: on every process alike, with the names and values in which the first one differs; or one has
+            not come within JOIN_SECONDS.
     """
-    store.set(f"{what}/{os.environ['RANK']}", canonical_json({"host": platform.node(), "values": values}))
-    first, *others = [json.loads(store.get(f"{what}/{rank}")) for rank in range(int(os.environ["WORLD_SIZE"]))]
+    with lost_store():
+        store.set(f"{what}/{os.environ['RANK']}", canonical_json({"host": platform.node(), "values": values}))
+        first, *others = [_said(store, f"{what}/{rank}", rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
     for rank, other in enumerate(others, start=1):
         names = dict.fromkeys([*first["values"], *other["values"]])
         pairs = {name: (first["values"].get(name), other["values"].get(name)) for name in names}
@@ -106,11 +116,38 @@ def agree(store: dist.Store, what: str, values: dict[str, Any]) -> None:
             )
 
 
+def _said(store: dist.Store, key: str, rank: int) -> dict[str, Any]:
+    try:
+        store.wait([key], timedelta(seconds=JOIN_SECONDS))
+    except dist.DistStoreError as error:
+        raise DistributedError(
+            f"process {rank} has not come within {JOIN_SECONDS:.0f} s; see what it said, and start all of them again"
+        ) from error
+    return json.loads(store.get(key))
+
+
 def tell(store: dist.Store, values: dict[str, Any] | None) -> dict[str, Any]:
-    """What the first process has to say to all: it gives the values, the others None; all get them."""
-    if values is not None:
-        store.set("told", canonical_json(values))
-    return json.loads(store.get("told"))
+    """What the first process has to say to all: it gives the values, the others None; all get them, however late.
+
+    Raises:
+        DistributedError: the store has gone.
+    """
+    with lost_store():
+        if values is not None:
+            store.set("told", canonical_json(values))
+        return json.loads(store.get("told"))
+
+
+@contextmanager
+def lost_store() -> Iterator[None]:
+    """For the length of a `with` block, a store that does not answer any more is our error."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise DistributedError(
+            f"process {os.environ['RANK']} has lost the store that all share, at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: whoever holds it has gone; see what it said, and start all of them again"
+        ) from error
 
 
 def code_identity() -> dict[str, str]:

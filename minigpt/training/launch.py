@@ -17,7 +17,7 @@ from minigpt.training.budget import plan, report
 from minigpt.training.config import TrainConfig
 from minigpt.training.fit import fit
 from minigpt.training.join import STARTED_BY_TORCHRUN, agree, connect, tell
-from minigpt.training.processes import Processes
+from minigpt.training.processes import Processes, search_path
 from minigpt.training.settle import Job, settle
 
 
@@ -53,7 +53,7 @@ def _launch(job: Job) -> None:
     """Run the job in several processes of this machine."""
     name = f"{job.config.run_name}-{time.time_ns()}"
     command = [sys.executable, "-m", "minigpt.training.worker", json.dumps(job.to_dict())]
-    resume = f"go on with --run_name {job.run.name} --resume auto"
+    resume = job.how_to_resume
     with Processes(command, job.config.trainer.devices, name) as processes:
         processes.wait()
         if cause := processes.cause():
@@ -112,6 +112,7 @@ def _probe_as_one_of_many(job: Job, name: str) -> None:
     settings = {
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # there is one: nobody opens another
         "TORCHELASTIC_RESTART_COUNT": name,  # a part of the store of its own
+        **search_path(),
     }
     command = [sys.executable, "-m", "minigpt.training.worker", json.dumps(job.to_dict())]
     ended = subprocess.run(command, env={**os.environ, **settings}, check=False)

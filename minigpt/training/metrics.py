@@ -8,7 +8,7 @@ A row of training holds, beside loss, lr and grad_norm, since the row before:
     memory              peak so far, bytes: of tensors on the GPU, or resident of the first process
     batch               identity of the step's global batch, the same however many processes share it
 The last row of a session tells where its time went, in seconds: time/step (the median step), time/validation, time/save
-and time/sample (all of each), time/training (all of it).
+and time/sample (all of each), time/internals where snapshots were asked for, time/training (all of it).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from minigpt.durable import disk_errors
+from minigpt.durable import disk_errors, write_text
 from minigpt.model.cost import cost_of
+from minigpt.runs import read_metrics
 from minigpt.terminal import Progress, notice, progress, readable
 from minigpt.training.config import TrainConfig
 from minigpt.training.each_step import EachStep, due, sum_over_processes
@@ -34,17 +35,6 @@ from minigpt.training.hardware import peak_flops, peak_memory
 from minigpt.training.loader import MicroBatches, batch_hash
 from minigpt.training.module import TrainingModule
 from minigpt.training.stopping import Agreement
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def rewind_metrics(path: Path, step: int) -> None:
@@ -58,9 +48,9 @@ def rewind_metrics(path: Path, step: int) -> None:
             aside = path.with_name(f"metrics-past-{step:08d}.jsonl")
             with open(aside, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in past)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf-8")
-        os.replace(temporary, path)
+                file.flush()
+                os.fsync(file.fileno())
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
 
 class Metrics(EachStep):
@@ -94,7 +84,7 @@ class Metrics(EachStep):
         return self.seconds_before + time.monotonic() - self.began
 
     def pause(self, what: str, seconds: float) -> None:
-        """Note time that went into a "validation", "save" or "sample", which are no part of the training rate."""
+        """Note time that went into "validation", "save", "sample" or "internals", no part of the training rate."""
         self.paused += seconds
         self.pauses[what] = self.pauses.get(what, 0.0) + seconds
 
@@ -111,8 +101,8 @@ class Metrics(EachStep):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = statistics.median(self.paces[1:] or self.paces or [float("nan")])  # the first row has the compilation
-        spent = {what: self.pauses.get(what, 0.0) for what in ("validation", "save", "sample")}
-        spent = {"step": step, **spent, "training": time.monotonic() - self.began}
+        spent = {"step": step, "validation": 0.0, "save": 0.0, "sample": 0.0, **self.pauses}
+        spent["training"] = time.monotonic() - self.began
         self.write(trainer, trainer.global_step, {f"time/{what}": round(s, 6) for what, s in spent.items()})
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -74,7 +74,9 @@ class TrainingModule(LightModule):
         return learning_rate(self.settings.optimizer, self.trainer.global_step, self.settings.trainer.max_steps)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.model, self.settings.optimizer)
+        # Newton-Schulz needs no more digits than the products around it have: where those are in bfloat16, so is it.
+        narrow = self.settings.trainer.precision == "bf16-mixed"
+        return make_optimizer(self.model, self.settings.optimizer, torch.bfloat16 if narrow else torch.float32)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         ids, targets = batch  # (B, T), (B, T)

@@ -12,10 +12,12 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
+from minigpt.durable import held
 from minigpt.errors import DistributedError
 from minigpt.training.join import store_of_one_start
 from minigpt.training.watch import VERDICT
@@ -23,6 +25,14 @@ from minigpt.training.watch import VERDICT
 LEAVE_SECONDS = 20.0  # that the others have, after one was lost, to finish a save and leave by themselves
 POLL_SECONDS = 0.05
 LOCAL = "127.0.0.1"
+
+
+def search_path() -> dict[str, str]:
+    """What lets a child process find minigpt in a repository, wherever train.py was called from."""
+    root = Path(__file__).parents[2]
+    if not (root / "train.py").is_file():  # it is installed
+        return {}
+    return {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 class Processes:
@@ -58,17 +68,26 @@ class Processes:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RUN_ID": self._name,
             "TORCHELASTIC_RESTART_COUNT": "0",
+            **search_path(),
         }
         posix = os.name == "posix"
         if posix:  # what is ignored stays ignored in a child: it can be asked to save before it listens
             self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
         for rank in range(self._count):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             self._running[rank] = subprocess.Popen(
-                self._command, env=environment, stdin=subprocess.DEVNULL, start_new_session=posix
+                self._command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=posix,
+                pass_fds=tuple(held) if posix else (),  # the lock on the run, for as long as one of them lives
             )
-        for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if posix else [])):
-            self._before.setdefault(number, signal.signal(number, self._on_signal))
+        if self.received:  # while they were started
+            self._send(signal.SIGTERM)
+        if posix:
+            signal.signal(signal.SIGUSR1, self._on_signal)
         return self
 
     def __exit__(

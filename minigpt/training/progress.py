@@ -41,12 +41,14 @@ def set_progress(trainer: pl.Trainer, step: int) -> None:
     total.ready = total.completed = step
 
 
-def without_signal_broadcast(trainer: pl.Trainer) -> None:
-    """Drop the broadcast that Lightning makes before every micro-batch to learn of a SIGTERM.
+def without_signals(trainer: pl.Trainer) -> None:
+    """Keep Lightning from handling signals, and from the broadcast before every micro-batch that tells of a SIGTERM.
 
-    Our own callback agrees on stopping once a step, in the reduction that the loss needs anyway.
+    Its handler talks to the other processes and ends a run with exit code 0. Our own callback only notes a signal, and
+    agrees on stopping once a step, in the reduction that the loss needs anyway.
     """
-    loop = trainer.fit_loop.epoch_loop
-    if not callable(getattr(loop, "_broadcast_sigterm_tensor", None)):
-        raise AttributeError("lightning's training loop has no _broadcast_sigterm_tensor; minigpt needs lightning 2.6")
-    loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    loop, signals = trainer.fit_loop.epoch_loop, trainer._signal_connector
+    for owner, name in ((loop, "_broadcast_sigterm_tensor"), (signals, "register_signal_handlers")):
+        if not callable(getattr(owner, name, None)):
+            raise AttributeError(f"lightning's {type(owner).__name__} has no {name}; minigpt needs lightning 2.6")
+        setattr(owner, name, lambda: None)

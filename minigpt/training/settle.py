@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -26,8 +27,9 @@ from minigpt.training.each_step import due
 from minigpt.training.metrics import read_metrics
 from minigpt.training.standing import Standing, settle_best, standing_at
 
-# A run with other values here is another run. (Tokenizer and text are held by the hash of the tokens.)
-FIXED = ("model.", "data.order", "batch.tokens", "seed", "optimizer.name")
+# A run with other values here is another run. (Tokenizer and text are held by the hash of the tokens.) Losses
+# of validation on other tokens cannot be compared, and which checkpoint is the best could not be told.
+FIXED = ("model.", "data.order", "batch.tokens", "seed", "optimizer.name", "eval.tokens")
 NOT_COMPARED = ("run_name", "runs_dir", "resume")
 
 
@@ -62,6 +64,13 @@ class Job:
     def finished(self) -> bool:
         """Whether nothing is left to do."""
         return self.first_step >= self.last_step and not self.owed
+
+    @property
+    def how_to_resume(self) -> str:
+        """What to say to who has stopped it."""
+        folder = self.config.runs_dir
+        where = "" if folder == TrainConfig.runs_dir else f" --runs_dir {shlex.quote(folder)}"
+        return f"go on with --run_name {shlex.quote(str(self.config.run_name))} --resume auto{where}"
 
     @property
     def ending(self) -> str:
@@ -171,7 +180,12 @@ def _folder_of(config: TrainConfig) -> Path:
             raise ConfigError(
                 f"run_name: '{config.run_name}' is not a plain folder name; leave slashes and leading dots out"
             )
-        return runs / config.run_name
+        run = runs / config.run_name
+        if config.resume == "must" and not run.is_dir():  # before it is made
+            raise CheckpointError(f"{run}: no run to resume there (--resume must); check --run_name and --runs_dir")
+        return run
+    if config.resume == "must":
+        raise ConfigError("run_name: --resume must needs one; name the run to resume")
     source = re.sub(r"[^\w.-]+", "-", Path(config.data.source).stem).strip("-.") or "run"
     name = f"{source}-{datetime.now():%Y%m%d-%H%M%S}"
     for again in range(1, 1000):
@@ -257,7 +271,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
-    """Refuse to go on with another model or data order; announce every other change."""
+    """Refuse to go on with another model, data order or validation; announce every other change."""
     old, new = flatten(before), flatten(now)
     changed = [key for key in new if key not in NOT_COMPARED and old.get(key) != new[key]]
     fixed = [key for key in changed if key.startswith(FIXED)]

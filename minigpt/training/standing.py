@@ -27,8 +27,8 @@ class Standing:
     """Validations since then."""
 
     def after(self, step: int, loss: float) -> Standing:
-        """With one more validation. A loss that is not finite is never the best."""
-        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
+        """With one more validation. A loss that is not finite is never the best; the best step's is, again."""
+        if math.isfinite(loss) and (self.loss is None or loss < self.loss or step == self.step):
             return Standing(step, loss)
         return replace(self, since=self.since + 1)
 

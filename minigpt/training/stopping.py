@@ -62,11 +62,6 @@ class Agreement(EachStep):
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning has just put a handler of its own over ours, one that talks to the other processes.
-        if signal.getsignal(signal.SIGINT) == self._on_signal:
-            signal.signal(signal.SIGTERM, self._on_signal)
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == SAVE_SIGNAL:
             self._saves_asked += 1

@@ -16,18 +16,23 @@ the same), and a hang in which all processes are at the same place, so that nobo
 
 When a process is found, the verdict goes to the store, every process that still can writes the stacks of its threads to
 runs/NAME/stacks/rank-N.txt, one of them says who hangs and where the others were, and all leave with exit code 8.
+
+Where the launcher is killed, the thread asks its own process to stop, as the launcher would have: the step is finished
+and saved.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +52,7 @@ BEATS = 20  # in hang_seconds
 # Of a process that has not shown itself since this one, which met it before, began to look.
 NOT_YET: dict[str, Any] = {"beat": 0, "place": [-1, BETWEEN], "where": "starting", "done": False, "pid": 0, "host": "?"}
 LIMIT = 0.75  # of hang_seconds: the rest is for the beats' distance and for writing stacks
+ALONE_SECONDS = 120.0  # to finish a step and a save without a launcher, which would end who hangs
 
 
 @dataclass
@@ -115,6 +121,7 @@ class Watch(pl.Callback):
         self.where = "starting"
         self._done = threading.Event()
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._deadline = math.inf  # once the launcher has gone
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -148,18 +155,32 @@ class Watch(pl.Callback):
         try:
             self._watch(connect())
         except (RuntimeError, DistributedError) as error:  # the store has gone, and with it whoever held it
-            if not self._done.wait(self.hang_seconds or 60.0):
-                notice(f"process {self.rank}: has lost the store that all share ({error}); leaving. {self.resume}")
-                leave(DistributedError.exit_code)
+            self._done.wait(self.interval)  # a process that dies loses its connections before its children
+            self._look_for_launcher()
+            left = self._deadline - time.monotonic()
+            if not self._done.wait(left if math.isfinite(left) else self.hang_seconds or 60.0):
+                self._leave(f"has lost the store that all share ({str(error).splitlines()[0]})")
+
+    def _look_for_launcher(self) -> None:
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._launcher, self._deadline = None, time.monotonic() + ALONE_SECONDS
+            os.kill(os.getpid(), signal.SIGTERM)
+            with suppress(OSError):  # nobody may be left to read it
+                notice(f"process {self.rank}: the launcher has gone; stopping. {self.resume}")
+
+    def _leave(self, why: str) -> None:
+        with suppress(OSError):
+            notice(f"process {self.rank}: {why}; leaving. {self.resume}")
+        leave(DistributedError.exit_code)
 
     def _watch(self, store: dist.Store) -> None:
         seen: dict[int, Seen] = {}
         beat = 0
         looked = time.monotonic()
         while not self._done.wait(self.interval):
-            if self._launcher is not None and os.getppid() != self._launcher:
-                notice(f"process {self.rank}: the launcher has gone; leaving. {self.resume}")
-                leave(DistributedError.exit_code)
+            self._look_for_launcher()
+            if time.monotonic() > self._deadline:
+                self._leave("still not done without its launcher")
             if not self.hang_seconds:
                 continue
             beat += 1
@@ -202,11 +223,12 @@ class Watch(pl.Callback):
     def _end(self, store: dist.Store) -> None:
         """Write this process's stacks and leave; who accused waits for the others' stacks, and speaks."""
         verdict = json.loads(store.get(VERDICT))
-        self.folder.mkdir(exist_ok=True)
-        with open(self.folder / f"rank-{self.rank}.txt", "w", encoding="utf-8") as file:
-            file.write(f"process {self.rank}, pid {os.getpid()} on {platform.node()}: {self.where}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):  # also where the disk is full it has to leave
+            self.folder.mkdir(exist_ok=True)
+            with open(self.folder / f"rank-{self.rank}.txt", "w", encoding="utf-8") as file:
+                file.write(f"process {self.rank}, pid {os.getpid()} on {platform.node()}: {self.where}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
         store.set(f"stacks/{self.rank}", "")
         others = [f"stacks/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + 3 * self.interval

@@ -1,0 +1,46 @@
+"""The settings of a sparse autoencoder's training, declared once; the command line reads them from here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from minigpt.errors import ConfigError
+
+Kind = Literal["topk", "batchtopk", "jumprelu"]
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """How an autoencoder is trained. Raises ConfigError, naming the field, for numbers that make none."""
+
+    kind: Kind = "topk"
+    """topk, batchtopk or jumprelu."""
+    k: int = 16
+    """Features a token; on average for batchtopk, aimed at by jumprelu."""
+    d_sae: int | None = None
+    """Number of features; 8 times the activation's width when not given."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch: int = 1024
+    """Tokens a step."""
+    learning_rate: float = 2e-3
+    """Adam's; it warms up over the first twentieth of the steps and falls to zero over the last fifth."""
+    sparsity: float = 1.0
+    """jumprelu: weight of (L0 / k - 1)^2."""
+    seed: int = 0
+    """Decides the starting weights and which text is read when."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("topk", "batchtopk", "jumprelu"):
+            raise ConfigError(f"kind: {self.kind!r} is none of topk, batchtopk, jumprelu")
+        for name in ("k", "d_sae", "steps", "batch"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}: {value!r} is no whole number from 1")
+        if self.d_sae is not None and self.k > self.d_sae:
+            raise ConfigError(f"k: {self.k} is more than there are features (d_sae {self.d_sae})")
+        for name in ("learning_rate", "sparsity"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: {getattr(self, name)} is not a positive number")

@@ -1,0 +1,37 @@
+// The text with what each token cost, and what was expected in its place.
+
+function tokensView(loss) {
+  const nats = loss ? Array.from(loss.nats) : [];
+  const total = nats.reduce((sum, v) => sum + v, 0), mean = total / Math.max(1, nats.length);
+  const scale = Math.max(4, ...nats);
+  const sentence = loss
+    ? `Each token is shaded by its surprise: the nats that it cost after what stands before it, ${fixed(mean)} on average (${fixed(mean / Math.LN2)} bits).`
+    : "One token: nothing was predicted yet.";
+  const body = view("text", "Text", sentence, () => ({ tokens: DATA.tokens, loss }));
+  const flow = el("div", { class: "flow", role: "listbox", "aria-label": "tokens" });
+  const spans = DATA.tokens.map(({ s }, t) => el("span", {
+    class: t ? "t" : "t none", "--w": t && loss ? Math.min(1, nats[t - 1] / scale) : 0, role: "option",
+    onpointerenter: () => hover(t), onclick: () => lock(t),
+  }, s === "" || /[\u0000-\u0009\u000b-\u001f]/.test(s) ? visible(s) : s.replace(/\n/g, "↵")));
+  DATA.tokens.forEach(({ s }, t) => { flow.append(spans[t]); if (s.includes("\n")) flow.append(el("br")); });
+  const panel = el("aside", { class: "panel" });
+  const legend = el("div", { class: "legend" }, el("span", {}, "0"), el("i", { class: "ramp" }), el("span", {}, `${fixed(scale, 1)} nats`));
+  const strip = DATA.tokens.map((_, t) => el("i", { "--w": t && loss ? nats[t - 1] / scale : 0, onpointerenter: () => hover(t), onclick: () => lock(t) }));
+  body.append(el("div", { class: "split" }, el("div", {}, flow, ...(loss ? [legend, el("div", { class: "profile" }, ...strip)] : [])), panel));
+
+  function show() {
+    for (const line of [spans, strip]) line.forEach((node, t) => node.classList.toggle("on", t === state.tok));
+    const t = state.tok, head = el("h3", {}, token(tokenAt(t)), el("small", {}, `token ${t}, id ${DATA.tokens[t].id}`));
+    if (!t || !loss) return fill(panel, head, el("p", { class: "note" }, "Nothing stands before it, so nothing was expected."));
+    const i = t - 1, k = loss.ids.shape[1], at = i * k, id = DATA.tokens[t].id;
+    const rows = Array.from({ length: k }, (_, j) => [piece(loss.ids[at + j]), loss.p[at + j], loss.ids[at + j] === id]);
+    let before = 0;
+    for (let j = 0; j <= i; j++) before += nats[j];
+    fill(panel, head, el("dl", { class: "facts" },
+      fact("surprise", `${fixed(nats[i])} nats`), fact("probability", percent(Math.exp(-nats[i]))), fact("rank", grouped(loss.rank[i])),
+      fact("entropy", `${fixed(loss.entropy[i])} nats`), fact("mean so far", `${fixed(before / t)} nats`)),
+      el("h4", {}, "Expected here"), bars(rows));
+  }
+  watchers.push(show);
+  show();
+}

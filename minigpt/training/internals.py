@@ -1,0 +1,65 @@
+"""The inside of the model while it trains: a snapshot at chosen steps, as rows of metrics.jsonl.
+
+    internals/induction/L1H0    and the like: see minigpt.internals.snapshot for the kinds
+
+It is taken of the weights that are evaluated, on tokens of the validation split that stay the same, and touches neither
+training's data nor its random numbers: a run with it is, to the bit, the run without.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from minigpt.internals.snapshot import numbers, snapshot
+from minigpt.internals.study import Study
+from minigpt.training.config import TrainConfig
+from minigpt.training.each_step import EachStep, due
+from minigpt.training.metrics import Metrics
+from minigpt.training.module import TrainingModule
+from minigpt.training.sharding import plain
+
+
+def due_by_doublings(step: int, last: int) -> bool:
+    """Whether a step is one of 0, 1, 2, 3, 4, 6, 8, 11, 16, ... (two to every doubling), or the last.
+
+    They are the same in runs of every length: twenty in a thousand steps, and seven more in ten times as many.
+    """
+    half_doublings = round(2 * math.log2(step)) if step else 0
+    return step in (0, last) or step == round(2 ** (half_doublings / 2))
+
+
+class Internals(EachStep):
+    """Takes snapshots before the first step, every `internals.every` steps and at the end.
+
+    It comes before the callback that saves: a checkpoint then never lacks its row.
+
+    Args:
+        text: token ids (B, T) to measure on.
+    """
+
+    def __init__(self, config: TrainConfig, text: Tensor, metrics: Metrics) -> None:
+        self.config, self.text, self.metrics = config, text, metrics
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module, 0)
+
+    def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        every, last = self.config.internals.every, self.config.trainer.max_steps
+        if due_by_doublings(step, last) if every == "log" else due(step, every, last):
+            self._measure(trainer, module, step)
+
+    def _measure(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        began = time.monotonic()
+        row: dict[str, float] = {}
+        with module.evaluated_weights():
+            model = plain(module.model)  # all processes give their part of the weights
+            if trainer.is_global_zero and model is not None:
+                row = numbers(snapshot(Study.of(model), self.text))
+        self.metrics.pause("internals", time.monotonic() - began)
+        self.metrics.write(trainer, step, row)
