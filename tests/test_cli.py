@@ -260,13 +260,3 @@ def test_a_run_goes_on_from_its_own_config(trained: Path, said) -> None:
     assert code == 0
     assert "goes on with trainer.max_steps 8 -> 10" in err
     assert "(step 10)" in out
-
-
-def test_a_benchmark_finds_minigpt_in_the_repository() -> None:
-    """As `python benchmarks/NAME.py` does, whose folder comes first in sys.path, where nothing is installed."""
-    root = Path(__file__).parents[1]
-    program = "import sys; sys.path[0] = 'benchmarks'; from minigpt.errors import DataError; import minigpt as m; "
-    command = [sys.executable, "-c", program + "print(m.__file__, DataError.exit_code)"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [str(root / "minigpt/__init__.py"), "4"], done.stderr

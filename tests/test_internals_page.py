@@ -27,6 +27,7 @@ from minigpt.internals.render import PAGE, SCRIPTS, as_json, packed, packed_shar
 from minigpt.internals.report import Report, report
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.study import Study
+from minigpt.internals.translators import Translators, fingerprint, saved_lens, translated
 from minigpt.internals.views import SHOWN, next_token
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.orders import ORDERS
@@ -139,6 +140,34 @@ def test_only_what_fits_is_shown_and_told(capsys: pytest.CaptureFixture[str]) ->
         study.model.unembed.weight[3] = math.nan
     with pytest.raises(DataError, match="not finite"):
         report(study, TEXT)
+
+
+def test_a_lens_made_for_the_model_is_shown_and_another_models_is_not(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    study = Study(folder)
+    ahead = {point.name: torch.eye(32) * (1 + point.layer) for point in translated(study)}
+    shift = {name: torch.ones(32) for name in ahead}
+    Translators("tuned", ahead, shift, fingerprint(study.model)).save(saved_lens(study, "tuned"))
+    kinds = study.report(TEXT).data["lens"]["kinds"]
+    found, plain = (unpacked(kinds[kind]["kl"]) for kind in ("tuned", "logit"))
+    np.testing.assert_allclose(found, study.tuned_lens(TEXT, stat="kl").values, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(found[0], plain[0], rtol=0.01)
+    Translators("tuned", ahead, shift, "another").save(saved_lens(study, "tuned"))
+    assert list(study.report(TEXT).data["lens"]["kinds"]) == ["logit"]
+    assert "the tuned lens is left out" in capsys.readouterr().err
+
+
+def test_the_docs_name_every_key_of_the_data(run: Path) -> None:
+    data = Study(run).report(TEXT).data
+    text = (Path(__file__).parents[1] / "docs" / "study" / "page.md").read_text(encoding="utf-8")
+    table = text[text.index("## The data") :]
+    named = set(re.findall(r"`([\w.]+)`", table))
+    inside = {key for part in ("loss", "attn", "dla", "next", "runs") for key in data[part]}
+    assert set(data) - named <= {"lens"} and "lens.kinds.logit" in named
+    assert inside | set(data["lens"]["kinds"]["logit"]) <= named
 
 
 def test_bytes_that_are_no_text_are_shown_as_numbers() -> None:
@@ -470,8 +499,13 @@ def test_the_lens_tells_a_cells_candidates_and_changes_its_shading(page: Page, r
 
 
 @needs_chromium
-def test_the_bars_add_up_to_the_logit_that_is_told(page: Page) -> None:
-    page.click("#attribution .chooser:last-child button:last-child")  # in order: all of them
+@pytest.mark.parametrize("show", ["first", "last"])  # the largest and the sum of the others; all in order
+def test_the_bars_add_up_to_the_logit_that_is_told(browser: Browser, tmp_path: Path, show: str) -> None:
+    study = written("gpt2", n_layer=4)
+    page = browser.open(report(study, TEXT).save(tmp_path / "page.html"))
+    page.click(f"#attribution .chooser:last-child button:{show}-of-type")
+    rows = page.value("document.querySelectorAll('.terms li').length")
+    assert rows == (15 if show == "first" else 2 + 4 * (4 + 2) + 1)
     for button in ("first-of-type", "last-of-type"):
         page.click(f"#attribution .chooser:first-child button:{button}")
         shown = page.value(

@@ -261,7 +261,7 @@ class TrainConfig:
             )
         if self.eval.patience and not self.eval.every:
             raise ConfigError(
-                f"eval.patience: {self.eval.patience} counts validations, but eval.every is 0; give the steps between two"
+                f"eval.patience: {self.eval.patience} counts validations, but eval.every is 0; expected 1 or more"
             )
         if self.trainer.threads is not None and self.trainer.threads < 1:
             raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive")
