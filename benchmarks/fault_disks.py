@@ -19,7 +19,7 @@ from minigpt import checkpoint
 from minigpt.data.shards import open_corpus, prepare
 from minigpt.durable import sync
 from minigpt.errors import DiskError
-from minigpt.runs import newest_valid, verify
+from minigpt.runs import newest_valid, step_of, verify
 from minigpt.training.launch import train
 
 # Power cuts.
@@ -174,7 +174,8 @@ def _three_saves(run: Path, first: int = 1) -> int:
         except DiskError:
             full = True
     newest = newest_valid(run)
-    if good and (newest is None or newest.name != f"step-{good:08d}"):
+    # A save may be whole, and only the record of the best that follows it not fit any more.
+    if good and (newest is None or step_of(newest) < good):
         return 12
     if (run / "checkpoints").is_dir() and list((run / "checkpoints").glob(".*")):
         return 13
