@@ -79,7 +79,7 @@ def test_bad_input_is_told_in_one_line(run: str, capsys: pytest.CaptureFixture[s
         ([run, "train", "--k", "0"], 2, "no whole number from 1"),
         ([run, "train", "--kind", "relu"], 2, "Expected a one of"),
         ([run, "train", "--layer", "9"], 2, "layers are 0 .. 1"),
-        ([run, "train"], 2, "is 2 of the model's"),
+        ([run, "train"], 2, "add --layer, from 0 to 1"),
         ([run, "eval", "--tokens", "0"], 2, "expected 1 or more"),
     ):
         assert main(["sae", *arguments]) == code, arguments

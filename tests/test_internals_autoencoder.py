@@ -155,6 +155,16 @@ def test_as_an_edit_it_replaces_the_activation_or_only_what_is_changed() -> None
     with study.hooks(poor.edits(keep_error=True)):  # what it misses is put back, and nothing was changed
         torch.testing.assert_close(study.logits(ids), plain, rtol=1e-4, atol=1e-5)
 
+    def only_what_was_changed(z: torch.Tensor, where: object) -> torch.Tensor:
+        features = poor.features(z)
+        return z + (poor.decode(without_the_first(features.clone())) - poor.decode(features)).view_as(z)
+
+    with study.hooks(poor.edits(without_the_first, keep_error=True)):
+        changed = study.logits(ids)
+    with study.hooks({site: only_what_was_changed}):
+        torch.testing.assert_close(changed, study.logits(ids), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+
 
 def test_a_transcoder_reads_one_activation_and_replaces_another() -> None:
     study, ids = study_of("gpt2"), random_ids(2, 9)

@@ -59,6 +59,7 @@ def test_models_of_other_shapes_are_compared_layer_by_layer() -> None:
     assert found.similarity.values.shape == (3, 4) and found.cosine is None
     assert found.losses.axes[0].name == "position"
     assert "Similarity" in str(found) and "Cosine" not in str(found)
+    assert found._repr_html_().count("<table>") == 2
 
 
 def test_models_of_other_tokenizers_are_not_compared() -> None:

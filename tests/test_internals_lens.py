@@ -168,7 +168,7 @@ def test_a_tuned_lens_learns_what_later_blocks_add_where_that_is_the_same_for_al
             block.attn.proj.weight.zero_()
             block.mlp.down.weight.zero_()
     with hushed():
-        lens = train_tuned_lens(study, TEXT, steps=150, tokens=96, learning_rate=0.02, save=False)
+        lens = train_tuned_lens(study, TEXT, steps=80, tokens=48, learning_rate=0.04, save=False)
     quality = lens_quality(study, lens, text=random_ids(1, 200, seed=6)[0].tolist())
     for place in ("0 pre", "0 mid", "0 post", "1 mid"):
         assert quality[place, "logit kl"] > 0.05
@@ -271,6 +271,18 @@ def test_a_centred_jacobian_lens_is_exact_where_the_rest_is_affine() -> None:
         lens = fit_jacobian_lens(study, TEXT, tokens=96, save=False)
     np.testing.assert_allclose(jacobian_lens(study, IDS, stat="kl", lens=lens).values, 0, atol=1e-5)
     torch.testing.assert_close(lens.matrices["blocks.0.hook_resid_pre"], torch.eye(32))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_centred_jacobian_lens_reads_the_mean_stream_as_the_mean_of_the_last(preset: str) -> None:
+    study = study_of(preset)
+    text = random_ids(1, 24)  # one window, so that the means are over it
+    with hushed():
+        lens = fit_jacobian_lens(study, text[0].tolist(), tokens=24, save=False)
+    _, cache = study.run_with_cache(text)
+    for layer, kind in ((0, "resid_pre"), (0, "resid_post"), (1, "resid_mid")):
+        read = lens(Point(layer, kind), cache[kind, layer].mean((0, 1))[None, None])[0, 0]
+        torch.testing.assert_close(read, cache["resid_post", -1].mean((0, 1)), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

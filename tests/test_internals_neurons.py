@@ -74,7 +74,9 @@ def test_the_direct_effect_is_the_change_of_the_logits_when_nothing_is_divided(p
         before = study.logits(ids)
         with study.hooks({("post", 1): step}):
             after = study.logits(ids)
-    torch.testing.assert_close((after - before)[0, 2].double(), torch.from_numpy(told.values), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        (after - before)[0, 2].double(), torch.from_numpy(told.values).double(), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_units_may_be_anything_made_of_an_activation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, get_args
 
 import numpy as np
@@ -147,6 +148,13 @@ def test_n_gram_embeddings_count_for_the_token_they_end_in() -> None:
 def test_what_cannot_be_explained_is_refused(arguments: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         saliency(study_of("gpt2"), **{"text": IDS, "answer": 7, **arguments})
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "occlusion"])
+def test_many_forwards_in_small_parts_give_the_same(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = saliency(study_of("llama"), IDS, 7, method=method)
+    monkeypatch.setattr(sys.modules[saliency.__module__], "AT_ONCE", 20)  # two texts of nine tokens
+    np.testing.assert_allclose(saliency(study_of("llama"), IDS, 7, method=method).values, whole.values, atol=1e-5)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -52,6 +52,9 @@ def test_the_principal_direction_is_the_one_the_pairs_share(monkeypatch: pytest.
     made = study_of("gpt2").steering_vector("good", "bad", ("resid_pre", 1), method="pca")  # type: ignore[arg-type]
     torch.testing.assert_close(made.vector, 3 * u, rtol=1e-2, atol=1e-2)
     assert made.notes["share"] > 0.99
+    rows["good"][0] *= -0.5  # a pair against the grain turns the singular vector, not the direction
+    made = study_of("gpt2").steering_vector("good", "bad", ("resid_pre", 1), method="pca")  # type: ignore[arg-type]
+    torch.testing.assert_close(made.vector, 3 * u * 18.5 / 20, rtol=1e-2, atol=1e-2)
     turned = study_of("gpt2").steering_vector("bad", "good", ("resid_pre", 1), method="pca")  # type: ignore[arg-type]
     torch.testing.assert_close(turned.vector, -made.vector)
 

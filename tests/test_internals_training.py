@@ -11,7 +11,7 @@ import minigpt
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError
 from minigpt.internals.context import held_out_windows
-from minigpt.internals.snapshot import TOKENS, numbers, snapshot
+from minigpt.internals.snapshot import numbers, snapshot
 from minigpt.internals.study import Study
 from minigpt.runs import read_metrics
 from minigpt.training.internals import due_by_doublings
@@ -41,7 +41,7 @@ def test_a_snapshot_is_of_the_weights_that_are_saved(tmp_path: Path) -> None:
     found = taken(rows)
     assert list(found) == [0, 3, 6, 8]
     [corpus] = (tmp_path / "data/corpus").iterdir()
-    text = held_out_windows(open_corpus(corpus), 16, TOKENS)
+    text = held_out_windows(open_corpus(corpus), 16)
     expected = numbers(snapshot(Study(minigpt.load(run)), text))
     assert found[8] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert found[8] != pytest.approx(found[6], rel=1e-5, abs=1e-6)

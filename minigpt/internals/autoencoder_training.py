@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, NonFiniteError
 from minigpt.internals.autoencoder import Autoencoder, keep_greatest, keep_greatest_of_batch
 from minigpt.internals.autoencoder_config import AutoencoderConfig
 from minigpt.internals.corpus import Tokens, draws, site_of, tokens_of
 from minigpt.internals.names import Names
+from minigpt.model.layers import widen
 from minigpt.terminal import notice, progress
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ KERNEL = 0.1  # width of the straight-through estimate, where features before sp
 SILENT = 64  # steps without firing after which a feature counts as dead
 AUXILIARY = 1 / 32  # weight of what dead features are asked to predict
 FASTER = 5.0  # learning rate of jumprelu's thresholds, relative: they must travel as far as everything else moves
-SMOOTHING = 0.99  # of the running threshold of batchtopk
+SMOOTHING = 0.95  # of the running threshold of batchtopk
 
 
 def _near(pre: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -215,6 +216,7 @@ def train_autoencoder(
 
     Raises:
         ConfigError: an activation without positions; a target that is computed before what it is predicted from.
+        NonFiniteError: it diverged.
     """
     config = config or AutoencoderConfig()
     site = site_of(study, at)
@@ -232,6 +234,8 @@ def train_autoencoder(
                 for rows in zip(x.split(config.batch), y.split(config.batch), strict=True):
                     if learner.done < config.steps:
                         now = learner.step(*rows)
+                        if not math.isfinite(now[0]):
+                            raise NonFiniteError(f"{config.kind} on {goal}: diverged; give a lower learning_rate")
                         told = [0.95 * before + 0.05 * new for before, new in zip(told, now, strict=True)]
                         bar.update(learner.done, f"missed {told[0]:.3f} L0 {told[1]:.1f}")
     except KeyboardInterrupt:
@@ -250,5 +254,5 @@ def _samples(
     for ids in draws(tokens, width, -(-count // width), config.seed):
         _, cache = study.run_with_cache(ids, [site, goal], stop=True)
         order = torch.randperm(ids.numel(), generator=generator)[:count].to(study.model.device)
-        x, y = (cache[name].flatten(0, 1).flatten(1)[order] for name in (site, goal))
+        x, y = (widen(cache[name]).flatten(0, 1).flatten(1)[order] for name in (site, goal))
         yield x, y

@@ -30,10 +30,18 @@ class Comparison:
     cosine: Result | None
     """Mean cosine between the two streams at the same layer; None where their shapes differ."""
 
+    @property
+    def parts(self) -> list[Result]:
+        """All that there is."""
+        return [part for part in (self.losses, self.similarity, self.cosine) if part is not None]
+
     def __str__(self) -> str:
-        return "\n\n".join(str(part) for part in (self.losses, self.similarity, self.cosine) if part is not None)
+        return "\n\n".join(map(str, self.parts))
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return "".join(part._repr_html_() for part in self.parts)
 
 
 def compare(study: Study, other: Study, text: Text) -> Comparison:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from minigpt.data.shards import Corpus
     from minigpt.internals.study import Study
 
-TOKENS = 8192  # in all windows together, where nothing else is asked for
+TOKENS = 4096  # in all windows together
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**25  # at most, in a forward
 EARLY, LATE, WIDTH = 0.1, 0.9, 0.1  # of the context: where the in-context score looks, and how far around
 

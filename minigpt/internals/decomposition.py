@@ -190,7 +190,7 @@ def components(
         at: where: resid_pre, resid_mid or resid_post of a layer.
         read: vector: what each term writes. norm: its length. share: its dot product with the stream over the stream's
             with itself, which sums to 1 at each token.
-        positions: of these tokens only; None: all.
+        positions: of these tokens only; None: all. By neuron, vectors of long texts fill the memory.
 
     Returns:
         Axes component, token and, for vectors, d_model. The vectors sum over components to the stream exactly, to the
@@ -206,21 +206,26 @@ def components(
     _, cache = study.run_with_cache(ids, [*writers(study.config, by, end), end.name], positions=positions, stop=True)
     with torch.no_grad():
         parts = parts_of(study, cache, by, end)
-        terms = torch.cat([precise(part.written()[0]) for part in parts], 1).transpose(0, 1)  # (n, T, C)
         stream = precise(cache[end.name][0])  # (T, C)
-        notes = {"remainder": float((terms.sum(0) - stream).abs().max())}
-        values = {"vector": lambda: terms, "norm": lambda: terms.norm(dim=-1), "share": lambda: _share(terms, stream)}
+        total = torch.stack([precise(part.total()[0]) for part in parts]).sum(0)
+        # Part by part, since all neurons' vectors are many: (T, n) each, or (T, n, C).
+        values = torch.cat([_read(precise(part.written()[0]), stream, read) for part in parts], 1).transpose(0, 1)
         labels = [label for part in parts for label in part.labels]
         kept = range(len(tokens)) if cache.positions is None else cache.positions
         axes: list[Any] = [Axis("component", labels), Axis("token", [tokens[place] for place in kept])]
         if read == "vector":
-            axes.append(Axis("d_model", [str(channel) for channel in range(terms.shape[-1])]))
+            axes.append(Axis("d_model", [str(channel) for channel in range(values.shape[-1])]))
+        notes = {"remainder": float((total - stream).abs().max())}
         unit = {"vector": "", "norm": "length", "share": "share of the stream"}[read]
-        return Result(f"{end.label}, by {by}", values[read]().numpy(), tuple(axes), unit, notes)
+        return Result(f"{end.label}, by {by}", values.numpy(), tuple(axes), unit, notes)
 
 
-def _share(terms: Tensor, stream: Tensor) -> Tensor:  # (n, T, C), (T, C) -> (n, T)
-    return (terms * stream).sum(-1) / stream.square().sum(-1)
+def _read(terms: Tensor, stream: Tensor, read: str) -> Tensor:  # (T, n, C), (T, C) -> (T, n, C) or (T, n)
+    if read == "vector":
+        return terms
+    if read == "norm":
+        return terms.norm(dim=-1)
+    return (terms @ stream[:, :, None])[..., 0] / stream.square().sum(-1, keepdim=True)
 
 
 def accumulated(study: Study, text: Text, at: str | Iterable[str] = KINDS) -> Result:

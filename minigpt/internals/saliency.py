@@ -15,7 +15,6 @@ positions' embeddings stay as they are: they are not the token's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from minigpt.internals.study import Study
 
 Method = Literal["gradient", "gradient_x_input", "integrated_gradients", "occlusion"]
-AT_ONCE = 2**12  # tokens a forward
+AT_ONCE = 2**12  # tokens a forward, about
 MOST_STEPS = 1024
 COMPLETE = 0.01  # of f(x) - f(x'): how far the sum of integrated gradients may be from it
 GRADING = 2  # see _way
@@ -79,21 +78,19 @@ def saliency(
     value = asked.values(own[None])[0]
     notes: dict[str, Any] = {"position": tokens[position], "value": float(value)}
     if method == "gradient":
-        [(_, gradient)] = asked.gradients(own[None])
-        scores = gradient[0].norm(dim=-1)
+        scores = asked.gradients(own[None])[0].norm(dim=-1)
     else:
         base = asked.values(other[None])[0]
         notes["baseline"] = float(base)
         if method == "integrated_gradients":
             scores, notes["steps"] = _integrated(asked, own, other, float(value - base))
         elif method == "gradient_x_input":
-            [(_, gradient)] = asked.gradients(own[None])
-            scores = (gradient[0] * (own - other)).sum(-1)
+            scores = (asked.gradients(own[None])[0] * precise(own - other)).sum(-1)
         else:
             gone = torch.eye(len(tokens), dtype=torch.bool, device=own.device)[: position + 1, :, None]
-            rows = torch.where(gone, other, own)  # (position + 1, T, C): row t has lost token t
+            without = [asked.values(torch.where(rows, other, own)) for rows in gone.split(asked.at_once)]
             scores = torch.zeros(len(tokens), dtype=value.dtype)
-            scores[: position + 1] = value - asked.values(rows)
+            scores[: position + 1] = value - torch.cat(without)  # row t has lost token t
         notes |= {"sum": float(scores.sum()), "remainder": float(value - base - scores.sum())}
     names = [repr(study.token(study.token_id(token))) for token in (answer, versus) if token is not None]
     title = f"{method.replace('_', ' ')} of {' - '.join(names)}"
@@ -120,16 +117,13 @@ class _Asked:
 
     def values(self, inputs: Tensor) -> Tensor:  # (n, T, C) -> (n)
         with self.study.running():
-            return precise(torch.cat([self.of(rows) for rows in inputs.split(self.at_once)]))
+            return precise(self.of(inputs))
 
-    def gradients(self, inputs: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """In parts: which rows, and the numbers' gradients by their inputs, (rows, T, C)."""
-        for begin in range(0, len(inputs), self.at_once):
-            rows = slice(begin, begin + self.at_once)
-            with self.study.running(grad=True):
-                part = inputs[rows].detach().requires_grad_()
-                [gradient] = torch.autograd.grad(self.of(part).sum(), part)
-            yield rows, precise(gradient)
+    def gradients(self, inputs: Tensor) -> Tensor:  # (n, T, C) -> (n, T, C)
+        """Of each number by its own inputs."""
+        with self.study.running(grad=True):
+            inputs = inputs.detach().requires_grad_()
+            return precise(torch.autograd.grad(self.of(inputs).sum(), inputs)[0])
 
 
 def _terms(study: Study) -> list[str]:
@@ -159,10 +153,10 @@ def _integrated(asked: _Asked, own: Tensor, other: Tensor, change: float) -> tup
     difference, steps = precise(own - other), 16
     while True:
         along, weights = _way(steps)
-        inputs = other + along.to(own)[:, None, None] * (own - other)  # (n, T, C)
         mean = torch.zeros_like(difference)
-        for rows, gradient in asked.gradients(inputs):
-            mean += torch.einsum("n,ntc->tc", weights[rows], gradient)
+        for places, shares in zip(along.split(asked.at_once), weights.split(asked.at_once), strict=True):
+            inputs = other + places.to(own)[:, None, None] * (own - other)  # (n, T, C)
+            mean += torch.einsum("n,ntc->tc", shares, asked.gradients(inputs))
         scores = (mean * difference).sum(-1)
         if abs(float(scores.sum()) - change) <= COMPLETE / 2 * abs(change) or steps == MOST_STEPS:
             return scores, steps

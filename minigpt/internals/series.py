@@ -13,7 +13,7 @@ from minigpt.checkpoint import load
 from minigpt.errors import CheckpointError, DataError
 from minigpt.internals.context import held_out
 from minigpt.internals.result import Axis, Result
-from minigpt.internals.snapshot import KINDS, TOKENS, Kind, numbers, snapshot
+from minigpt.internals.snapshot import KINDS, Kind, numbers, snapshot
 from minigpt.internals.study import Study
 from minigpt.runs import checkpoints_of, is_whole, read_metrics, step_of
 
@@ -87,7 +87,7 @@ def of_checkpoints(run: Path | str, device: torch.device | str = "cpu") -> Itera
     ids = None
     for folder in folders:
         study = Study(load(folder, device=device))
-        ids = held_out(study, TOKENS) if ids is None else ids
+        ids = held_out(study) if ids is None else ids
         yield {"step": step_of(folder), **numbers(snapshot(study, ids))}
 
 

@@ -52,8 +52,7 @@ KINDS = {
     "stream": Kind("layer", "Size of the stream", "", "Root mean square after each block; embed: before the first."),
     "weights": Kind("layer", "Norm of the weights", "", "Of each block's parameters together, and of what is beside."),
 }
-TOKENS = 4096  # of held-out text that a snapshot is taken on
-ABLATED = 512  # of these, for the ablations
+ABLATED = 512  # tokens, the first of the text, for the ablations
 REPEATS = 8  # random sequences
 
 
@@ -64,7 +63,7 @@ def snapshot(study: Study, text: Text | None = None) -> dict[str, Result]:
         study: of the model.
         text: rows of equal length; None: windows of the run's own validation split.
     """
-    ids = study.ids(held_out(study, TOKENS) if text is None else text)
+    ids = study.ids(held_out(study) if text is None else text)
     scores = heads(study, repeats(ids), kinds=("previous", "induction"), causal=False).scores
     without = ablate(study, ids[: max(1, ABLATED // ids.shape[1])], parts="head").values
     losses, entropy, stream = _on_text(study, ids)

@@ -292,16 +292,16 @@ class Study(Texts):
 
     # Understanding: functions of files of their own, whose first argument is the study.
 
-    saliency = saliency
-    tuned_lens = tuned_lens
-    jacobian_lens = jacobian_lens
-    lens_quality = lens_quality
-    fit_jacobian_lens = fit_jacobian_lens
-    train_tuned_lens = train_tuned_lens
-    logit_lens = logit_lens
-    attribute_logit = attribute_logit
     components = components
     accumulated = accumulated
+    attribute_logit = attribute_logit
+    logit_lens = logit_lens
+    train_tuned_lens = train_tuned_lens
+    tuned_lens = tuned_lens
+    fit_jacobian_lens = fit_jacobian_lens
+    jacobian_lens = jacobian_lens
+    lens_quality = lens_quality
+    saliency = saliency
     steering_vector = steering_vector
     probe = probe
     top_contexts = top_contexts

@@ -32,6 +32,7 @@ from minigpt.model.layers import widen
 if TYPE_CHECKING:
     from minigpt.internals.study import Study
 
+LOGITS_AT_ONCE = 2**22
 MADE_BY = {"tuned": "train_tuned_lens", "jacobian": "fit_jacobian_lens"}
 
 
@@ -204,7 +205,9 @@ def lens_quality(
     where = points(study.config)
     sums = torch.zeros(len(where), len(readers), 2, dtype=torch.float64)
     count = 0
-    for _, ids in windows(corpus, min(study.config.block_size, len(corpus)), rows=8, limit=tokens):
+    width = min(study.config.block_size, len(corpus))
+    rows = max(1, LOGITS_AT_ONCE // (width * study.model.vocab_size))
+    for _, ids in windows(corpus, width, rows, limit=tokens):
         ids = study.ids(ids)
         if ids.shape[1] < 2:
             continue

@@ -94,14 +94,15 @@ def attribution(study: Study, cache: Activations, logits: Tensor, ids: Tensor) -
     rival = logits.scatter(1, answer[:, None], -torch.inf).argmax(-1)
     tokens = torch.stack((answer, rival))  # (2, T)
     scale = precise(cache["ln_final.hook_scale"][0])  # (T, 1)
-    parts = parts_of(study, cache, "head", _end(study))
-    terms = torch.cat([precise(part.written()[0]) for part in parts], 1)  # (T, rows, C)
-    if isinstance(norm, LayerNorm):
-        terms = terms - terms.mean(-1, keepdim=True)
     weight = 1.0 if norm.weight is None else precise(norm.weight)
     towards = precise(unembed.weight[tokens])  # (2, T, C)
+    through = towards * weight
+    if isinstance(norm, LayerNorm):  # (c - mean c) . d is c . (d - mean d)
+        through = through - through.mean(-1, keepdim=True)
+    parts = parts_of(study, cache, "head", _end(study))
     labels = [label for part in parts for label in part.labels]
-    values = torch.einsum("trc,atc->atr", terms / scale[..., None], towards * weight)
+    each = [torch.einsum("trc,atc->atr", precise(part.written()[0]), through) for part in parts]
+    values = torch.cat(each, -1) / scale  # (2, T, rows)
     bias = getattr(norm, "bias", None)
     if bias is not None:
         labels.append("final norm bias")
@@ -131,7 +132,7 @@ def next_token(study: Study, logits: Tensor, ids: Tensor) -> dict[str, Any]:
     config = SamplingConfig() if study.run is None else SamplingConfig.from_dict(study.run.sampling)
     tokenizer = tokenizer_of(study)
     size = logits.shape[-1] if tokenizer is None else min(logits.shape[-1], tokenizer.vocab_size)
-    falling, order = widen(logits[:size]).sort(descending=True, stable=True)
+    falling, order = widen(logits[:size]).cpu().sort(descending=True, stable=True)
     off = {name: FIELDS[name].metadata["off"] for name in SHOWN}
     given = {name: getattr(config, name) for name in SHOWN}
     others = [name for name in switched_on(config) if name not in SHOWN]

@@ -18,7 +18,6 @@ from minigpt.data.batches import Batches, ValidationWindows, validation_windows
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, DistributedError, Interrupted
 from minigpt.internals.context import held_out_windows
-from minigpt.internals.snapshot import TOKENS
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
 from minigpt.terminal import hushed
@@ -96,7 +95,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
     rehearsal = Rehearsal(config, batches, windows)
     inside = []
     if config.internals.every and not job.probe:
-        inside = [Internals(config, held_out_windows(corpus, config.model.block_size, TOKENS), metrics)]
+        inside = [Internals(config, held_out_windows(corpus, config.model.block_size), metrics)]
 
     quiet_lightning()
     precision = config.trainer.precision

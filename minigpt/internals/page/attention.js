@@ -29,7 +29,7 @@ function attentionView(attn) {
       el("canvas"), effect === undefined ? null : el("i", { class: effect < 0 ? "effect less" : "effect", "--w": Math.abs(effect) / mostEffect }),
       el("span", { class: "name" }, name, score >= 0.3 ? el("em", {}, `${SCORES[kind]} ${fixed(score)}`) : null));
   });
-  const grid = el("div", { class: "tiles", "--h": H }, ...tiles);
+  const grid = el("div", { class: H > 8 ? "tiles many" : "tiles", "--h": H }, ...tiles);
   const big = el("canvas", { class: "big", tabindex: 0, "aria-label": "attention of one head" });
   const row = el("div", { class: "row" }), column = el("div", { class: "column" });
   const caption = el("h3"), facts = el("dl", { class: "facts" }), said = el("p", { class: "note" });

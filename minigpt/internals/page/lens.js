@@ -25,7 +25,7 @@ function lensView(lens, kind) {
   let row = rows.length - 1;
   const cells = rows.map((_, r) => DATA.tokens.map((_, t) => el("td", {
     onpointerenter: () => { row = r; hover(t); detail(r, t); }, onclick: () => { lock(t); detail(r, t); },
-    class: lens.ids[cell(r, t) * k] === lens.target[t] ? "right" : "",
+    class: t < T - 1 && lens.ids[cell(r, t) * k] === lens.target[t] ? "right" : "",
   }, piece(lens.ids[cell(r, t) * k]))));
   const heads = DATA.tokens.map((_, t) => el("th", { scope: "col", onpointerenter: () => hover(t), onclick: () => lock(t) }, tokenAt(t)));
   const feet = lens.target.map((id, t) => el("td", { onpointerenter: () => hover(t), onclick: () => lock(t) }, t < T - 1 ? piece(id) : "?"));
