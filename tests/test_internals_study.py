@@ -188,20 +188,21 @@ def test_an_edit_is_told_where_it_stands() -> None:
     assert site.axes == ("batch", "head", "pos", "slot")
 
 
+@pytest.mark.parametrize("name", ["z", "resid_pre", "resid_mid", "mlp_in"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_gradients_by_activations_are_those_of_a_small_step(preset: str) -> None:
+def test_gradients_by_activations_are_those_of_a_small_step(preset: str, name: str) -> None:
     model = random_model(tiny_config(preset)).double()
     study, ids = Study.of(model), random_ids(1, 6)
 
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return logits[0, -1, 7] - logits[0, -1, 3]
 
-    value, cache, gradients = study.gradients(ids, metric, ["resid_mid", "z", "ln_final.hook_scale"])
-    direction = torch.randn(cache["z", 0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    with study.hooks({("z", 0): lambda z, site: z + 1e-6 * direction}):
+    value, cache, gradients = study.gradients(ids, metric, ["resid_pre", "resid_mid", "mlp_in", "z", "embed"])
+    direction = torch.randn(cache[name, 0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with study.hooks({(name, 0): lambda x, site: x + 1e-6 * direction}):
         moved = metric(study.logits(ids))
-    torch.testing.assert_close((moved - value) / 1e-6, (gradients["z", 0] * direction).sum(), rtol=1e-4, atol=1e-6)
-    assert not cache["z", 0].requires_grad
+    torch.testing.assert_close((moved - value) / 1e-6, (gradients[name, 0] * direction).sum(), rtol=1e-4, atol=1e-6)
+    assert not cache[name, 0].requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

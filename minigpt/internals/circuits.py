@@ -194,9 +194,7 @@ class Wiring:
         def metric(logits: Tensor) -> Tensor:
             return self.metric.of(logits[:, self.metric.positions])
 
-        # An edit's argument is a copy: so the gradient by what the MLP alone reads is not that by the whole stream.
-        with self.study.hooks({"mlp_in": lambda activation, site: None}):
-            _, cache, gradients = self.study.gradients(self.clean, metric, names)
+        _, cache, gradients = self.study.gradients(self.clean, metric, names)
         moved = self.corrupted - self._stack(cache)  # (S, B, T, C)
         found: dict[Connection, float] = {}
         for name, receivers in self.receivers.items():

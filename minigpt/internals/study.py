@@ -112,6 +112,8 @@ class Watch:
                 raise ConfigError(f"the edit at {name} returned {got}; expected a tensor {tuple(activation.shape)}")
             activation = changed.to(activation)
         if name in self.keep:
+            if torch.is_grad_enabled():  # hook_resid_mid and hook_mlp_in are one tensor, and two to differentiate by
+                activation = activation.view_as(activation)
             self.kept[name] = activation
         if name == self.last:
             raise _Enough
