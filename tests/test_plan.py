@@ -164,7 +164,8 @@ def test_a_plan_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_verdicts_are_given_only_where_they_hold(tmp_path: Path) -> None:
     corpus = prepare(tiny_run(tmp_path).data, tiny_run(tmp_path).tokenizer, show=False)
-    tame = {"trainer__precision": "32-true", "trainer__max_steps": 50, "model__dropout": 0.1, "eval__patience": 3}
+    tame = {"trainer__precision": "32-true", "trainer__max_steps": 50, "model__dropout": 0.1}
+    tame |= {"eval__patience": 3, "eval__every": 5}
     said = make_plan(tiny_run(tmp_path, **tame), measure=False)["verdicts"]
     assert [line.partition(" this machine")[0] for line in said if "memory" in line] == ["fits"]
     assert not [line for line in said if "overfitting" in line]
