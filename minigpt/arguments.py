@@ -86,6 +86,7 @@ def _explain(parser: Any, message: str) -> str:
     message = re.sub(r"\s+", " ", message).strip()
     message = message.replace("typing.Literal", "one of ").replace("<class 'int'>", "whole number")
     message = message.replace("<class 'float'>", "number").replace("<class 'str'>", "text").replace("Parser key ", "")
+    message = message.replace("Expected a one of", "Expected one of")
     message = message.replace("<class 'list'>", "list such as '[a, b]'")
     message = re.sub(r"(typing\.)?Optional\[(.*?)\]", r"\2 or null", message)
     several = r"^(.*?): Does not validate against any of the Union .*? Subtypes: \[(.*)\] Errors.* value: (.*)$"

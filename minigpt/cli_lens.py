@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from minigpt.cli_study import open_study, parse, show, split_positional, study_parser
+from minigpt.cli_study import check_output, open_study, parse, show, split_positional, study_parser
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def lens(argv: list[str]) -> None:
     values = parse(parser, rest)
     text = text if values.text is None else values.text
     _check(values, text)
+    check_output(values.output, ".json", ".csv", ".npz", ".html")
     study = open_study(path, values)
     if values.train:
         show(values, study.lens_quality(_made(study, values)))

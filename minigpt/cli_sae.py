@@ -29,8 +29,9 @@ def sae(argv: list[str]) -> None:
     from minigpt.internals.autoencoder_config import AutoencoderConfig
 
     path, rest = split_positional(argv)
-    action, rest = (path, rest) if path in ACTIONS else split_positional(rest)
-    path = None if action is path else path
+    action, rest = split_positional(rest)
+    if path in ACTIONS and action not in ACTIONS:  # sae train, sae train RUN
+        path, action = action, path
     parser = study_parser("sae", sae, "[RUN] train|show|eval")
     parser.add_argument("--at", type=str, default="resid_post", help="train: the activation that is read")
     parser.add_argument("--target", type=str | None, default=None, help="train: another that it is to predict")

@@ -41,6 +41,17 @@ def show(values: Any, *results: Result) -> None:
         print("\n\n".join(str(result) for result in results))
 
 
+def check_output(path: str | None, *endings: str) -> None:
+    """Raise ConfigError, before anything is computed, where a file cannot be written under that name."""
+    if path is None:
+        return
+    if Path(path).suffix not in endings:
+        known = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise ConfigError(f"--output {path}: expected a name that ends in {known}")
+    if not (folder := Path(path).parent).is_dir():
+        raise ConfigError(f"--output {path}: there is no folder {folder}; make it, or give another name")
+
+
 def inspect(argv: list[str]) -> None:
     """Write a page about what a model does with a text: minigpt inspect RUN "text" -o report.html. One file that opens
     in any browser, offline. --json prints the page's data instead.
@@ -57,6 +68,8 @@ def inspect(argv: list[str]) -> None:
         raise ConfigError('inspect: expected a run and a text, such as minigpt inspect runs/NAME "To be, or not to be"')
     if values.tokens < 1:
         raise ConfigError(f"--tokens {values.tokens}: expected 1 or more")
+    if not values.json:
+        check_output(values.output, ".html", ".json")
     began = time.perf_counter()
     study = open_study(path, values)
     made = study.report(text, most=values.tokens)
@@ -77,8 +90,7 @@ def dynamics(argv: list[str]) -> None:
     parser.add_argument("--checkpoints", action="store_true", help="measure the saved checkpoints, now")
     parser.add_argument("-o", "--output", type=str | None, default=None, help="write a page with the curves: FILE.html")
     values = parse(parser, rest)
-    if values.output is not None and not values.output.endswith(".html"):
-        raise ConfigError(f"--output {values.output}: expected a name that ends in .html")
+    check_output(values.output, ".html")
     from minigpt.durable import write_text
     from minigpt.internals.curves import page
     from minigpt.internals.series import lines, of_checkpoints, of_run, series
@@ -147,4 +159,4 @@ def patch(argv: list[str]) -> None:
     show(values, way(values.clean, values.corrupted, metric, values.at, by))
 
 
-__all__ = ["open_study", "parse", "show", "split_positional", "study_parser"]
+__all__ = ["check_output", "open_study", "parse", "show", "split_positional", "study_parser"]

@@ -75,3 +75,12 @@ def test_a_mistake_is_one_line(trained: Path, said, arguments: tuple[str, ...], 
     assert code in (2, 4)
     assert not out
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", [["inspect", "nowhere", "x"], ["lens", "nowhere", "x"], ["dynamics", "nowhere"]])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, told in (("none/page.html", "there is no folder"), ("page.pdf", "expected a name that ends in")):
+        assert main([*verb, "-o", str(tmp_path / name)]) == 2
+        assert told in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_bad_input_is_told_in_one_line(run: str, capsys: pytest.CaptureFixture[s
         ([run, "train", "--layer", "0"], 2, "has no corpus of its own; give a text"),
         ([run, "train", "--text", "nowhere"], 2, "cannot be read as UTF-8 text"),
         ([run, "train", "--k", "0"], 2, "no whole number from 1"),
-        ([run, "train", "--kind", "relu"], 2, "Expected a one of"),
+        ([run, "train", "--kind", "relu"], 2, "Expected one of"),
         ([run, "train", "--layer", "9"], 2, "layers are 0 .. 1"),
         ([run, "train"], 2, "add --layer, from 0 to 1"),
         ([run, "eval", "--tokens", "0"], 2, "expected 1 or more"),
@@ -86,3 +87,17 @@ def test_bad_input_is_told_in_one_line(run: str, capsys: pytest.CaptureFixture[s
         captured = capsys.readouterr()
         assert told in captured.err and captured.err.count("\n") == 1, captured.err
         assert captured.out == ""
+
+
+def test_the_line_of_the_readme_and_the_other_order_of_its_words_train(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [line] = [line for line in readme.splitlines() if line.startswith("minigpt sae ")]
+    _, *words = shlex.split(line.replace("runs/mine", run), comments=True)
+    text = ["--text", str(Path(run).parent / "text")]
+    assert main([*words, *SMALL, *text]) == 0
+    assert main(["sae", "eval", run, *text]) == 0
+    assert "explained variance" in capsys.readouterr().out
+    assert main(["sae", run]) == 2
+    assert "no action" in capsys.readouterr().err

@@ -190,6 +190,28 @@ def test_training_a_lens_lowers_its_kl_on_other_text_and_leaves_the_model_alone(
     assert (quality.values[:-1, 2] < quality.values[:-1, 0]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_tuned_lens_learns_in_any_precision_and_starts_as_the_logit_lens(dtype: torch.dtype) -> None:
+    study = Study.of(random_model(tiny_config("gpt2")).to(dtype))
+    with hushed():
+        lens = train_tuned_lens(study, TEXT, steps=2, tokens=48, learning_rate=1e-30, save=False)
+    assert np.array_equal(tuned_lens(study, IDS, lens=lens).values, logit_lens(study, IDS).values)
+    with hushed():
+        lens = train_tuned_lens(study, TEXT, steps=25, tokens=96, learning_rate=0.01, save=False)
+    quality = lens_quality(study, lens, text=random_ids(1, 200, seed=7)[0].tolist())
+    assert (quality.values[:-1, 2] < quality.values[:-1, 0]).all()
+
+
+def test_two_lenses_of_a_kind_are_both_measured() -> None:
+    study = study_of("gpt2")
+    with hushed():
+        short, long = (train_tuned_lens(study, TEXT, steps=n, tokens=48, save=False) for n in (1, 20))
+    quality = lens_quality(study, short, long, text=TEXT[:48])
+    kinds = ("logit", "tuned", "tuned 2")
+    assert quality.axes[1].labels == [f"{kind} {measure}" for kind in kinds for measure in ("kl", "loss")]
+    assert quality["0 pre", "tuned 2 kl"] == lens_quality(study, long, text=TEXT[:48])["0 pre", "tuned kl"]
+
+
 def test_the_quality_of_the_last_place_is_the_models_own_loss() -> None:
     study = study_of("llama")
     ids = random_ids(1, 24, seed=8)

@@ -47,6 +47,14 @@ def test_a_grid_prints_every_number_under_its_labels() -> None:
     assert lines[-1] == "sum 1.25  of two blocks"
 
 
+def test_a_grid_tells_what_is_no_number_from_zero_and_keeps_its_columns_apart() -> None:
+    values = np.array([[np.nan, -np.inf], [0.0, -12345.678]])
+    lines = str(Result("x", values, (Axis("a", ["p", "q"]), Axis("b", ["r", "s"])))).splitlines()
+    assert [cell.strip(" ░▒▓█") for cell in lines[2].split()] == ["p", "-", "-inf"]
+    assert [cell.strip(" ░▒▓█") for cell in lines[3].split()] == ["q", "0.000", "-12345.678"]
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
 def test_a_long_list_prints_what_matters_and_says_what_it_left_out() -> None:
     values = np.zeros(100)
     values[[7, 60]] = (3.0, -4.0)
@@ -98,3 +106,22 @@ def test_html_shows_labels_as_text_and_runs_nothing(tmp_path: Path, shape: tuple
     assert "script" not in tags
     assert tags.count("td") == 2 ** len(shape)
     assert "http:" not in page and "https:" not in page
+
+
+def test_what_is_more_than_a_table_saves_as_one(tmp_path: Path) -> None:
+    from conftest import random_ids, random_model, tiny_config
+
+    from minigpt.internals.effect import logit_difference
+    from minigpt.internals.study import Study
+
+    study = Study.of(random_model(tiny_config("llama")))
+    metric = logit_difference(3, 5)
+    circuit = study.find_circuit(random_ids(1, 5), random_ids(1, 5, seed=1), metric)
+    for made in (study.heads(causal=False), study.ov_circuit(0, 1), circuit):
+        table = made.table()
+        assert "<table>" in made._repr_html_()
+        for ending in ("json", "csv", "npz", "html"):
+            assert made.save(tmp_path / f"x.{ending}").stat().st_size > 0
+        with np.load(tmp_path / "x.npz") as file:
+            assert np.array_equal(file["values"], table.values)
+    assert json.loads((tmp_path / "x.json").read_text())["edges"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
@@ -93,6 +94,8 @@ def test_names_may_be_short_patterned_or_functions() -> None:
         (("pattern", 2), "layers are 0 .. 1"),
         ("scale", "may be any of ln1.hook_scale, ln2.hook_scale, ln_final.hook_scale"),
         ("pos_embed", "this model has none"),
+        (lambda name: "nothing" in name, "the function picks none"),
+        ("blocks.*.attn.hook_result", "on request only; name it without a pattern: blocks.0.attn.hook_result"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(names: object, message: str) -> None:
@@ -178,6 +181,22 @@ def test_edits_nest_and_end_with_their_block_even_after_an_error() -> None:
         study.logits(ids)
 
 
+def test_an_edit_that_a_run_would_pass_by_is_refused() -> None:
+    study, ids = study_of("llama"), random_ids(1, 5)
+    with study.hooks({("ln1.hook_normalized", 1): 0.0}):
+        study.run_with_cache(ids, ("q_input", 0))  # of another block
+        for names in ("q_input", ("v_input", 1)):
+            with pytest.raises(ConfigError, match="would change nothing beside"):
+                study.run_with_cache(ids, names)
+        with pytest.raises(ConfigError, match="would change nothing"):
+            study.patch_paths(ids, random_ids(1, 5, seed=1), lambda logits: logits[0, -1, 3], ["L0H1"], ["L1H0.k"])
+
+
+def test_a_layer_may_be_any_whole_number() -> None:
+    study = study_of("llama")
+    assert select(study.config, ("pattern", np.int64(1))) == ["blocks.1.attn.hook_pattern"]  # type: ignore[arg-type]
+
+
 def test_an_edit_is_told_where_it_stands() -> None:
     study = study_of("gpt2")
     sites = []
@@ -206,6 +225,16 @@ def test_gradients_by_activations_are_those_of_a_small_step(preset: str, name: s
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_frozen_model_has_gradients_by_its_activations_too() -> None:
+    model, ids = random_model(tiny_config("llama")), random_ids(1, 6)
+    names = ["z", "mlp_in", ("resid_post", -1)]
+    _, _, expected = Study.of(model).gradients(ids, lambda logits: logits[0, -1, 7], names)
+    _, _, found = Study.of(model.requires_grad_(False)).gradients(ids, lambda logits: logits[0, -1, 7], names)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+        assert gradient.abs().max() > 0
+
+
 def test_what_escapes_can_be_learned_through() -> None:
     study, ids = study_of("modern"), random_ids(1, 6)
     vector = torch.zeros(32, requires_grad=True)
@@ -227,6 +256,14 @@ def test_activations_kept_while_writing_are_those_of_one_forward(preset: str) ->
     assert list(cache) == list(whole)
     for name in whole:
         torch.testing.assert_close(cache[name], whole[name])
+
+
+def test_nothing_written_leaves_nothing_to_keep() -> None:
+    study = written("llama")
+    with pytest.raises(ConfigError, match="no token was written"):
+        study.generate("ABC", "z", max_new_tokens=0)
+    completion, cache = study.generate("ABC", max_new_tokens=0)
+    assert completion.ids == [] and not len(cache)
 
 
 def test_edits_reach_what_is_written_with_a_cache() -> None:
@@ -276,9 +313,11 @@ def test_a_plain_forward_runs_no_hook_and_the_same_operations_after_a_study_as_b
 
 def test_a_model_in_training_stays_in_training_and_is_watched_without_dropout() -> None:
     model = random_model(tiny_config("gpt2", dropout=0.5)).train()
+    model.trunk.blocks[0].eval()
     study, ids = Study.of(model), random_ids(1, 6)
     assert torch.equal(study.logits(ids), study.logits(ids))
-    assert model.training
+    assert model.training and model.trunk.blocks[1].mlp.training
+    assert not model.trunk.blocks[0].training and not model.trunk.blocks[0].mlp.training
 
 
 @pytest.mark.parametrize(
@@ -303,6 +342,8 @@ def test_texts_become_tokens_and_tokens_text() -> None:
     assert study.token_id("A") == 17 == study.token_id(17)
     with pytest.raises(DataError, match=r"is 2 tokens \(A | B\)"):
         study.token_id("AB")
+    with pytest.raises(DataError, match="2 texts; give one text"):
+        study.tokens(["AB", "BA"])
     with pytest.raises(ConfigError, match="no tokenizer"):
         study_of("llama").logits("AB")
     assert study.losses(["AB", "BA"]).shape == (2, 1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import PRESETS, random_model, tiny_config
+from conftest import PRESETS, random_ids, random_model, tiny_config
 from planted import INDUCTION, PREVIOUS, induction_model
 
 from minigpt.errors import ConfigError
+from minigpt.internals.effect import logit_difference
+from minigpt.internals.heads import head_scores, heads
 from minigpt.internals.study import Study
-from minigpt.internals.weights import Circuit, composition, copying_from_weights, ov_circuit, qk_circuit, read_out
+from minigpt.internals.weights import TokenMatrix, composition, copying_from_weights, ov_circuit, qk_circuit, read_out
 from minigpt.model.gpt import GPT
 
 
@@ -74,7 +76,7 @@ def test_directions_name_the_tokens_that_they_take_from_and_give_to() -> None:
     left, right = torch.zeros(4, 2), torch.zeros(4, 2)
     left[0, 0] = right[3, 0] = 3.0  # from a to d, strongly
     left[1, 1], right[2, 1] = -1.0, 2.0  # b lowers c
-    circuit = Circuit("by hand", left, right, list("abcd"))
+    circuit = TokenMatrix("by hand", left, right, list("abcd"))
     (first, takes, gives), (second, *_) = circuit.directions(2, 1)
     assert (takes, gives) == (["a"], ["d"]) and (first, second) == (pytest.approx(9.0), pytest.approx(2.0))
     assert "'a' 'd'" not in str(circuit) and "9" in str(circuit)
@@ -146,3 +148,42 @@ def test_the_final_norm_is_folded_into_what_logits_read() -> None:
     scale = (stream - stream.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).add(1e-5).sqrt()
     expected = model.unembed.project(model.trunk.norm(stream) - model.trunk.norm.bias)
     torch.testing.assert_close(stream / scale @ out, expected)
+
+
+def test_circuits_and_scores_of_a_half_precision_model_are_near_those_of_a_whole_one() -> None:
+    whole, half = (Study.of(random_model(tiny_config("modern")).to(kind)) for kind in (torch.float32, torch.bfloat16))
+    for circuit in (ov_circuit, qk_circuit):
+        one, other = circuit(whole, 0, 1).spectrum().values, circuit(half, 0, 1).spectrum().values
+        np.testing.assert_allclose(other, one, rtol=0.05)
+    np.testing.assert_allclose(copying_from_weights(half).values, copying_from_weights(whole).values, atol=0.05)
+    for kind, result in heads(half, causal=False).scores.items():
+        np.testing.assert_allclose(result.values, head_scores(whole, kind).values, atol=0.05)
+
+
+def test_a_device_without_double_precision_is_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, ids, other = Study.of(random_model(tiny_config("llama"))), random_ids(1, 6), random_ids(1, 6, seed=1)
+    fetched, double = torch.Tensor.cpu, torch.Tensor.double
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        made = fetched(tensor).view(tensor.shape)
+        made.on_cpu = True  # type: ignore[attr-defined]
+        return made
+
+    def only_there(tensor: torch.Tensor) -> torch.Tensor:
+        assert hasattr(tensor, "on_cpu"), "double precision was asked for where the model is"
+        return double(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "double", only_there)
+    metric = logit_difference(3, 5)
+    for at in ("resid_pre", "z", "k"):
+        study.attribution_patch(ids, other, metric, at)
+    study.patch_paths(ids, other, metric, ["embed"], ["logits", "L1H0.q"])
+    study.rollout(ids)
+    study.value_flow(ids)
+    for kind in ("Q", "K", "V"):
+        study.composition(kind)  # type: ignore[arg-type]
+    study.components(ids)
+    study.attribute_logit(ids, 3)
+    study.saliency(ids, 3)
+    study.ablate(ids)

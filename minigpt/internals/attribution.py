@@ -61,7 +61,7 @@ def attribute_logit(
     """
     ids, tokens = one_text(study, text)
     if position is not None and not -len(tokens) <= position < len(tokens):
-        raise ConfigError(f"position: {position} is none of the text's {len(tokens)}")
+        raise ConfigError(f"position: {position} is none of the text's {len(tokens)}, counted from 0 or from -1 back")
     if top is not None and top < 1:
         raise ConfigError(f"top: {top}; expected a positive number, or None for all")
     end = point_of(study.config, ("resid_post", -1))

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from minigpt.durable import to_json, write_text
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.activations import Activations
 from minigpt.internals.effect import Bound, Metric, as_metric
+from minigpt.internals.result import Axis, Result
 from minigpt.internals.text import Text
 
 if TYPE_CHECKING:
@@ -75,9 +77,22 @@ class Circuit:
         edges = [{"from": c.sender, "to": c.receiver, "estimate": e, "effect": f} for c, e, f in rows]
         return {**figures, "nodes": sorted({end for c in self.connections for end in c}), "edges": edges}
 
+    def table(self) -> Result:
+        """Connections x (estimate, worth)."""
+        labels = [f"{c.sender} -> {c.receiver}" for c in self.connections]
+        values = np.stack([self.estimates, self.effects], 1).reshape(len(labels), 2)
+        notes = {name: getattr(self, name) for name in (*FIGURES, "clean", "corrupted")}
+        axes = (Axis("connection", labels), Axis("figure", ["estimate", "worth"]))
+        return Result(f"Circuit for {self.metric}", values, axes, "", notes)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
     def save(self, path: str | Path) -> Path:
-        """Write the graph as JSON."""
+        """Write the graph as .json, or its table as .csv, .npz or .html."""
         path = Path(path)
+        if path.suffix != ".json":
+            return self.table().save(path)
         write_text(path, to_json(self.to_dict()))
         return path
 

@@ -190,5 +190,5 @@ def _each(study: Study, tokens: Tokens, rows: int) -> Tensor:  # (B, 1)
 
 def _place(position: int, length: int) -> int:
     if not -length <= position < length:
-        raise ConfigError(f"position: {position} is none of the text's {length}")
+        raise ConfigError(f"position: {position} is none of the text's {length}; expected {-length} .. {length - 1}")
     return position % length

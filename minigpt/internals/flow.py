@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.activations import Activations
+from minigpt.internals.decomposition import precise
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.text import Text
 from minigpt.internals.weights import write_weights
@@ -86,7 +87,7 @@ def _product(study: Study, text: Text, shares: list[Tensor], title: str) -> Resu
         total = share @ total
     labels = [f"{i} {token}" for i, token in enumerate(study.tokens(text))]
     axes = (Axis("position", labels), Axis("source", labels))
-    return Result(title, total.double().numpy(force=True), axes, "share", {"layer": len(shares) - 1})
+    return Result(title, precise(total).numpy(), axes, "share", {"layer": len(shares) - 1})
 
 
 def _checked(study: Study, text: Text, layer: int) -> tuple[int, Tensor]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from minigpt.internals.ablation import ablate
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.text import Text
 from minigpt.internals.weights import grid, ordinary_ids, read_out, write_weights
+from minigpt.model.layers import widen
 
 if TYPE_CHECKING:
     from minigpt.internals.study import Study
@@ -185,7 +187,7 @@ def _scores(study: Study, kinds: Sequence[str], text: Text | None, offset: int, 
             even = float(share[looks.any(-1)].mean())
         title = f"{kind} heads" + (f" ({offset} back)" if kind == "offset" else "")
         notes = {"even": even, "tokens": ids.numel()}
-        made[kind] = Result(title, torch.stack(values).numpy(force=True), grid(study.config), "score", notes)
+        made[kind] = Result(title, widen(torch.stack(values)).numpy(force=True), grid(study.config), "score", notes)
     return made
 
 
@@ -228,3 +230,11 @@ class Heads:
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON has it."""
+        return self.table().to_dict()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table; see `Result.save`."""
+        return self.table().save(path)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError
 from minigpt.internals.decomposition import KINDS, Point, one_text, points
-from minigpt.internals.result import SHADES, Axis, Result, _colour, _visible
+from minigpt.internals.result import Axis, Result, _colour, _shade, _visible
 from minigpt.internals.text import Text
 from minigpt.model.explicit import explicit_norm
 from minigpt.model.layers import widen
@@ -109,10 +109,6 @@ class Lens(Result):
             body += f"<tr><th>{html.escape(label)}</th>{cells}</tr>"
         caption = html.escape(f"{self.title} ({self.unit})")
         return f"<figure><figcaption>{caption}</figcaption><table><tr><th></th>{heads}</tr>{body}</table></figure>"
-
-
-def _shade(share: float) -> str:
-    return " " if share != share else SHADES[round(4 * min(1.0, abs(share)))]
 
 
 def lens_logits(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import NamedTuple
 
 from minigpt.errors import ConfigError
@@ -27,7 +28,7 @@ class Activation(NamedTuple):
     """batch, pos (query positions), slot (key positions), head, kv_head, d_head, d_model, d_mlp, or one."""
     meaning: str
     on_request: bool = False
-    """Costs extra, so that no pattern or short form includes it: only its full name, or "result" and the like."""
+    """Costs extra, so that no pattern includes it: only its name does."""
 
 
 STREAM = ("batch", "pos", "d_model")
@@ -123,8 +124,11 @@ def select(config: GPTConfig, names: Names | None) -> list[str]:
     if names is None:
         return usual
     if callable(names):
-        return [name for name in table if names(name)]
-    if isinstance(names, str) or (isinstance(names, tuple) and len(names) == 2 and isinstance(names[1], int)):
+        picked = [name for name in table if names(name)]
+        if not picked:
+            raise ConfigError(f"activation: the function picks none of the model's {len(table)} names; let it pick one")
+        return picked
+    if isinstance(names, str) or (isinstance(names, tuple) and len(names) == 2 and isinstance(names[1], Integral)):
         names = [names]
     found: set[str] = set()
     for item in names:
@@ -132,6 +136,9 @@ def select(config: GPTConfig, names: Names | None) -> list[str]:
             found.add(full_name(config, *item))
         elif any(sign in item for sign in "*?["):
             matches = [name for name in usual if fnmatchcase(name, item)]
+            asked = [name for name in table if fnmatchcase(name, item)]
+            if not matches and asked:
+                raise ConfigError(f"activation {item!r}: is on request only; name it without a pattern: {asked[0]}")
             if not matches:
                 raise ConfigError(f"activation {item!r}: the pattern matches none of the model's {len(table)} names")
             found.update(matches)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.activations import Activations
+from minigpt.internals.decomposition import precise
 from minigpt.internals.effect import Bound, Metric, as_metric
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.resume import Base, Change
@@ -102,7 +103,7 @@ def patch(
     one_by_one = slow or bool(study.watch().edits)
     values = (_by_edits if one_by_one else _by_resuming)(study, ids, other, bound, at, places)
     shape = tuple(len(axis.labels) for axis in axes)
-    changed = (values - without).double().reshape(shape).numpy(force=True)
+    changed = precise(values - without).reshape(shape).numpy()
     notes = {"clean": float(with_clean), "corrupted": float(without)}
     return Result(f"Change of {metric.name} by patching {at}", changed, axes, metric.unit, notes)
 
@@ -142,7 +143,7 @@ def attribution_patch(
     summed = [i for i, axis in enumerate(named) if axis not in by]
     guesses = [((target[name] - here[name]) * gradients[name]).sum(summed) for name in names]
     left = [axis for axis in named if axis in by]
-    guess = torch.stack(guesses).permute(0, *(1 + left.index(axis) for axis in by[1:])).double().numpy(force=True)
+    guess = precise(torch.stack(guesses).permute(0, *(1 + left.index(axis) for axis in by[1:]))).numpy()
     title, unit = f"Change of {metric.name} by patching {at}, guessed by gradient", metric.unit
     if not exact:
         return Result(title, guess, axes, unit)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.decomposition import precise
 from minigpt.internals.patching import AnyMetric, bind_pair
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.resume import TOKENS
@@ -105,7 +106,7 @@ def patch_paths(
                 edits[name] = _reading(read, reader.head, edits.get(name))
             with study.hooks(edits):
                 logits = study.logits(other.repeat(len(some), 1))[:, bound.positions]
-            values[some, column] = (bound.of(logits.unflatten(0, (len(some), -1))) - begin).to(values)
+            values[some, column] = precise(bound.of(logits.unflatten(0, (len(some), -1))) - begin)
     axes = (
         Axis("sender", [_name(group) for group in senders]),
         Axis("receiver", [_name(group) for group in receivers]),

@@ -92,9 +92,7 @@ class Result:
         shown = range(len(labels)) if len(labels) <= WIDEST else sorted(np.argsort(-np.abs(self.values))[:WIDEST])
         bars = ["█" * round(20 * min(1, abs(value) / greatest)) for value in np.nan_to_num(self.values)]
         lines = [
-            f"  {labels[i]:{width}}  {self.values[i]:+10.4f}  {bars[i]}"
-            for i in shown
-            if not np.isnan(self.values[i])
+            f"  {labels[i]:{width}}  {self.values[i]:+10.4f}  {bars[i]}" for i in shown if not np.isnan(self.values[i])
         ]
         left = len(labels) - len(lines)
         return "\n".join([*lines, *([f"  ... and {left} smaller"] if left > 0 else [])])
@@ -104,14 +102,16 @@ class Result:
         if len(columns.labels) > WIDEST:
             return self._tops()
         heads = [_visible(label) for label in columns.labels]
-        width = max(8, *(len(label) + 1 for label in heads))
+        values = self.values.astype(float)
+        greatest = _greatest(values)
+        cells = [
+            ["-" if np.isnan(value) else f"{value:.3f}{_shade(value / greatest)}" for value in row] for row in values
+        ]
+        width = max(8, *(len(text) + 1 for row in [heads, *cells] for text in row))
         first = max(len(_visible(label)) for label in rows.labels)
-        finite = np.nan_to_num(self.values.astype(float))
-        greatest = np.abs(finite).max(initial=0.0) or 1.0
         lines = [" " * (first + 2) + "".join(f"{label:>{width}}" for label in heads)]
-        for label, line in zip(rows.labels, finite, strict=True):
-            cells = [f"{value:.3f}{SHADES[round(4 * abs(value) / greatest)]}" for value in line]
-            lines.append(f"  {_visible(label):{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
+        for label, row in zip(rows.labels, cells, strict=True):
+            lines.append(f"  {_visible(label):{first}}" + "".join(f"{cell:>{width}}" for cell in row))
         return "\n".join(lines)
 
     def _tops(self) -> str:
@@ -205,6 +205,11 @@ def _short(value: Any) -> str:
 def _greatest(values: np.ndarray) -> float:
     """The greatest finite magnitude, by which bars and colours are scaled; 1 where there is none."""
     return float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
+
+
+def _shade(share: float) -> str:
+    """How strong a number is, in a terminal; nothing for NaN."""
+    return " " if np.isnan(share) else SHADES[round(4 * min(1.0, abs(share)))]
 
 
 def _colour(share: float) -> str:

@@ -71,7 +71,7 @@ def saliency(
         raise ConfigError(f"method: {method!r} is none of {', '.join(get_args(Method))}")
     ids, tokens = one_text(study, text)
     if not -len(tokens) <= position < len(tokens):
-        raise ConfigError(f"position: {position} is none of the text's {len(tokens)}")
+        raise ConfigError(f"position: {position} is none of the text's {len(tokens)}, counted from 0 or from -1 back")
     position %= len(tokens)
     asked = _Asked(study, ids, position, study.token_id(answer), None if versus is None else study.token_id(versus))
     own, other = _inputs(study, ids), _baseline(study, ids, baseline)  # (T, C) each

@@ -114,6 +114,8 @@ class Watch:
         if name in self.keep:
             if torch.is_grad_enabled():  # hook_resid_mid and hook_mlp_in are one tensor, and two to differentiate by
                 activation = activation.view_as(activation)
+                if not activation.requires_grad:  # a frozen model: the graph begins here
+                    activation.requires_grad_()
             self.kept[name] = activation
         if name == self.last:
             raise _Enough
@@ -176,8 +178,18 @@ class Study(Texts):
             self._edits = before
 
     def watch(self, keep: Sequence[str] = (), stop: bool = False) -> Watch:
-        """The tap of a run to come: the edits of the open `hooks`, and the full names to keep."""
-        return Watch(self.table, self._edits, keep, stop)
+        """The tap of a run to come: the edits of the open `hooks`, and the full names to keep.
+
+        Raises ConfigError for an edit of a norm that the run does not compute: where heads read the stream each by
+        itself, there is no one norm before attention.
+        """
+        watch = Watch(self.table, self._edits, keep, stop)
+        for name in watch.edits:
+            block, norm, _ = name.partition("ln1.")
+            reads = [f"{block}hook_{letter}_input" for letter in "qkv"] if norm else []
+            for read in filter(watch.wants, reads):
+                raise ConfigError(f"the edit at {name}: would change nothing beside {read}; edit or keep one of them")
+        return watch
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, watch: Watch | None = None) -> Tensor:
         """Normed hidden states (B, T, C) of ids (B, T), with the edits of the open `hooks`, by the explicit forward."""
@@ -192,13 +204,14 @@ class Study(Texts):
     @contextmanager
     def running(self, grad: bool = False) -> Iterator[None]:
         """Evaluation mode, with or without gradients, for the length of a `with` block."""
-        training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
             with torch.set_grad_enabled(grad):
                 yield
         finally:
-            self.model.train(training)
+            for module in training:
+                module.training = True
 
     def run_with_cache(
         self,
@@ -352,5 +365,5 @@ def _positions(positions: Sequence[int] | None, length: int) -> list[int] | None
         return None
     wrong = [position for position in positions if not -length <= position < length]
     if wrong:
-        raise ConfigError(f"positions: {wrong[0]} is none of the text's {length}")
+        raise ConfigError(f"positions: {wrong[0]} is none of the text's {length}; expected {-length} .. {length - 1}")
     return [position % length for position in positions]

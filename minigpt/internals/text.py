@@ -55,13 +55,19 @@ class Texts:
             )
         if ids.shape[1] > self.config.block_size:
             raise ConfigError(
-                f"text: {ids.shape[1]} tokens do not fit the model's block_size of {self.config.block_size}"
+                f"text: {ids.shape[1]} tokens do not fit the model's block_size of {self.config.block_size}; give fewer"
             )
         return ids.long()
 
     def tokens(self, text: Text) -> list[str]:
-        """What each token of one text reads as; without a tokenizer, the id. Bytes that are no character become �."""
-        [row] = self.ids(text).tolist()
+        """What each token of one text reads as; without a tokenizer, the id. Bytes that are no character become �.
+
+        Raises DataError for several texts.
+        """
+        rows = self.ids(text).tolist()
+        if len(rows) != 1:
+            raise DataError(f"text: {len(rows)} texts; give one text at a time")
+        [row] = rows
         if self._tokenizer is None:
             return [str(id) for id in row]
         return [self.token(id) for id in row]

@@ -201,7 +201,10 @@ def lens_quality(
         means over all tokens that have a next one.
     """
     corpus = tokens_of(study, text)
-    readers: dict[str, Reader | None] = {"logit": None, **{lens.kind: lens for lens in lenses}}
+    readers: dict[str, Reader | None] = {"logit": None}
+    for lens in lenses:
+        twin = sum(isinstance(one, Translators) and one.kind == lens.kind for one in readers.values())
+        readers[f"{lens.kind} {twin + 1}" if twin else lens.kind] = lens
     where = points(study.config)
     sums = torch.zeros(len(where), len(readers), 2, dtype=torch.float64)
     count = 0

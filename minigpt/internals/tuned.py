@@ -59,9 +59,9 @@ def train_tuned_lens(
     width = min(study.config.block_size, len(corpus))
     where, last = translated(study), points(study.config)[-1]
     names = [point.name for point in (*where, last)]
-    channels, device = study.config.n_embd, study.model.device
-    matrices = torch.zeros(len(where), channels, channels, device=device, requires_grad=True)  # beside the identity
-    biases = torch.zeros(len(where), channels, device=device, requires_grad=True)
+    channels, like = study.config.n_embd, widen(study.model.unembed.weight.detach())
+    matrices = like.new_zeros(len(where), channels, channels).requires_grad_()  # beside the identity
+    biases = like.new_zeros(len(where), channels).requires_grad_()
     adam = torch.optim.Adam([matrices, biases], learning_rate)
     done, kl = 0, float("nan")
     try:
@@ -97,15 +97,19 @@ def train_tuned_lens(
 def _learn(study: Study, streams: Tensor, matrices: Tensor, biases: Tensor) -> float:
     """Set the gradients of all maps, one place after the other, as each makes logits of its own; their mean KL."""
     norm, unembed = study.model.trunk.norm, study.model.unembed
+
+    def says(stream: Tensor) -> Tensor:  # (B T, C) -> (B T, V)
+        return widen(unembed(explicit_norm(norm, stream.to(unembed.weight.dtype)))).log_softmax(-1)
+
     with torch.no_grad():
-        output = widen(unembed(explicit_norm(norm, streams[-1]))).log_softmax(-1)  # (B T, V)
+        output = says(streams[-1])  # (B T, V)
     matrices.grad, biases.grad = torch.zeros_like(matrices), torch.zeros_like(biases)
     total = 0.0
     for place, stream in enumerate(streams[:-1]):
         with torch.enable_grad():
             matrix, bias = matrices[place].detach().requires_grad_(), biases[place].detach().requires_grad_()
-            read = unembed(explicit_norm(norm, stream + stream @ matrix.T + bias))
-            loss = F.kl_div(widen(read).log_softmax(-1), output, reduction="batchmean", log_target=True)
+            read = says(stream + stream @ matrix.T + bias)
+            loss = F.kl_div(read, output, reduction="batchmean", log_target=True)
         matrices.grad[place], biases.grad[place] = torch.autograd.grad(loss, (matrix, bias))
         total += float(loss.detach())
     return total / len(matrices)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.decomposition import precise
 from minigpt.internals.result import Axis, Result
 from minigpt.model.config import GPTConfig
 from minigpt.model.explicit import explicit_norm
 from minigpt.model.gpt import GPT, Block
-from minigpt.model.layers import LayerNorm, RMSNorm
+from minigpt.model.layers import LayerNorm, RMSNorm, widen
 
 if TYPE_CHECKING:
     from minigpt.internals.study import Study
@@ -88,7 +90,7 @@ def read_out(model: GPT, ids: Tensor) -> Tensor:  # (K) -> (C, K)
 
 
 @dataclass
-class Circuit:
+class TokenMatrix:
     """A vocabulary x vocabulary matrix of low rank: `left` (V, D) times `right` (V, D) transposed.
 
     Prints its strongest directions, each with the tokens that it takes from and gives to.
@@ -150,9 +152,27 @@ class Circuit:
 
     __repr__ = __str__
 
+    def table(self, count: int = 8, tokens: int = 6) -> Result:
+        """The strongest directions' singular values, each labelled by the tokens it takes from and gives to."""
+        found = self.directions(count, tokens)
+        labels = [f"{i} {' '.join(rows)} -> {' '.join(columns)}" for i, (_, rows, columns) in enumerate(found)]
+        values = np.array([value for value, _, _ in found])
+        return Result(f"{self.title}: strongest directions", values, (Axis("direction", labels),), "", self.notes)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON has it."""
+        return self.table().to_dict()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table; see `Result.save`."""
+        return self.table().save(path)
+
 
 @torch.no_grad()
-def ov_circuit(study: Study, layer: int, head: int) -> Circuit:
+def ov_circuit(study: Study, layer: int, head: int) -> TokenMatrix:
     """What a head adds to the logits when it looks at each token: rows tokens looked at, columns logits.
 
     The head's value bias is left out, as it adds the same whatever is looked at.
@@ -164,13 +184,13 @@ def ov_circuit(study: Study, layer: int, head: int) -> Circuit:
     read = read if bias is None else read - bias  # (V, C)
     attn = block.attn
     values = attn.qkv.weight.unflatten(0, (-1, attn.head_dim))[-attn.n_kv_head :]  # (G, D, C)
-    left = read @ values[head * attn.n_kv_head // attn.n_head].T  # (V, D)
-    right = (write_weights(model, layer)[head] @ read_out(model, ids)).T  # (V, D)
-    return Circuit(f"OV circuit of L{layer}H{head}", left, right, _tokens(study, ids), _caveats(study, layer, "OV"))
+    left = widen(read @ values[head * attn.n_kv_head // attn.n_head].T)  # (V, D)
+    right = widen((write_weights(model, layer)[head] @ read_out(model, ids)).T)  # (V, D)
+    return TokenMatrix(f"OV circuit of L{layer}H{head}", left, right, _tokens(study, ids), _caveats(study, layer, "OV"))
 
 
 @torch.no_grad()
-def qk_circuit(study: Study, layer: int, head: int, distance: int = 1) -> Circuit:
+def qk_circuit(study: Study, layer: int, head: int, distance: int = 1) -> TokenMatrix:
     """The score, before the softmax, between tokens: rows queries, columns keys.
 
     Args:
@@ -195,12 +215,12 @@ def qk_circuit(study: Study, layer: int, head: int, distance: int = 1) -> Circui
         query = attn.rotary(query[None, None], torch.full((len(ids),), distance, device=ids.device))[0, 0]
         key = attn.rotary(key[None, None], torch.zeros_like(ids))[0, 0]
     title = f"QK circuit of L{layer}H{head}" + (f" at distance {distance}" if attn.rotary is not None else "")
-    left = query / math.sqrt(attn.head_dim)
-    return Circuit(title, left, key, _tokens(study, ids), _caveats(study, layer, "QK"))
+    left = widen(query) / math.sqrt(attn.head_dim)
+    return TokenMatrix(title, left, widen(key), _tokens(study, ids), _caveats(study, layer, "QK"))
 
 
 def copying_from_weights(study: Study) -> Result:
-    """The copying score of every head's OV circuit, from -1 to 1: layer x head; see `Circuit.copying`."""
+    """The copying score of every head's OV circuit, from -1 to 1: layer x head; see `TokenMatrix.copying`."""
     layers, count = range(study.config.n_layer), range(study.config.n_head)
     values = [[ov_circuit(study, layer, head).copying() for head in count] for layer in layers]
     left_out = _caveats(study, None, "OV")
@@ -224,12 +244,12 @@ def composition(study: Study, kind: Literal["Q", "K", "V"]) -> Result:
     reads, writes = [], []  # of each layer: what is read by, and what is made of it, (H, C, D) each
     ov = []
     for layer in range(config.n_layer):
-        q, k, v = (read_weights(model, layer, letter).double() for letter in "qkv")
+        q, k, v = (precise(read_weights(model, layer, letter)) for letter in "qkv")
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)  # (H, C, D)
         attn = _block(model, layer).attn
         for norm in (attn.q_norm, attn.k_norm):
-            q = q if norm is None or norm.weight is None else q * norm.weight
-        o = write_weights(model, layer).double().transpose(1, 2)  # (H, C, D)
+            q = q if norm is None or norm.weight is None else q * precise(norm.weight)
+        o = precise(write_weights(model, layer)).transpose(1, 2)  # (H, C, D)
         ov.append((v, o))
         near, far = {"Q": (q, k), "K": (k, q), "V": (v, o)}[kind]
         reads.append(near)

@@ -84,6 +84,8 @@ def write(study: Study, prompt: str, keep: list[str], settings: dict[str, Any]) 
     [[completion]] = sampler.generate(prompt, **settings)
     if not keep:
         return completion, Activations(study.config, {})
+    if not model.seen:
+        raise ConfigError("generate: no token was written, so nothing was read to keep; expected max_new_tokens from 1")
     read = len(completion.prompt_ids) + len(completion.ids) - 1
     if read > study.config.block_size:
         raise ConfigError(

@@ -13,7 +13,7 @@ function attentionView(attn) {
     state.head = names.reduce((best, name) => (interest(name) > interest(best) ? name : best));
   }
   const body = view("attention", "Attention",
-    "Where each head looks from every token (row) back to itself and those before it (columns). Under a head: what it mostly looks at in a random text that repeats, and a bar for how much the loss on this text rises without it.",
+    "Where each head looks from every token (row) back to itself and those before it (columns). Under a head: what it mostly looks at in a random text that repeats, and a bar for how the loss on this text changes without it: orange where it rises, blue where it falls.",
     () => ({ head: state.head, badges, weights: Array.from({ length: N }, (_, q) => Array.from({ length: q + 1 }, (_, k) => at(names.indexOf(state.head), q, k))) }));
 
   function paint(canvas, head, name) {
