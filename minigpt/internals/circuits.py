@@ -33,7 +33,7 @@ from minigpt.durable import to_json, write_text
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.activations import Activations
 from minigpt.internals.effect import Bound, Metric, as_metric
-from minigpt.internals.result import Axis, Result
+from minigpt.internals.result import Axis, Result, Tabled
 from minigpt.internals.text import Text
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Connection(NamedTuple):
 
 
 @dataclass
-class Circuit:
+class Circuit(Tabled):
     """The connections that were kept, and how well they do."""
 
     metric: str
@@ -85,14 +85,11 @@ class Circuit:
         axes = (Axis("connection", labels), Axis("figure", ["estimate", "worth"]))
         return Result(f"Circuit for {self.metric}", values, axes, "", notes)
 
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
     def save(self, path: str | Path) -> Path:
         """Write the graph as .json, or its table as .csv, .npz or .html."""
         path = Path(path)
         if path.suffix != ".json":
-            return self.table().save(path)
+            return super().save(path)
         write_text(path, to_json(self.to_dict()))
         return path
 

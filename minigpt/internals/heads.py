@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.ablation import ablate
-from minigpt.internals.result import Axis, Result
+from minigpt.internals.result import Axis, Result, Tabled
 from minigpt.internals.text import Text
 from minigpt.internals.weights import grid, ordinary_ids, read_out, write_weights
 from minigpt.model.layers import widen
@@ -192,7 +191,7 @@ def _scores(study: Study, kinds: Sequence[str], text: Text | None, offset: int, 
 
 
 @dataclass
-class Heads:
+class Heads(Tabled):
     """What `heads` found. Prints as a table, a head a line; `table()` is that table as a Result."""
 
     scores: dict[str, Result]
@@ -227,14 +226,3 @@ class Heads:
         return "\n".join([str(table), *best])
 
     __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The table as JSON has it."""
-        return self.table().to_dict()
-
-    def save(self, path: str | Path) -> Path:
-        """Write the table; see `Result.save`."""
-        return self.table().save(path)

@@ -175,6 +175,25 @@ class Result:
         return path
 
 
+class Tabled:
+    """What holds more than one table: it shows itself and saves as its main one."""
+
+    def table(self) -> Result:
+        """The main table."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON has it."""
+        return self.table().to_dict()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table; see `Result.save`."""
+        return self.table().save(path)
+
+
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>:root{{color-scheme:light dark}}body{{font:14px system-ui;margin:2rem}}table{{border-collapse:collapse}}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError
 from minigpt.internals.decomposition import precise
-from minigpt.internals.result import Axis, Result
+from minigpt.internals.result import Axis, Result, Tabled
 from minigpt.model.config import GPTConfig
 from minigpt.model.explicit import explicit_norm
 from minigpt.model.gpt import GPT, Block
@@ -90,7 +89,7 @@ def read_out(model: GPT, ids: Tensor) -> Tensor:  # (K) -> (C, K)
 
 
 @dataclass
-class TokenMatrix:
+class TokenMatrix(Tabled):
     """A vocabulary x vocabulary matrix of low rank: `left` (V, D) times `right` (V, D) transposed.
 
     Prints its strongest directions, each with the tokens that it takes from and gives to.
@@ -158,17 +157,6 @@ class TokenMatrix:
         labels = [f"{i} {' '.join(rows)} -> {' '.join(columns)}" for i, (_, rows, columns) in enumerate(found)]
         values = np.array([value for value, _, _ in found])
         return Result(f"{self.title}: strongest directions", values, (Axis("direction", labels),), "", self.notes)
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The table as JSON has it."""
-        return self.table().to_dict()
-
-    def save(self, path: str | Path) -> Path:
-        """Write the table; see `Result.save`."""
-        return self.table().save(path)
 
 
 @torch.no_grad()
