@@ -21,7 +21,6 @@ from minigpt.internals.context import held_out_windows
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
 from minigpt.terminal import hushed
-from minigpt.training.allocator import keep_freed_memory
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig
 from minigpt.training.internals import Internals
@@ -61,8 +60,6 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
     if config.trainer.threads or world_size > 1:
         torch.set_num_threads(config.trainer.threads or max(1, torch.get_num_threads() // config.trainer.devices))
-
-    keep_freed_memory()
 
     corpus = open_corpus(job.corpus)
     watch = None
