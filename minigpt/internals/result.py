@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -175,12 +176,12 @@ class Result:
         return path
 
 
-class Tabled:
+class Tabled(ABC):
     """What holds more than one table: it shows itself and saves as its main one."""
 
+    @abstractmethod
     def table(self) -> Result:
         """The main table."""
-        raise NotImplementedError
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
