@@ -57,6 +57,9 @@ class _ChunkedNats(torch.autograd.Function):
 
     A chunk's logits z give, while they exist, its part of both gradients, dL/dz = softmax(z) - onehot(target), so that
     nothing of them is kept and nothing computed again: three matrix products, as in the whole.
+
+    What is returned, and what was saved, is never changed in place: torch 2.11 compiles such a function to gradients
+    of zero (https://github.com/pytorch/pytorch/issues/180642).
     """
 
     @staticmethod
@@ -74,7 +77,7 @@ class _ChunkedNats(torch.autograd.Function):
             log_p = logits.log_softmax(-1)
             counts = (target != IGNORED)[:, None]  # (R, 1)
             target = target[:, None].where(counts, 0)
-            nats -= log_p.gather(1, target).where(counts, 0.0).sum()
+            nats = nats - log_p.gather(1, target).where(counts, 0.0).sum()
             slope = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
             if softcap:
                 slope *= 1 - (logits / softcap).square()
@@ -92,8 +95,7 @@ class _ChunkedNats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        # In place: they are as large as the matrix. A second backward would notice that, and refuse.
-        return hidden_gradient.mul_(gradient), weight_gradient.mul_(gradient), None, None, None, None
+        return hidden_gradient * gradient, weight_gradient * gradient, None, None, None, None
 
 
 def compiled_loss() -> Callable[[GPT, Tensor, Tensor], Tensor]:
