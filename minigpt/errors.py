@@ -55,6 +55,12 @@ class NonFiniteError(MinigptError):
     exit_code = 7
 
 
+class NotLearning(MinigptError):
+    """Gradients are zero, missing or wrong: the run would go on without learning anything."""
+
+    exit_code = 7
+
+
 class DistributedError(MinigptError):
     """Processes could not be started, did not agree, or were lost."""
 

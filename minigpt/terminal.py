@@ -60,40 +60,59 @@ class _Silent:
         pass
 
 
+class _Rate:
+    """Units a second since the first update: what came before it (loading, compiling) happens once."""
+
+    def __init__(self) -> None:
+        self.first: tuple[float, float] | None = None  # seconds, units
+
+    def at(self, now: float, done: float) -> float:
+        """So far; 0 until there is a second update."""
+        if self.first is None:
+            self.first = (now, done)
+        began, before = self.first
+        return (done - before) / max(now - began, 1e-9)
+
+
 class _PlainLines:
     """A line now and then: for log files, pipes and schedulers."""
 
-    def __init__(self, description: str, total: float | None, unit: str, start: float) -> None:
-        self.description, self.total, self.unit, self.start = description, total, unit, start
-        self.began = self.printed = time.monotonic()
+    def __init__(self, description: str, total: float | None, unit: str) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.printed = time.monotonic()
+        self.rate = _Rate()
 
     def update(self, done: float, text: str = "") -> None:
         now = time.monotonic()
+        rate = self.rate.at(now, done)
         if now - self.printed < PLAIN_LINE_EVERY:
             return
         self.printed = now
-        rate = (done - self.start) / max(now - self.began, 1e-9)
         line = f"{self.description} {readable(done)}"
         if self.total:
-            left = clock((self.total - done) / rate) if rate > 0 else "?"
-            line += f"/{readable(self.total)} {self.unit} ({100 * done / self.total:.0f}%), {left} left"
+            line += f"/{readable(self.total)} {self.unit} ({100 * done / self.total:.0f}%)"
+            if rate > 0:
+                line += f", {clock((self.total - done) / rate)} left"
         else:
             line += f" {self.unit}"
-        notice(f"{line}, {readable(rate)} {self.unit}/s{', ' + text if text else ''}")
+        if rate > 0:
+            line += f", {readable(rate)} {self.unit}/s"
+        notice(f"{line}{', ' + text if text else ''}")
 
 
 class _Bar:
-    def __init__(self, bar: Any, task: Any, total: float | None, start: float) -> None:
-        self.bar, self.task, self.total, self.start = bar, task, total, start
-        self.began = self.shown = time.monotonic()
+    def __init__(self, bar: Any, task: Any, total: float | None) -> None:
+        self.bar, self.task, self.total = bar, task, total
+        self.shown = time.monotonic()
+        self.rate = _Rate()
 
     def update(self, done: float, text: str = "") -> None:
         now = time.monotonic()
+        rate = self.rate.at(now, done)
         if now - self.shown < BAR_EVERY and done != self.total:
             return
         self.shown = now
-        rate = (done - self.start) / max(now - self.began, 1e-9)
-        self.bar.update(self.task, completed=done, text=text, rate=readable(rate))
+        self.bar.update(self.task, completed=done, text=text, rate=readable(rate) if rate > 0 else "-")
 
 
 @contextmanager
@@ -113,7 +132,7 @@ def progress(
         yield _Silent()
         return
     if not sys.stderr.isatty():
-        yield _PlainLines(description, total, unit, start)
+        yield _PlainLines(description, total, unit)
         return
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -129,4 +148,4 @@ def progress(
     ]
     with RichProgress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
         task = bar.add_task(description, total=total, completed=int(start), text="", rate="-")
-        yield _Bar(bar, task, total, start)
+        yield _Bar(bar, task, total)

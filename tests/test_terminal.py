@@ -32,11 +32,15 @@ def test_times_read_like_a_clock(seconds: float, text: str) -> None:
 def test_plain_lines_tell_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with progress("reading", 1000, "bytes", start=200) as bar:
+    with progress("reading", 1000, "bytes", start=150) as bar:
+        now[0] += 5 * terminal.PLAIN_LINE_EVERY
+        bar.update(200, "at last")  # what came before this happens once, so that nothing can be estimated yet
         now[0] += terminal.PLAIN_LINE_EVERY
         bar.update(400, "all well")  # 200 bytes in 10 seconds: 20 a second, 30 seconds for the 600 that are left
         bar.update(401)  # too soon after
-    assert capsys.readouterr().err == "reading 400/1k bytes (40%), 0:30 left, 20 bytes/s, all well\n"
+    assert capsys.readouterr().err == (
+        "reading 200/1k bytes (20%), at last\nreading 400/1k bytes (40%), 0:30 left, 20 bytes/s, all well\n"
+    )
 
 
 def test_a_silent_bar_shows_nothing(capsys: pytest.CaptureFixture) -> None:

@@ -1,12 +1,10 @@
-"""What the callbacks share: a hook that is called once a step, and sums over all processes."""
+"""What the callbacks share: a hook that is called once a step, and when something is due."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
-from torch import Tensor
 
 from minigpt.training.module import TrainingModule
 
@@ -28,12 +26,3 @@ class EachStep(pl.Callback):
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every `every` steps (0: never) and at the last one happens at this step."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor, on each; the tensor itself where there is one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
-        dist.all_reduce(shared)
-        return shared.to(tensor.device)
-    return tensor

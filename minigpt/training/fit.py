@@ -44,6 +44,7 @@ def fit(job: Job) -> None:
     Raises:
         Interrupted: asked to stop; a checkpoint was saved at the step that was in progress.
         NonFiniteError: loss or gradient stayed NaN or infinite.
+        NotLearning: gradients are zero, missing, or not those of the uncompiled model.
         MemoryExceeded: what a step needs does not fit; found before anything is written.
         DistributedError: the processes cannot meet, were started differently, or one was lost.
     """
@@ -89,7 +90,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
     )
     samples = Samples(run, config, corpus.tokenizer, agreement, metrics, owed_at["sample"])
 
-    rehearsal = Rehearsal(config, batches, windows)
+    rehearsal = Rehearsal(config, batches, windows, metrics)
     inside = []
     if config.internals.every and not job.probe:
         inside = [Internals(config, held_out_windows(corpus, config.model.block_size), metrics)]

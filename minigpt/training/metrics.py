@@ -7,8 +7,9 @@ A row of training holds, beside loss, lr and grad_norm, since the row before:
     data_wait           share of that time in which this process waited for its batches
     memory              peak so far, bytes: of tensors on the GPU, or resident of the first process
     batch               identity of the step's global batch, the same however many processes share it
-The last row of a session tells where its time went, in seconds: time/step (the median step), time/validation, time/save
-and time/sample (all of each), time/internals where snapshots were asked for, time/training (all of it).
+The last row of a session tells where its time went, in seconds: time/step (the median step), time/rehearsal (the checks
+before the first step, with compilation), time/validation, time/save and time/sample (all of each), time/internals where
+snapshots were asked for, time/training (all of it).
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from minigpt.model.cost import cost_of
 from minigpt.runs import read_metrics
 from minigpt.terminal import Progress, notice, progress, readable
 from minigpt.training.config import TrainConfig
-from minigpt.training.each_step import EachStep, due, sum_over_processes
+from minigpt.training.each_step import EachStep, due
 from minigpt.training.hardware import peak_flops, peak_memory
 from minigpt.training.loader import MicroBatches, batch_hash
 from minigpt.training.module import TrainingModule
+from minigpt.training.reduction import sum_over_processes
 from minigpt.training.stopping import Agreement
 
 
@@ -84,7 +86,7 @@ class Metrics(EachStep):
         return self.seconds_before + time.monotonic() - self.began
 
     def pause(self, what: str, seconds: float) -> None:
-        """Note time that went into "validation", "save", "sample" or "internals", no part of the training rate."""
+        """Note time that went into "rehearsal", "validation" or the like, which is no part of the training rate."""
         self.paused += seconds
         self.pauses[what] = self.pauses.get(what, 0.0) + seconds
 

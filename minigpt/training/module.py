@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.errors import NonFiniteError
+from minigpt.errors import NonFiniteError, NotLearning
 from minigpt.model.gpt import GPT
 from minigpt.terminal import notice
 from minigpt.training.average import Average
 from minigpt.training.config import TrainConfig
+from minigpt.training.health import Idle, remedy
 from minigpt.training.loss import compiled_loss, next_token_loss
 from minigpt.training.optimizer import make_optimizer
 from minigpt.training.progress import LightModule
@@ -21,7 +23,7 @@ from minigpt.training.schedule import learning_rate
 from minigpt.training.sharding import whole
 from minigpt.training.strategy import recompute_blocks, share
 
-NONFINITE_STEPS = 5  # steps in a row without a usable gradient after which a run stops
+UNUSABLE_STEPS = 5  # steps in a row without a usable gradient after which a run stops
 
 
 def mix_seed(*parts: int) -> int:
@@ -53,7 +55,8 @@ class TrainingModule(LightModule):
             recompute_blocks(model)
         self.step_loss: Tensor | None = None  # sum over the step's micro-batches, each divided by their number
         self.gradient_norm: Tensor | None = None
-        self.nonfinite_steps = 0
+        self.unusable_steps = 0
+        self.idle = Idle()
         decay = config.optimizer.ema_decay
         self.average = Average(model, decay) if decay else None  # made anew where weights are loaded
 
@@ -113,16 +116,26 @@ class TrainingModule(LightModule):
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         self.gradient_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, self.gradient_norm)
-        if torch.isfinite(self.gradient_norm):
-            self.nonfinite_steps = 0
+        assert self.step_loss is not None
+        norm, step = float(self.gradient_norm), self.trainer.global_step + 1
+        if math.isfinite(norm):
+            self.idle.look(self.model, self.step_loss)
+            if norm or not self.step_loss:  # a loss of exactly zero has nothing left to teach
+                self.unusable_steps = 0
+                return
+        self.unusable_steps += 1
+        if not norm:
+            if self.unusable_steps >= UNUSABLE_STEPS:
+                raise NotLearning(
+                    f"step {step}: the gradient of every parameter was exactly zero {UNUSABLE_STEPS} steps in a row, "
+                    f"though the loss is {float(self.step_loss):.4f}; {remedy()}"
+                )
             return
         for parameter in self.model.parameters():
             parameter.grad = None  # the optimizer passes over it: neither weights nor moments change
-        self.nonfinite_steps += 1
-        step = self.trainer.global_step + 1
-        if self.nonfinite_steps >= NONFINITE_STEPS:
+        if self.unusable_steps >= UNUSABLE_STEPS:
             raise NonFiniteError(
-                f"step {step}: loss or gradient was NaN or infinite {NONFINITE_STEPS} steps in a row; the weights are "
+                f"step {step}: loss or gradient was NaN or infinite {UNUSABLE_STEPS} steps in a row; the weights are "
                 f"as before. Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, and resume"
             )
         if self.global_rank == 0:

@@ -19,9 +19,10 @@ from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig
-from minigpt.training.each_step import EachStep, due, sum_over_processes
+from minigpt.training.each_step import EachStep, due
 from minigpt.training.metrics import Metrics
 from minigpt.training.module import TrainingModule
+from minigpt.training.reduction import sum_over_processes
 from minigpt.training.sharding import plain
 from minigpt.training.standing import Standing
 from minigpt.training.stopping import Agreement

@@ -1,41 +1,60 @@
-"""A step that changes nothing, before the first: memory that does not suffice shows before anything is written."""
+"""A step that changes nothing, before the first: too little memory, or a model that cannot learn, shows before anything
+is written.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 
 from minigpt.data.batches import Batches, ValidationWindows, validation_windows
 from minigpt.errors import MemoryExceeded
 from minigpt.evaluation.loss import TOKENS_AT_ONCE, evaluate
 from minigpt.training.config import TrainConfig
+from minigpt.training.health import TOLERANCES, check_compiled, check_gradients
+from minigpt.training.metrics import Metrics
 from minigpt.training.module import TrainingModule
 
 
 class Rehearsal(pl.Callback):
     """One micro-batch forward and backward, whose gradients are dropped, and one forward of validation.
 
-    It goes the way of a training step, so that a compiled step is compiled here; random numbers, weights, optimizer
-    and the other processes do not hear of it. (The optimizer's own state comes with the first step, still before
-    anything is written.)
+    It goes the way of a training step, so that a compiled step is compiled here, and compared with the uncompiled one;
+    random numbers, weights and optimizer do not hear of it. (The optimizer's own state comes with the first step, still
+    before anything is written.)
     """
 
-    def __init__(self, config: TrainConfig, batches: Batches, windows: ValidationWindows | None) -> None:
-        self.config, self.batches, self.windows = config, batches, windows
+    def __init__(
+        self, config: TrainConfig, batches: Batches, windows: ValidationWindows | None, metrics: Metrics
+    ) -> None:
+        self.config, self.batches, self.windows, self.metrics = config, batches, windows, metrics
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
+        began = time.monotonic()
+        self._rehearse(trainer, pl_module)
+        self.metrics.pause("rehearsal", time.monotonic() - began)
+
+    def _rehearse(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         strategy = trainer.strategy
         alone = strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
         with torch.random.fork_rng(), memory_errors(training_advice(self.config)), alone:
             batch = self.batches.read(trainer.global_step, slice(0, self.config.micro_batch_size))
-            loss = strategy.training_step(strategy.batch_to_device(batch), 0)
-            assert isinstance(loss, torch.Tensor)
+            batch = strategy.batch_to_device(batch)
+            loss = self._forward(strategy, *batch)
             loss.backward()
+            if torch.isfinite(loss):  # else the first step says so
+                if self.config.trainer.compile:
+                    drops = self.config.model.dropout or self.config.model.attn_dropout
+                    tolerance = None if drops else TOLERANCES[self.config.trainer.precision]
+                    check_compiled(pl_module.model, partial(self._forward, strategy), batch, loss, tolerance)
+                check_gradients(pl_module.model, loss)
         del loss
         for parameter in pl_module.parameters():
             parameter.grad = None
@@ -46,6 +65,12 @@ class Rehearsal(pl.Callback):
         byte_lengths = torch.zeros(self.config.model.vocab_size or 0, dtype=torch.int64)
         with memory_errors(VALIDATION_ADVICE), trainer.precision_plugin.forward_context():
             evaluate(pl_module.model, few, byte_lengths)
+
+    @staticmethod
+    def _forward(strategy: Strategy, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = strategy.training_step((ids, targets), 0)
+        assert isinstance(loss, torch.Tensor)
+        return loss
 
 
 @contextmanager

@@ -1,0 +1,148 @@
+"""Signs that a run cannot learn, looked for before its first step and in its first ones.
+
+A gradient of exactly zero leaves loss, speed and utilisation looking healthy to the end. So does a compiler that is
+wrong. Each is found here, told by the parameters' names, and ends the run. Under several processes all of
+them see the same numbers and decide the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.data.batches import IGNORED
+from minigpt.errors import NotLearning
+from minigpt.training.reduction import sum_over_processes
+from minigpt.training.sharding import local
+
+FIRST_STEPS = 5  # a parameter whose gradient is zero in all of these is idle; zero-initialised layers take two
+PARTS = 4  # the uncompiled step is taken in so many parts: it must not need more memory than the compiled one
+# How far a compiled gradient may be from the uncompiled one, in parts of its own norm and of the whole gradient's. The
+# second is for gradients that are nothing but rounding, as those of GPT-2's key biases are.
+TOLERANCES = {"32-true": (0.01, 1e-4), "bf16-mixed": (0.2, 0.01)}
+DROPOUT_TOLERANCE = (0.5, 0.02)  # other units are dropped, so that norms alone can be compared
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def squared_norms(tensors: list[Tensor | None]) -> Tensor:
+    """Each tensor's sum of squares over all processes, (len(tensors)) on the CPU; 0 for None."""
+    sums = [torch.zeros(()) if t is None else local(t).detach().float().square().sum().cpu() for t in tensors]
+    return sum_over_processes(torch.stack(sums).double())
+
+
+def check_gradients(model: nn.Module, loss: Tensor) -> None:
+    """After a backward pass: every parameter that is trained has a gradient, and not all of them are zero.
+
+    A loss of exactly zero has nothing left to teach.
+
+    Raises:
+        NotLearning: naming the parameters.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    without = [name for name, parameter in trained if parameter.grad is None]
+    if without:
+        raise NotLearning(
+            f"{listed(without)}: the loss does not depend on it, so it would never change; use it in the model's "
+            f"forward, or freeze it with requires_grad_(False)"
+        )
+    value = float(loss.detach())
+    if value > 0 and not squared_norms([parameter.grad for _, parameter in trained]).any():
+        raise NotLearning(
+            f"the gradient of every parameter is exactly zero, though the loss is {value:.4f}: the model would never "
+            f"change; {remedy()}"
+        )
+
+
+def check_compiled(
+    model: nn.Module, step: Step, batch: tuple[Tensor, Tensor], loss: Tensor, tolerance: tuple[float, float] | None
+) -> None:
+    """Compare the loss and gradients that a compiled step has left with those of the same step as it is written.
+
+    Args:
+        model: with the compiled step's gradients, which are replaced.
+        step: the compiled (ids, targets) -> loss.
+        batch: ids and targets (B, T), what it was given.
+        loss: what it gave.
+        tolerance: of TOLERANCES, for the precision; None where dropout draws other numbers.
+
+    Raises:
+        NotLearning: naming the parameters that differ.
+    """
+    ids, targets = batch
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    compiled = [parameter.grad for _, parameter in trained]
+    for _, parameter in trained:
+        parameter.grad = None
+    total = torch.zeros((), dtype=loss.dtype, device=loss.device)
+    counts = (targets != IGNORED).sum()
+    rows = max(1, len(ids) // PARTS)
+    with torch.compiler.set_stance("force_eager"):
+        for some_ids, some_targets in zip(ids.split(rows), targets.split(rows), strict=True):
+            part = step(some_ids, some_targets) * ((some_targets != IGNORED).sum() / counts)
+            part.backward()
+            total += part.detach()
+    eager = [parameter.grad for _, parameter in trained]
+
+    share, floor = tolerance or DROPOUT_TOLERANCE
+    pairs = list(zip(compiled, eager, strict=True))
+    norms = [squared_norms(gradients).sqrt() for gradients in (compiled, eager)]
+    if tolerance is None:
+        apart = (norms[0] - norms[1]).abs()
+    else:
+        apart = squared_norms([None if c is None or e is None else c - e for c, e in pairs]).sqrt()
+    bound = share * norms[1] + floor * norms[1].square().sum().sqrt()
+    wrong = [
+        f"{name} (norm {norms[0][i]:.3g} for {norms[1][i]:.3g})"
+        for i, (name, _) in enumerate(trained)
+        if not apart[i] <= bound[i]
+    ]
+    values = sum_over_processes(torch.stack([loss.detach(), total]).cpu().double()).tolist()
+    if not abs(values[0] - values[1]) <= share * abs(values[1]):
+        wrong.append(f"the loss ({values[0]:.4f} for {values[1]:.4f})")
+    if wrong:
+        raise NotLearning(
+            f"the compiled step does not compute what the model says; it differs from the uncompiled one, on the same "
+            f"batch, in {listed(wrong)}; give --trainer.compile false, or use another version of torch than "
+            f"{torch.__version__}"
+        )
+
+
+class Idle:
+    """Finds parameters whose gradient is exactly zero in each of the first steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.moved: Tensor | None = None
+
+    def look(self, model: nn.Module, loss: Tensor) -> None:
+        """At each step, between backward and update.
+
+        Raises:
+            NotLearning: at step FIRST_STEPS, naming the parameters.
+        """
+        if self.steps >= FIRST_STEPS:
+            return
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        moved = squared_norms([parameter.grad for _, parameter in trained]) > 0
+        self.moved = moved if self.moved is None else self.moved | moved
+        self.steps += 1
+        idle = [name for (name, _), some in zip(trained, self.moved.tolist(), strict=True) if not some]
+        if self.steps == FIRST_STEPS and idle and float(loss) > 0:
+            raise NotLearning(
+                f"{listed(idle)}: the gradient was exactly zero in each of the first {FIRST_STEPS} steps; look at what "
+                f"stands between it and the loss, or freeze it with requires_grad_(False)"
+            )
+
+
+def remedy() -> str:
+    """What to try where nothing is learned."""
+    return "lower the learning rates if it was learning before, else try --trainer.compile false and look at the model"
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """A few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
