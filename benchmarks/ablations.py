@@ -16,8 +16,7 @@ import statistics
 from pathlib import Path
 
 import yaml
-
-from runs import ROOT, Outcome, run
+from runs import ROOT, Outcome, machine, run
 
 RATES = yaml.safe_load((ROOT / "configs/speedrun.yaml").read_text())["optimizer"]
 
@@ -69,7 +68,9 @@ def main() -> None:
     for row in wanted:
         meaning, flags = ROWS[row]
         outcomes = [run("speedrun", text, *common, *flags, "--seed", str(seed + 1)) for seed in range(arguments.seeds)]
-        recipe = recipe or outcomes
+        if not recipe:
+            recipe = outcomes
+            print(machine(outcomes[0].precision), flush=True)
         losses, base = [outcome.best for outcome in outcomes], [outcome.best for outcome in recipe]
         spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
         variance = spread**2 + statistics.stdev(base) ** 2 if len(losses) > 1 else float("nan")

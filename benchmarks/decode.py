@@ -24,6 +24,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 import transformers
+from runs import machine
 from torch import Tensor
 
 from minigpt.checkpoint import state_of
@@ -331,7 +332,7 @@ def main() -> None:
         "processors": lambda: (processors(count, 8.0), processors(count, 1.0)),
         "growth": lambda: growth(count),
     }
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
+    print(f"{machine('float32')}, transformers {transformers.__version__}")
     for name, row in rows.items():
         if arguments.only in name:
             row()

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from runs import machine
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -143,7 +144,7 @@ def main() -> None:
             found[side].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
     print(
         f"{arguments.tokens} tokens, V {arguments.vocabulary}, C {arguments.width}, "
-        f"{'bfloat16 autocast' if arguments.bf16 else 'float32'}, {torch.get_num_threads()} threads, "
+        f"{machine('bfloat16 autocast' if arguments.bf16 else 'float32')}, "
         f"logits {arguments.tokens * arguments.vocabulary * 4 / 2**20:.0f} MiB; {arguments.rounds} rounds in turn"
     )
     print(f"{'':14}{'seconds':>9}{'x plain':>9}{'peak MiB':>10}{'x plain':>9}{'loss':>12}")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from runs import machine
 
 from minigpt.internals.study import Study
 from minigpt.model.config import GPTConfig
@@ -42,7 +43,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     model.reset_parameters(generator)
     study = Study.of(model, CharTokenizer([chr(48 + i) for i in range(65)]))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {torch.get_num_threads()} threads")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {machine('float32')}")
     print(f"{'tokens':>8}{'page':>12}{'of 1.5 MB':>11}{'seconds':>10}{'of 3 s':>8}{'busy':>8}{'forwards':>10}")
     for tokens in given.tokens:
         ids = torch.randint(65, (1, tokens), generator=generator)

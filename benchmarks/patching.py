@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from runs import machine
 
 from minigpt.internals.effect import logit_difference
 from minigpt.internals.patching import _by_edits, _places, bind_pair, patch
@@ -91,7 +92,7 @@ def main() -> None:
             times[name].append((time.process_time() - began) / share)
     print(
         f"{len(places):,} sites ({values.at}), {values.layers} layers, {values.heads} heads, {values.width} channels, "
-        f"{values.tokens} tokens, {torch.get_num_threads()} threads; greatest difference {apart:.1e} logits\n"
+        f"{values.tokens} tokens, {machine('float32')}; greatest difference {apart:.1e} logits\n"
     )
     print(f"{'':26} {'CPU s':>9}   times minigpt's (median, least .. most of {values.rounds} rounds)")
     for name, seconds in times.items():

@@ -11,7 +11,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import yaml
+
 ROOT = Path(__file__).parents[1]
+
+
+def machine(precision: str) -> str:
+    """What every table of results states: versions, number format, instructions and threads."""
+    threads = torch.get_num_threads()
+    return f"torch {torch.__version__}, {precision}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,8 @@ class Outcome:
     """(step, seconds, loss on the whole validation split), by validation."""
     training: list[tuple[float, float]]
     """(seconds, training loss), by logged step."""
+    precision: str
+    """trainer.precision, as the run settled it."""
 
     @property
     def best(self) -> float:
@@ -61,6 +72,7 @@ def run(config: str, text: Path, *flags: str) -> Outcome:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         lines = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
+        precision = yaml.safe_load((Path(folder) / "run/config.yaml").read_text())["trainer"]["precision"]
     rows = [json.loads(line) for line in lines]
     curve = [(row["step"], row["seconds"], row["val/loss"]) for row in rows if "val/loss" in row]
     training = [(row["seconds"], row["train/loss"]) for row in rows if "train/loss" in row]
@@ -68,4 +80,4 @@ def run(config: str, text: Path, *flags: str) -> Outcome:
         (row["tokens"] / row["step"]) / row["tokens_per_second"] for row in rows if "tokens_per_second" in row
     )
     steps, seconds, _ = curve[-1]
-    return Outcome(whole - seconds, steps, seconds, rates[len(rates) // 2], curve, training)
+    return Outcome(whole - seconds, steps, seconds, rates[len(rates) // 2], curve, training, precision)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import yaml
 from draw import Points, curves, smooth
+from runs import ROOT, Outcome, machine, run
 
 from minigpt.data.batches import Batches, validation_windows
 from minigpt.data.shards import open_corpus
@@ -38,7 +39,6 @@ from minigpt.training.config import TrainConfig
 from minigpt.training.loss import next_token_loss
 from minigpt.training.schedule import learning_rate
 from minigpt.training.settle import settle
-from runs import ROOT, Outcome, run
 
 TARGET = 1.88  # nats a character
 SPRINT_STEPS = 90
@@ -138,6 +138,8 @@ def main() -> None:
             outcomes[row].append(done)
             lines[row] = smooth(done.training, SMOOTHED * (times[-1] if times else done.seconds))
             marks[row] = [(seconds, loss) for _, seconds, loss in done.curve]
+    precisions = {each.precision for done in outcomes.values() for each in done}
+    print(f"{machine(' and '.join(sorted(precisions)) or 'float32')}; the baseline in float32")
     if times:
         print(f"baseline    2000 steps, {median(times)} s, loss {median(losses)}")
     for row, done in outcomes.items():

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from runs import machine
 from torch import Tensor
 
 from minigpt.arguments import shipped
@@ -121,11 +122,13 @@ def main() -> None:
         )
         fit_module.MicroBatches = TakingTurns  # type: ignore[misc]
         with ExitStack() as held:
-            fit_module.fit(settle(config, held))
+            job = settle(config, held)
+            precision = job.config.trainer.precision
+            fit_module.fit(job)
     ours, plain = (times[WARM:] for times in TakingTurns.times)
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     print(
-        f"\n{path.name}: {len(ratios)} turns of {TURN} steps on each side, {torch.get_num_threads()} threads, "
+        f"\n{path.name}: {len(ratios)} turns of {TURN} steps on each side, {machine(precision)}, "
         f"median step and quartiles"
     )
     for name, numbers in (("plain PyTorch loop", plain), ("minigpt through Lightning", ours)):

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from training_runs import losses, run_and_read, tiny_run
 
@@ -18,7 +19,7 @@ from minigpt.training.budget import Timing, measure, seconds_of, steps_within, t
 from minigpt.training.each_step import due
 from minigpt.training.fit import fit
 from minigpt.training.launch import train
-from minigpt.training.settle import settle
+from minigpt.training.settle import Job, settle
 
 TIMING = Timing(step=0.2, start=3.0, cold_start=20.0, validation=1.1, save=0.3, sample=2.0)
 
@@ -158,3 +159,34 @@ def test_a_long_run_is_compiled_where_a_probe_says_that_it_pays(
         long = replace(job, config=replace(job.config, trainer=replace(job.config.trainer, max_steps=steps)))
         assert budget.decide_compilation(long, lambda job: None).trainer.compile is expected
     assert "compiled: a step takes 0.1 s compiled and 0.2 s as it is, compiling 40 s" in capsys.readouterr().err
+
+
+def test_on_a_gpu_the_cost_of_compiling_decides_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """0.05 s a step, 0.03 compiled, 16 s to compile: it pays from 1,600 steps on, which are 80 s."""
+    job = settle(tiny_run(tmp_path, trainer__compile=None, trainer__accelerator="cpu"), ExitStack())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plain = Timing(step=0.05, start=1.0, cold_start=2.0, validation=0.0, save=0.0, sample=0.0)
+    timings = {False: plain, True: replace(plain, step=0.03, cold_start=18.0)}
+    asked: list[bool] = []
+
+    def measured(job: Job, probe: object, compile: bool, allowance: float) -> Timing:
+        asked.append(compile)
+        return timings[compile]
+
+    monkeypatch.setattr(budget, "measure", measured)
+    for steps, minutes, expected, measurements in (
+        (400, None, False, [False]),
+        (1_199, None, False, [False]),
+        (1_590, None, False, [False, True]),
+        (1_610, None, True, [False, True]),
+        (400, 0.9, False, []),
+        (400, 10.0, True, [False, True]),
+    ):
+        asked.clear()
+        trainer = replace(job.config.trainer, max_steps=steps, accelerator="gpu")
+        given = replace(job, config=replace(job.config, trainer=trainer, minutes=minutes))
+        assert budget.decide_compilation(given, lambda job: None).trainer.compile is expected, steps
+        assert asked == measurements
+    assert "not compiled: a run of at most 20 s is too short for it" in capsys.readouterr().err

@@ -32,9 +32,10 @@ FIRST_STEPS = 3  # of the first probe: one that compiles, and two to learn from
 MOST_STEPS = 400  # of the second
 ALLOWANCE = 20.0  # seconds for the second probe, or SHARE of the budget where that is less
 SHARE = 0.05
-SHORT = 300.0  # seconds: compiling on a CPU takes a minute or more, and a run must last five times as long
+# Seconds: compiling takes a minute or more on a CPU, a quarter of one on a GPU, and a run must last five times as long.
+SHORT, SHORT_ON_GPU = 300.0, 60.0
 LEAST_UTILISATION = 0.3  # of the peak of matrix products, that training on a CPU reaches
-COMPARED = 5.0  # seconds for each of the two probes that compare
+COMPARED, COMPARED_ON_GPU = 5.0, 1.0  # seconds for each of the two probes that compare
 WORTH = 5.0  # times the cost of compiling that a run must last to be compiled
 
 
@@ -164,27 +165,32 @@ def compilation_pays(plain: Timing, compiled: Timing, steps: int) -> bool:
 def decide_compilation(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
     """The job's config with trainer.compile decided; says why.
 
-    On a GPU it is compiled. On a CPU a run that can take no more than SHORT is not, without asking further; of a longer
-    one a probe measures what compiling costs and saves.
+    A run that is too short for it is not compiled, without asking further; of a longer one a probe measures what
+    compiling costs and saves. How long a run takes follows from its FLOPs on a CPU. On a GPU, where launching a small
+    model's kernels takes longer than computing them, a short probe tells.
     """
     config = job.config
     trainer = config.trainer
-    if trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available():
-        compiled, why = True, "on a GPU it pays"
+    on_gpu = trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    plain: Timing | None = None
+    if config.minutes is not None:
+        most = 60 * config.minutes
+    elif on_gpu:
+        plain = measure(job, probe, compile=False, allowance=COMPARED_ON_GPU)
+        most = trainer.max_steps * plain.step
     else:
-        cost = cost_of(config.model)
-        flops = cost.training_flops * config.batch.tokens / config.processes
-        step = flops / (peak_flops(torch.device("cpu"), "32-true") * LEAST_UTILISATION)
-        most = 60 * config.minutes if config.minutes is not None else trainer.max_steps * step
-        if most < SHORT:
-            compiled, why = False, f"a run of at most {most:.0f} s is too short for it"
-        else:
-            timings = [measure(job, probe, compile=choice, allowance=COMPARED) for choice in (False, True)]
-            plain, quick = timings
-            steps = int(most / plain.step) if config.minutes is not None else trainer.max_steps
-            compiled = compilation_pays(plain, quick, steps)
-            cold = max(0.0, quick.cold_start - plain.cold_start)
-            why = f"a step takes {quick.step:.3g} s compiled and {plain.step:.3g} s as it is, compiling {cold:.0f} s"
+        flops = cost_of(config.model).training_flops * config.batch.tokens / config.processes
+        most = trainer.max_steps * flops / (peak_flops(torch.device("cpu"), "32-true") * LEAST_UTILISATION)
+    if most < (SHORT_ON_GPU if on_gpu else SHORT):
+        compiled, why = False, f"a run of at most {most:.0f} s is too short for it"
+    else:
+        allowance = COMPARED_ON_GPU if on_gpu else COMPARED
+        plain = plain or measure(job, probe, compile=False, allowance=allowance)
+        quick = measure(job, probe, compile=True, allowance=allowance)
+        steps = int(most / plain.step) if config.minutes is not None else trainer.max_steps
+        compiled = compilation_pays(plain, quick, steps)
+        cold = max(0.0, quick.cold_start - plain.cold_start)
+        why = f"a step takes {quick.step:.3g} s compiled and {plain.step:.3g} s as it is, compiling {cold:.0f} s"
     notice(f"{'compiled' if compiled else 'not compiled'}: {why}")
     return replace(config, trainer=replace(trainer, compile=compiled))
 
