@@ -16,6 +16,7 @@ import statistics
 from pathlib import Path
 
 import yaml
+
 from runs import ROOT, Outcome, machine, run
 
 RATES = yaml.safe_load((ROOT / "configs/speedrun.yaml").read_text())["optimizer"]

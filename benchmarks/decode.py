@@ -24,7 +24,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 import transformers
-from runs import machine
 from torch import Tensor
 
 from minigpt.checkpoint import state_of
@@ -34,6 +33,7 @@ from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
 from minigpt.weights import to_huggingface
+from runs import machine
 
 PROMPT, NEW = 16, 200
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from fault_trials import Outcome, busy_config, in_child, outcome, refused, save, watching
 
+from fault_trials import Outcome, busy_config, in_child, outcome, refused, save, watching
 from minigpt import checkpoint
 from minigpt.data.shards import open_corpus, prepare
 from minigpt.durable import sync

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from runs import machine
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +31,7 @@ from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import Unembed
 from minigpt.model.layers import widen
 from minigpt.training.loss import CPU_LOGITS, GPU_LOGITS, chunked_loss, plain_loss
+from runs import machine
 
 SIDES = ("plain", "chunks", "torch's", "checkpointed")
 

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from runs import machine
 
 from minigpt.internals.study import Study
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
 from minigpt.tokenizer.plain import CharTokenizer
+from runs import machine
 
 SIZE, SECONDS = 1.5e6, 3.0  # what a page may take
 

@@ -19,13 +19,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from runs import machine
 
 from minigpt.internals.effect import logit_difference
 from minigpt.internals.patching import _by_edits, _places, bind_pair, patch
 from minigpt.internals.study import Study
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
+from runs import machine
 
 
 def main() -> None:

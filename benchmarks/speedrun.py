@@ -28,9 +28,8 @@ from typing import Any
 
 import torch
 import yaml
-from draw import Points, curves, smooth
-from runs import ROOT, Outcome, machine, run
 
+from draw import Points, curves, smooth
 from minigpt.data.batches import Batches, validation_windows
 from minigpt.data.shards import open_corpus
 from minigpt.evaluation.loss import evaluate
@@ -39,6 +38,7 @@ from minigpt.training.config import TrainConfig
 from minigpt.training.loss import next_token_loss
 from minigpt.training.schedule import learning_rate
 from minigpt.training.settle import settle
+from runs import ROOT, Outcome, machine, run
 
 TARGET = 1.88  # nats a character
 SPRINT_STEPS = 90

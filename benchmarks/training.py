@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from runs import machine
 from torch import Tensor
 
 from minigpt.arguments import shipped
@@ -36,6 +35,7 @@ from minigpt.training.loss import compiled_loss, next_token_loss
 from minigpt.training.optimizer import make_optimizer
 from minigpt.training.schedule import learning_rate
 from minigpt.training.settle import settle
+from runs import machine
 
 TURN = 10  # steps that count in a turn; the one before them, in which the caches are the other side's, does not
 WARM = 2  # turns of each side at the start that do not count

@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from table_model import FixedLM, TableLM
-from test_sampling_search import every_text, search
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.expansion import Step, drawn_top_down
@@ -16,6 +14,8 @@ from minigpt.sampling.hypotheses import Beam
 from minigpt.sampling.noise import Noise
 from minigpt.sampling.processors import Temperature
 from minigpt.sampling.truncation import TopK
+from table_model import FixedLM, TableLM
+from test_sampling_search import every_text, search
 
 INF = math.inf
 
