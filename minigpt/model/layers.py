@@ -86,10 +86,11 @@ class Rotary(nn.Module):
         self.head_dim, self.theta = head_dim, theta
         self.register_buffer("cos", torch.empty(block_size, head_dim), persistent=False)  # (S, D)
         self.register_buffer("sin", torch.empty(block_size, head_dim), persistent=False)  # (S, D)
-        self.reset_buffers()
+        if not self.cos.is_meta:
+            self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Fill the tables; needed again where a model was made without memory and then given some."""
+        """Fill the tables; to be called where a model was made without memory and then given some."""
         device = self.cos.device
         exponent = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim  # (D/2)
         frequency = 1 / self.theta**exponent
