@@ -231,13 +231,21 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
 
     Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
     notice says so where that is not the newest. A folder with a manifest is verified first. Never touches the network,
-    never runs code from the folder. The model comes back in evaluation mode.
+    never runs code from the folder. The model comes back in evaluation mode. On a CPU its weights are the file's pages,
+    read when they are first used and private to the process: training does not write to the file, but the file should
+    not be overwritten in place meanwhile (minigpt itself never does).
+
+    What a Hugging Face folder asks for is done, refused by name, or named in a notice: docs/interop.md.
 
     Raises CheckpointError for a folder that holds no model, a damaged one, or an unknown architecture.
     """
     folder = find_checkpoint(path, notice)
     if (folder / MANIFEST).is_file():
         verify_once(folder)
+    if (folder / "adapter_config.json").is_file():
+        notice_once(
+            f"{folder}: holds an adapter (adapter_config.json), which is not applied; merge it into the weights"
+        )
     config, weights = read_weights(folder)
     model = filled_model(config, weights, folder, dtype=dtype, device=device)
     tokenizer = _read_tokenizer(folder)

@@ -66,7 +66,10 @@ def filled_model(
 
     Raises CheckpointError where they do not agree.
     """
-    model = outline(config)
+    try:
+        model = outline(config)
+    except RuntimeError as error:  # more numbers than can be counted
+        raise CheckpointError(f"{where}: describes no model that can be made ({error})") from error
     check_weights(model, state, where)
     if any(module.cos.numel() > MOST_POSITIONS for module in model.modules() if isinstance(module, Rotary)):
         raise CheckpointError(f"{where}: block_size {config.block_size} is more than can be meant; mend config.json")
