@@ -243,9 +243,7 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
     if (folder / MANIFEST).is_file():
         verify_once(folder)
     if (folder / "adapter_config.json").is_file():
-        notice_once(
-            f"{folder}: holds an adapter (adapter_config.json), which is not applied; merge it into the weights"
-        )
+        notice_once(f"{folder}: holds an adapter (adapter_config.json), which is not applied; merge it first")
     config, weights = read_weights(folder)
     model = filled_model(config, weights, folder, dtype=dtype, device=device)
     tokenizer = _read_tokenizer(folder)

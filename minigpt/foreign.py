@@ -93,13 +93,13 @@ HARMLESS = _words(
     "label2id num_labels problem_type finetuning_task task_specific_params torchscript attn_implementation "
     "_attn_implementation _attn_implementation_autoset _attn_implementation_internal _experts_implementation_internal "
     "use_bfloat16 tie_encoder_decoder is_decoder remove_invalid_values num_assistant_tokens "
-    "num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind "
-    # of GPT-2
-    "n_ctx reorder_and_upcast_attn summary_type summary_use_proj summary_activation summary_proj_to_labels "
-    "summary_first_dropout "
-    # of Llama
-    "pretraining_tp sliding_window layer_types original_max_position_embeddings"
+    "num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind"
 )
+GPT2_HARMLESS = _words(
+    "n_ctx reorder_and_upcast_attn summary_type summary_use_proj summary_activation summary_proj_to_labels "
+    "summary_first_dropout"
+)
+LLAMA_HARMLESS = _words("pretraining_tp original_max_position_embeddings")
 
 
 def _expect(values: Values, allowed: Mapping[str, tuple[Any, ...]], where: str) -> None:
@@ -197,8 +197,10 @@ def _llama_config(values: Values, where: str) -> GPTConfig:
 
 CONFIG_READERS: dict[str, Callable[[Values, str], GPTConfig]] = {"gpt2": _gpt2_config, "llama": _llama_config}
 KNOWN: dict[str, frozenset[str]] = {
-    "gpt2": HARMLESS.union(GENERATION, REFUSED, GPT2_DEFAULTS, GPT2_ALIASES, GPT2_REFUSED),
-    "llama": HARMLESS.union(GENERATION, REFUSED, LLAMA_DEFAULTS, LLAMA_REFUSED),
+    "gpt2": HARMLESS.union(GENERATION, REFUSED, GPT2_HARMLESS, GPT2_DEFAULTS, GPT2_ALIASES, GPT2_REFUSED),
+    "llama": HARMLESS.union(
+        GENERATION, REFUSED, LLAMA_HARMLESS, LLAMA_DEFAULTS, LLAMA_REFUSED, ("sliding_window", "layer_types")
+    ),
 }
 
 

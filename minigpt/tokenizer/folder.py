@@ -27,7 +27,7 @@ HARMLESS = frozenset(
         *("truncation_strategy", "clean_up_tokenization_spaces", "chat_template", "model_input_names", "errors"),
         *("legacy", "use_default_system_prompt", "sp_model_kwargs", "spaces_between_special_tokens", "use_fast"),
         *("do_lower_case", "split_special_tokens", "add_prefix_space", "add_bos_token", "add_eos_token"),
-        *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "__type"),
+        *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
         *("init_inputs", "from_slow", "model_specific_special_tokens"),
     }
 )
@@ -94,8 +94,8 @@ class Folder:
                 unheard.append(f"{flag} {str(self.config[flag]).lower()} (tokenizer.json's template decides)")
         if around.after:
             unheard.append(f"the template's tokens {around.after} after a text (they would end it)")
-        if missing := sorted(self._tokens() - set(vocabulary)):
-            unheard.append(f"tokens that tokenizer.json does not hold: {', '.join(missing)}")
+        missing = {text: key for text, key in self._tokens() if text not in vocabulary}
+        unheard += [f"{key} {text} (tokenizer.json does not hold it)" for text, key in missing.items()]
         if others := self._redefined(spec):
             unheard.append(f"added_tokens_decoder, which differs from tokenizer.json for {', '.join(others)}")
         if spec["model"].get("dropout"):
@@ -106,14 +106,16 @@ class Folder:
     def _is_known(self, key: str) -> bool:
         return key in HARMLESS or key.endswith("_token")
 
-    def _tokens(self) -> set[str]:
-        """The texts of all tokens that the files name."""
-        texts = {_content(value) for key, value in self.named.items() if key.endswith("_token")}
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            several = self.named.get(key) or ()
-            texts |= {_content(token) for token in (several.values() if isinstance(several, dict) else several)}
-        texts |= {_content(token) for token in (self.config.get("added_tokens_decoder") or {}).values()}
-        return {text for text in texts if text}
+    def _tokens(self) -> list[tuple[str, str]]:
+        """The texts of all tokens that the files name, each with the key that names it."""
+        found = []
+        for key, value in self.named.items():
+            if key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+                several = value.values() if isinstance(value, dict) else value or ()
+            else:
+                several = [value] if key.endswith("_token") else []
+            found += [(text, key) for token in several if isinstance(text := _content(token), str) and text]
+        return found
 
     def _redefined(self, spec: Mapping[str, Any]) -> list[str]:
         """Tokens that tokenizer_config.json gives another id or other flags than tokenizer.json does."""
