@@ -222,10 +222,12 @@ class GPT(nn.Module):
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out torch.nn.init, which gives tensors their first values: without memory there are none to give."""
+    """Leaves out torch.nn.init, and what it is made of: tensors without memory have no first values."""
+
+    FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == nn.init.__name__:
+        if func in self.FILLS or getattr(func, "__module__", None) == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
