@@ -50,10 +50,10 @@ def empty_model(config: GPTConfig, *, dtype: torch.dtype, device: torch.device |
 
 
 def _fill_tables(model: GPT, device: torch.device | str) -> None:
-    """Make the rotary tables, once for all layers."""
+    """Make the rotary tables, once for all layers. Not by to_empty, which imports sympy for a tensor without memory."""
     rotaries = [module for module in model.modules() if isinstance(module, Rotary)]
     for rotary in rotaries[:1]:
-        rotary.to_empty(device=device).reset_buffers()
+        rotary.reset_buffers(device)
     for rotary in rotaries[1:]:
         rotary.cos, rotary.sin = rotaries[0].cos, rotaries[0].sin
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from minigpt.tokenizer.huggingface import HuggingFaceTokenizer
 from minigpt.tokenizer.plain import ByteTokenizer
 from minigpt.weights import to_huggingface
 
+ROOT = Path(__file__).parents[1]
 IDS = random_ids(2, 20)
 
 
@@ -310,6 +313,14 @@ def test_a_loaded_model_is_trained_as_any_other_and_its_file_stays(preset: str, 
     for name, tensor in state_of(model).items():
         torch.testing.assert_close(state_of(loaded)[name], tensor, rtol=1e-4, atol=1e-5)
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == before
+
+
+def test_loading_imports_no_symbolic_mathematics(tmp_path: Path) -> None:
+    """Which torch does for some operations on tensors without memory, and takes longer for than the load."""
+    folder = save_checkpoint(tmp_path / "step-00000001", random_model(tiny_config("llama")), ByteTokenizer())
+    code = f"import sys, minigpt; minigpt.load({str(folder)!r}); print('sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
 
 
 def test_a_model_is_loaded_in_another_dtype(tmp_path: Path) -> None:
