@@ -29,14 +29,19 @@ from torch import Tensor
 
 from minigpt.durable import check_space, disk_errors, read_text, sync, to_json
 from minigpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from minigpt.filling import check_weights as check_weights
+from minigpt.filling import empty_model as empty_model
+from minigpt.filling import filled_model
+from minigpt.filling import load_weights as load_weights
+from minigpt.foreign import reconciled, sampling_from_huggingface
 from minigpt.formats import FORMAT, check_format, migrate_model
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
-from minigpt.model.layers import Rotary
 from minigpt.runs import MANIFEST, find_checkpoint, read_json, verify, verify_once, write_manifest
+from minigpt.terminal import notice, notice_once
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.build import load_tokenizer, save_tokenizer
-from minigpt.weights import config_from_huggingface, from_huggingface, to_huggingface
+from minigpt.weights import config_from_huggingface, from_huggingface, to_huggingface, untied_where_they_differ
 
 MOST_YAML = 1 << 18  # bytes
 SMALL_FILES = 1 << 20  # bytes that are allowed for what is no tensor, where space is asked for
@@ -221,93 +226,47 @@ def _weights_in(folder: Path) -> dict[str, Tensor]:
     )
 
 
-def load_weights(model: GPT, state: dict[str, Tensor], where: Path | str) -> None:
-    """Copy tensors into a model by name. Raises CheckpointError for a missing, left-over or misshapen one."""
-    check_weights(model, state, where)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[name])
-
-
-def check_weights(model: GPT, state: dict[str, Tensor], where: Path | str) -> None:
-    """Raise CheckpointError where tensors do not fit a model, which may be one without memory."""
-    parameters = dict(model.named_parameters())
-    if missing := sorted(set(parameters) - set(state)):
-        raise CheckpointError(f"{where}: lacks the tensors {missing[:4]}")
-    if extra := sorted(set(state) - set(parameters)):
-        raise CheckpointError(f"{where}: holds tensors this model has no place for: {extra[:4]}")
-    for name, parameter in parameters.items():
-        if state[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{where}: {name} has shape {tuple(state[name].shape)}, the config says {tuple(parameter.shape)}"
-            )
-        if not state[name].is_floating_point():
-            raise CheckpointError(f"{where}: {name} holds {state[name].dtype}; floating-point numbers were expected")
-
-
-MOST_POSITIONS = 1 << 27  # of a rotary table, times its width: 512 MB
-
-
-def empty_model(config: GPTConfig, *, dtype: torch.dtype, device: torch.device | str) -> GPT:
-    """A GPT whose weights are yet to be loaded: allocated, not initialised, no random number drawn."""
-    return _allocated(_outline(config), dtype, device)
-
-
-def _outline(config: GPTConfig) -> GPT:
-    with torch.device("meta"):
-        return GPT(config)
-
-
-def _allocated(model: GPT, dtype: torch.dtype, device: torch.device | str) -> GPT:
-    model = model.to_empty(device=device).to(dtype)
-    if model.config.tie_embeddings:
-        model.tie()
-    for module in model.modules():
-        if isinstance(module, Rotary):
-            module.reset_buffers()
-    return model
-
-
-def filled_model(
-    config: GPTConfig, state: dict[str, Tensor], where: Path | str, *, dtype: torch.dtype, device: torch.device | str
-) -> GPT:
-    """A GPT with these weights. Nothing is allocated before config and tensors agree.
-
-    Raises CheckpointError where they do not.
-    """
-    model = _outline(config)
-    check_weights(model, state, where)
-    if any(module.cos.numel() > MOST_POSITIONS for module in model.modules() if isinstance(module, Rotary)):
-        raise CheckpointError(f"{where}: block_size {config.block_size} is more than can be meant; mend config.json")
-    model = _allocated(model, dtype, device)
-    load_weights(model, state, where)
-    return model
-
-
 def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Run:
     """Load a model with its tokenizer from a run, a checkpoint folder, or a Hugging Face GPT-2 or Llama folder.
 
     Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
     notice says so where that is not the newest. A folder with a manifest is verified first. Never touches the network,
-    never runs code from the folder. The model comes back in evaluation mode.
+    never runs code from the folder. The model comes back in evaluation mode. On a CPU its weights are the file's pages,
+    read when they are first used and private to the process: training does not write to the file, but the file should
+    not be overwritten in place meanwhile (minigpt itself never does).
+
+    What a Hugging Face folder asks for is done, refused by name, or named in a notice: docs/interop.md.
 
     Raises CheckpointError for a folder that holds no model, a damaged one, or an unknown architecture.
     """
-    from minigpt.terminal import notice
-
     folder = find_checkpoint(path, notice)
     if (folder / MANIFEST).is_file():
         verify_once(folder)
+    if (folder / "adapter_config.json").is_file():
+        notice_once(f"{folder}: holds an adapter (adapter_config.json), which is not applied; merge it first")
     config, weights = read_weights(folder)
     model = filled_model(config, weights, folder, dtype=dtype, device=device)
-    generation = folder / "generation_config.json"
+    tokenizer = _read_tokenizer(folder)
+    if tokenizer.vocab_size > model.vocab_size:
+        notice_once(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids and its model {model.vocab_size}; "
+            f"ids from {model.vocab_size} on cannot be read"
+        )
     return Run(
         model=model.eval(),
-        tokenizer=_read_tokenizer(folder),
+        tokenizer=tokenizer,
         config=read_yaml(folder / "train_config.yaml") if (folder / "train_config.yaml").is_file() else {},
-        sampling=read_json(generation) if generation.is_file() else {},
+        sampling=_read_sampling(folder, model.vocab_size),
         path=folder,
     )
+
+
+def _read_sampling(folder: Path, vocab_size: int) -> dict[str, Any]:
+    path, values = folder / "generation_config.json", read_json(folder / "config.json")
+    stored = read_json(path) if path.is_file() else None
+    if "minigpt" in values:
+        return stored or {}
+    return sampling_from_huggingface(values, stored, vocab_size, str(folder))
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
@@ -341,7 +300,8 @@ def read_config(folder: Path) -> GPTConfig:
         if "minigpt" in values:
             ours = dict(values["minigpt"])
             written = check_format(ours.pop("format", FORMAT), str(path))
-            return GPTConfig.from_dict(migrate_model(ours, written))
+            config = GPTConfig.from_dict(migrate_model(ours, written))
+            return config if values.get("model_type") == "minigpt" else reconciled(config, values, str(path))
         return config_from_huggingface(values, str(path))
     except (ConfigError, AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: describes no model that can be made ({error})") from error
@@ -356,6 +316,7 @@ def read_weights(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     values = read_json(path)
     try:
         if values.get("model_type") != "minigpt":
+            config = untied_where_they_differ(values, config, weights, str(path))
             weights = from_huggingface(values, config, weights, str(path))
     except (RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its weights do not fit it ({' '.join(str(error).split())})") from error

@@ -39,6 +39,16 @@ def notice(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+_told: set[str] = set()
+
+
+def notice_once(line: str) -> None:
+    """A notice that a process gives once, however often it comes to it: what a folder says that is read again."""
+    if not _hushed and line not in _told:
+        _told.add(line)
+        notice(line)
+
+
 def readable(number: float) -> str:
     """1234567 -> '1.23M': three significant digits with a suffix."""
     for suffix in ("", "k", "M", "G", "T"):

@@ -7,14 +7,17 @@ where it needs no tensor that the model does not have; `to_huggingface` says Non
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import CheckpointError
+from minigpt.foreign import config_from_huggingface as config_from_huggingface
 from minigpt.model.config import GPTConfig
+from minigpt.terminal import notice_once
 
 State = dict[str, Tensor]
 
@@ -135,90 +138,48 @@ def to_huggingface(config: GPTConfig, state: State) -> tuple[dict[str, Any], Sta
             "rope_theta": config.rope_theta,  # read by transformers 4
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # by transformers 5
             "attention_bias": config.bias,
+            "attention_dropout": config.attn_dropout,
             "mlp_bias": config.bias,
             **common,
         }, _llama_out(config, state)
     return None
 
 
-def _expect(values: Mapping[str, Any], field: str, allowed: tuple[Any, ...], where: str) -> None:
-    if values.get(field, allowed[0]) not in allowed:
-        raise CheckpointError(
-            f"{where}: {field} is {values[field]!r}, which minigpt has no counterpart for; expected {allowed[0]!r}"
-        )
-
-
-def _whole(values: Mapping[str, Any], field: str, where: str) -> int:
-    value = values.get(field)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(f"{where}: {field} is {value!r}; a whole number was expected")
-    return value
-
-
-def _gpt2_config(values: Mapping[str, Any], where: str) -> GPTConfig:
-    _expect(values, "scale_attn_weights", (True,), where)
-    _expect(values, "scale_attn_by_inverse_layer_idx", (False,), where)
-    _expect(values, "add_cross_attention", (False,), where)
-    activations = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
-    _expect(values, "activation_function", tuple(activations), where)
-    return GPTConfig(
-        preset="gpt2",
-        vocab_size=_whole(values, "vocab_size", where),
-        block_size=_whole(values, "n_positions", where),
-        n_layer=_whole(values, "n_layer", where),
-        n_head=_whole(values, "n_head", where),
-        n_embd=_whole(values, "n_embd", where),
-        n_inner=values.get("n_inner"),
-        norm_eps=values.get("layer_norm_epsilon", 1e-5),
-        activation=activations[values.get("activation_function", "gelu_new")],  # type: ignore[arg-type]
-        tie_embeddings=values.get("tie_word_embeddings", True),
-    )
-
-
-def _llama_config(values: Mapping[str, Any], where: str) -> GPTConfig:
-    _expect(values, "hidden_act", ("silu",), where)
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope = {"rope_type": rope.get("type", "default"), **rope}  # "type" is what older files say
-    _expect(rope, "rope_type", ("default",), f"{where}, rope_parameters")
-    _expect(rope, "partial_rotary_factor", (1.0,), f"{where}, rope_parameters")
-    bias = values.get("attention_bias", False)
-    _expect(values, "mlp_bias", (bias, *((None,) if not bias else ())), where)
-    return GPTConfig(
-        preset="llama",
-        vocab_size=_whole(values, "vocab_size", where),
-        block_size=_whole(values, "max_position_embeddings", where),
-        n_layer=_whole(values, "num_hidden_layers", where),
-        n_head=_whole(values, "num_attention_heads", where),
-        n_kv_head=values.get("num_key_value_heads"),
-        n_embd=_whole(values, "hidden_size", where),
-        n_inner=_whole(values, "intermediate_size", where),
-        head_dim=values.get("head_dim"),
-        norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
-        bias=bias,
-        tie_embeddings=values.get("tie_word_embeddings", False),
-    )
-
-
-CONFIG_READERS: dict[str, Callable[[Mapping[str, Any], str], GPTConfig]] = {
-    "gpt2": _gpt2_config,
-    "llama": _llama_config,
-}
-
-
 def _stack(tensors: State, names: list[str]) -> Tensor:
     return torch.cat([tensors.pop(name) for name in names])
 
 
-def config_from_huggingface(values: Mapping[str, Any], where: str = "config.json") -> GPTConfig:
-    """Our config of a Hugging Face GPT-2's or Llama's config.json.
+def _prefixed(kind: str, tensors: Mapping[str, Tensor]) -> State:
+    """The tensors under the names of the whole model: files of its base alone lack the prefix."""
+    prefix = "transformer." if kind == "gpt2" else "model."
+    if any(name.startswith(prefix) for name in tensors):
+        return dict(tensors)
+    return {name if name == "lm_head.weight" else f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
-    Raises CheckpointError for another architecture and for a setting we have no counterpart for.
+
+def _embeddings(kind: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    names = GPT2_NAMES if kind == "gpt2" else LLAMA_NAMES
+    return tensors.get(f"{names['trunk.embed']}.weight"), tensors.get("lm_head.weight")
+
+
+def untied_where_they_differ(
+    values: Mapping[str, Any], config: GPTConfig, tensors: Mapping[str, Tensor], where: str = "config.json"
+) -> GPTConfig:
+    """The config, untied where it says tied and the file holds an unembedding that is not the embedding.
+
+    As transformers does: both tensors are used, and a notice says so.
     """
-    kind = values.get("model_type")
-    if kind not in CONFIG_READERS:
-        raise CheckpointError(f"{where}: model_type is {kind!r}; minigpt reads {' and '.join(CONFIG_READERS)}")
-    return CONFIG_READERS[kind](values, where)
+    kind = values["model_type"]
+    embed, head = _embeddings(kind, _prefixed(kind, tensors))
+    if not config.tie_embeddings or embed is None or head is None:
+        return config
+    if embed.shape == head.shape and bool((embed == head).all()):
+        return config
+    notice_once(
+        f"{where}: tie_word_embeddings is true, but the weights hold an lm_head that is not the embedding; both are "
+        "used. Set it to false"
+    )
+    return replace(config, tie_embeddings=False)
 
 
 def from_huggingface(
@@ -226,18 +187,20 @@ def from_huggingface(
 ) -> State:
     """Our state of a Hugging Face GPT-2's or Llama's tensors: the inverse of to_huggingface.
 
-    GPT-2 files without the "transformer." prefix, and their mask buffers, are read too. Raises CheckpointError for
-    tensors that are missing or left over.
+    Files without the "transformer." or "model." prefix, and mask buffers, are read too. Raises CheckpointError for
+    tensors that are missing, left over, or tied and different (see untied_where_they_differ).
     """
     kind = values["model_type"]
     names, layers = (GPT2_NAMES, "transformer.h") if kind == "gpt2" else (LLAMA_NAMES, "model.layers")
-    tensors = dict(tensors)
+    tensors = _prefixed(kind, tensors)
     if kind == "gpt2":
-        if not any(name.startswith("transformer.") for name in tensors):
-            tensors = {name if name == "lm_head.weight" else f"transformer.{name}": t for name, t in tensors.items()}
         tensors = {name: t for name, t in tensors.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
     if config.tie_embeddings:
-        tensors.pop("lm_head.weight", None)
+        if untied_where_they_differ(values, config, tensors, where) is not config:
+            raise CheckpointError(f"{where}: its weights hold an lm_head that is not the embedding they are tied to")
+        head = tensors.pop("lm_head.weight", None)
+        if head is not None:  # the one of the two that the file holds serves as both
+            tensors.setdefault(f"{names['trunk.embed']}.weight", head)
     state = {}
     try:
         for name in parameter_shapes(config):
@@ -260,8 +223,6 @@ def from_huggingface(
 
 def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor of our state, without allocating any."""
-    from minigpt.model.gpt import GPT
+    from minigpt.model.gpt import outline
 
-    with torch.device("meta"):
-        model = GPT(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {name: parameter.shape for name, parameter in outline(config).named_parameters()}

@@ -175,11 +175,16 @@ class ByteTokenizer:
 
     kind = "byte"
 
+    prefix_ids: tuple[int, ...] = ()
+
     def __init__(self, eot: int | None = 256, vocab_size: int = 257) -> None:
         self.eot, self.vocab_size = eot, vocab_size
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def prompt_ids(self, text: str) -> list[int]:
+        return [*self.prefix_ids, *self.encode(text)]
 
     def decode(self, ids: list[int]) -> str:
         decoder = ByteDecoder()
@@ -198,8 +203,13 @@ class LetterTokenizer:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
+    prefix_ids: tuple[int, ...] = ()
+
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") + 1 for letter in text]
+
+    def prompt_ids(self, text: str) -> list[int]:
+        return [*self.prefix_ids, *self.encode(text)]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(self.push, ids))

@@ -16,7 +16,7 @@ from minigpt.terminal import progress
 class Words:
     """A tokenizer whose tokens, numbered as they first come, are runs of letters, a blank before them included."""
 
-    kind, eot, vocab_size = "words", 0, 10_000
+    kind, eot, vocab_size, prefix_ids = "words", 0, 10_000, ()
     cut = re.compile(r"(?<=\S\n)(?=[^\W\d_])")
 
     def __init__(self):
@@ -133,7 +133,7 @@ def test_encoding_in_groups_is_encoding_each_document_whole(tmp_path, monkeypatc
 @pytest.mark.parametrize(("eot", "expected"), [(9, [1, 2, 9]), (None, [1, 2])])
 def test_only_whole_documents_end_in_end_of_text_where_there_is_one(tmp_path, eot, expected):
     class Letters:
-        kind, vocab_size, cut = "letters", 10, None
+        kind, vocab_size, cut, prefix_ids = "letters", 10, None, ()
 
         def encode_batch(self, texts):
             return [np.array([ord(letter) - 96 for letter in text], dtype=np.uint32) for text in texts]

@@ -50,7 +50,7 @@ def edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 def ours(**values: Any) -> Callable[[Path], None]:
     """Other values in config.json's own section."""
-    return edit("config.json", lambda record: record["minigpt"].update(values))
+    return edit("config.json", lambda record: (record.update(model_type="minigpt"), record["minigpt"].update(values)))
 
 
 def huge_llama(folder: Path) -> None:

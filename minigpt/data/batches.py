@@ -7,6 +7,8 @@ next power of two above the number of windows, applied again wherever it lands o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -140,11 +142,13 @@ class Batches:
 class ValidationWindows:
     """Neighbouring windows of block_size tokens over a whole stream, in order; the last one may be shorter.
 
-    Unlimited, every token but the first is a target exactly once. With a limit, windows evenly spaced over the stream
-    stand for it, the same ones every time.
+    Unlimited, every token but the first is a target exactly once, those in `given` excepted. With a limit, windows
+    evenly spaced over the stream stand for it, the same ones every time.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, limit_tokens: int | None = None) -> None:
+    def __init__(
+        self, stream: TokenStream, block_size: int, limit_tokens: int | None = None, given: Sequence[int] = ()
+    ) -> None:
         if block_size < 1:
             raise ConfigError(f"block_size is {block_size}; it must be at least 1")
         if len(stream) < 2:
@@ -152,7 +156,7 @@ class ValidationWindows:
                 f"{stream.name} has {len(stream)} tokens, too few to predict one of them; raise --data.val_fraction, "
                 "use a longer text, or switch validation off"
             )
-        self.stream, self.block_size = stream, block_size
+        self.stream, self.block_size, self.given = stream, block_size, list(given)
         whole = -(-(len(stream) - 1) // block_size)
         kept = whole if limit_tokens is None else min(whole, max(1, limit_tokens // block_size))
         self._starts = np.arange(kept, dtype=np.int64) * whole // kept * block_size
@@ -169,7 +173,8 @@ class ValidationWindows:
         """A slice of the windows.
 
         Returns:
-            ids and targets, (rows, T) int64 each. Past the end of the stream ids are 0 and targets -100 (ignored).
+            ids and targets, (rows, T) int64 each. Past the end of the stream ids are 0 and targets -100 (ignored), as
+            are targets that are given.
         """
         starts, block_size = self._starts[rows], self.block_size
         ids = np.zeros((len(starts), block_size), dtype=np.int64)
@@ -181,18 +186,23 @@ class ValidationWindows:
             left = len(self.stream) - int(starts[row])
             tail = self.stream.read(starts[row : row + 1], left)[0]
             ids[row, : left - 1], targets[row, : left - 1] = tail[:-1], tail[1:]
+        if self.given:
+            targets[np.isin(targets, self.given)] = IGNORED
         return torch.from_numpy(ids), torch.from_numpy(targets)
 
 
-def validation_windows(stream: TokenStream, block_size: int, limit_tokens: int | None = None) -> ValidationWindows:
+def validation_windows(
+    stream: TokenStream, block_size: int, limit_tokens: int | None = None, given: Sequence[int] = ()
+) -> ValidationWindows:
     """The windows a split is evaluated on.
 
     Args:
         stream: the held-out tokens.
         block_size: T, tokens in a window.
         limit_tokens: evaluate at most about this many targets (at least one window); None evaluates all of them.
+        given: ids that no model has to predict, such as the begin-of-text token that each document is given.
 
     Raises:
         DataError: the stream holds fewer than two tokens.
     """
-    return ValidationWindows(stream, block_size, limit_tokens)
+    return ValidationWindows(stream, block_size, limit_tokens, given)

@@ -116,7 +116,9 @@ def groups(parts: Iterable[Part], size: int = GROUP) -> Iterator[list[Part]]:
 def encode_parts(
     parts: Iterable[Part], tokenizer: Tokenizer, writers: dict[str, ShardWriter], bar: Progress
 ) -> dict[str, Counter[str]]:
-    """Encode text and write its ids, with one end-of-text token after every whole document.
+    """Encode text and write its ids, with one end-of-text token after every whole document, and before each document
+    (and each share of one that is cut) what the tokenizer puts in front of a text. Where that is the end-of-text token
+    itself, one between two documents serves as both.
 
     Reading and writing go on while a group is encoded.
 
@@ -131,13 +133,18 @@ def encode_parts(
     """
     counts = {split: Counter(tokens=0, bytes=0, characters=0, documents=0) for split in writers}
     end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint32)
+    front = np.array(tokenizer.prefix_ids, dtype=np.uint32)
+    begins = dict.fromkeys(writers, True)  # whether the next part of the split begins a document
     done = 0
 
     def write(group: list[Part], encoded: Future[list[np.ndarray]]) -> None:
         nonlocal done
         ids: dict[str, list[np.ndarray]] = {split: [] for split in writers}
         for part, part_ids in zip(group, encoded.result(), strict=True):
+            if begins[part.split]:
+                ids[part.split].append(front)
             ids[part.split] += (part_ids, end) if part.eot else (part_ids,)
+            begins[part.split] = part.ends and not (part.eot and np.array_equal(front, end))
             count = counts[part.split]
             count["bytes"] += len(part.text.encode("utf-8"))
             count["characters"] += len(part.text)

@@ -64,7 +64,7 @@ def evaluate_run(
         stream, what = corpus.train, data.source
     else:
         stream, what = corpus_of(run).val, f"the validation split of {run.config['data']['source']}"
-    windows: ValidationWindows = validation_windows(stream, window, limit_tokens)
+    windows: ValidationWindows = validation_windows(stream, window, limit_tokens, run.tokenizer.given_ids)
     lengths = bytes_per_token(run.tokenizer.token_bytes(), run.model.vocab_size)
     with progress("evaluating", len(windows), "windows") as bar:
         result = evaluate(run.model, windows, lengths, on_rows=bar.update)

@@ -59,7 +59,7 @@ def tokens_of(study: Study, text: str | Sequence[int] | Tensor | Tokens | None =
         corpus = corpus_of(study.run)
         tokens: Tokens = corpus.train if split == "train" else corpus.val
     elif isinstance(text, str):
-        tokens = InMemory(study.tokenizer.encode(text))
+        tokens = InMemory(study.tokenizer.prompt_ids(text))
     elif isinstance(text, Sequence | Tensor):
         tokens = InMemory(np.asarray(torch.as_tensor(text).cpu()).reshape(-1))
     else:

@@ -81,7 +81,7 @@ def report(study: Study, text: Text, *, results: Sequence[Result] = (), most: in
     wrong = next((result for result in results if len(result.axes) != 2), None)
     if wrong is not None:
         raise ConfigError(f"results: {wrong.title!r} has {len(wrong.axes)} axes; a heat map needs two")
-    whole = study.tokenizer.encode(text) if isinstance(text, str) else study.ids(text)
+    whole = study.tokenizer.prompt_ids(text) if isinstance(text, str) else study.ids(text)
     if isinstance(whole, Tensor):
         if len(whole) > 1:
             raise ConfigError(f"text: {len(whole)} texts; a page is about one")

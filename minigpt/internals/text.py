@@ -1,4 +1,4 @@
-"""Text into a model and out of it, for study: nothing put in front, nothing guessed, every token shown."""
+"""Text into a model and out of it, for study: as sampling reads it, nothing guessed, every token shown."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ class Texts:
         return self._tokenizer
 
     def ids(self, text: Text) -> Tensor:
-        """Token ids (B, T) on the model's device. Raises DataError for texts that are empty, of unequal numbers of
-        tokens, or outside the model's vocabulary, and ConfigError for more tokens than its block holds.
+        """Token ids (B, T) on the model's device; a text begins with what its tokenizer puts in front.
+
+        Raises DataError for texts that are empty, of unequal numbers of tokens, or outside the model's vocabulary, and
+        ConfigError for more tokens than its block holds.
         """
         if isinstance(text, str):
             text = [text]
         if not isinstance(text, Tensor) and len(text) and isinstance(text[0], str):
-            rows = [self.tokenizer.encode(item) for item in text]  # type: ignore[arg-type]
+            rows = [self.tokenizer.prompt_ids(item) for item in text]  # type: ignore[arg-type]
             if len({len(row) for row in rows}) > 1:
                 raise DataError(
                     f"texts of {', '.join(str(len(row)) for row in rows)} tokens: expected equal numbers; "

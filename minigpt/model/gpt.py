@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minigpt.errors import ConfigError
 from minigpt.model.attention import Attention
@@ -218,3 +219,22 @@ class GPT(nn.Module):
     def all_logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) after every token of ids (B, T)."""
         return self(ids, cache)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out torch.nn.init, and what it is made of: tensors without memory have no first values."""
+
+    FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.FILLS or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def outline(config: GPTConfig) -> GPT:
+    """A GPT without memory (on the meta device): names, shapes, nothing computed. Its tensors are to be put in place
+    before it is used, and `Rotary.reset_buffers` called.
+    """
+    with torch.device("meta"), _Unfilled():
+        return GPT(config)

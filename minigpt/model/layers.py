@@ -86,11 +86,12 @@ class Rotary(nn.Module):
         self.head_dim, self.theta = head_dim, theta
         self.register_buffer("cos", torch.empty(block_size, head_dim), persistent=False)  # (S, D)
         self.register_buffer("sin", torch.empty(block_size, head_dim), persistent=False)  # (S, D)
-        self.reset_buffers()
+        if not self.cos.is_meta:
+            self.reset_buffers()
 
-    def reset_buffers(self) -> None:
-        """Fill the tables; needed again where a model was made without memory and then given some."""
-        device = self.cos.device
+    def reset_buffers(self, device: torch.device | str | None = None) -> None:
+        """Make the tables anew, on another device where one is named: after a model was made without memory."""
+        device = self.cos.device if device is None else device
         exponent = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim  # (D/2)
         frequency = 1 / self.theta**exponent
         angle = torch.arange(len(self.cos), device=device).float()[:, None] * frequency  # (S, D/2)

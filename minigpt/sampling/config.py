@@ -13,6 +13,7 @@ from typing import Any, Literal
 from minigpt.errors import ConfigError
 from minigpt.sampling import rules
 from minigpt.sampling.rules import Rule
+from minigpt.sampling.unheard import name_unheard
 
 Number = float | None
 
@@ -245,7 +246,7 @@ class SamplingConfig:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SamplingConfig:
-        """From generation_config.json, ours or Hugging Face's; keys that mean nothing here are ignored.
+        """From generation_config.json, ours or Hugging Face's; a notice names the keys that nothing here acts on.
 
         An absent field keeps our default (transformers' own defaults are others), `do_sample: false` is temperature 0.
 
@@ -253,6 +254,7 @@ class SamplingConfig:
             ConfigError: a field holds a value that it does not accept.
         """
         known = {spec.name for spec in fields(cls)}
+        name_unheard(record, known | {"do_sample", "stop_strings"})
         values = {name: value for name, value in record.items() if name in known and value is not None}
         if stop := record.get("stop_strings"):
             values["stop"] = [stop] if isinstance(stop, str) else stop

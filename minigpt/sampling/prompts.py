@@ -26,8 +26,14 @@ def is_id(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt") -> list[list[int]]:
-    """The ids of one text or list of ids, or of several.
+def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt", bare: bool = False) -> list[list[int]]:
+    """The ids of one text or list of ids, or of several: a text's as a model reads it from its beginning.
+
+    Args:
+        tokenizer: encodes the texts; token ids are taken as they are.
+        prompts: see above.
+        what: what they are, in messages.
+        bare: without what the tokenizer puts in front of a text.
 
     Raises:
         ConfigError: something that is neither.
@@ -40,7 +46,7 @@ def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt") -> list
     encoded = []
     for number, prompt in enumerate(map(plain, prompts)):
         if isinstance(prompt, str):
-            encoded.append(list(tokenizer.encode(prompt)))
+            encoded.append(list(tokenizer.encode(prompt) if bare else tokenizer.prompt_ids(prompt)))
         elif isinstance(prompt, (list, tuple)) and all(map(is_id, prompt)):
             encoded.append([int(token) for token in prompt])
         else:
@@ -49,7 +55,8 @@ def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt") -> list
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Any, vocab_size: int) -> list[list[int]]:
-    """The prompts' ids, at least one each: an empty prompt starts from the tokenizer's end-of-text or a newline.
+    """The prompts' ids, at least one each. An empty prompt starts from what the tokenizer puts in front of a text, else
+    from its end-of-text, else from a newline.
 
     Raises:
         ConfigError: something that is no prompt, a token that the model or the tokenizer has not.
@@ -61,8 +68,8 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Any, vocab_size: int) -> list[
 
 def start_ids(tokenizer: Tokenizer) -> list[int]:
     """What an empty prompt starts from."""
-    if tokenizer.eot is not None:
-        return [tokenizer.eot]
+    if tokenizer.prefix_ids or tokenizer.eot is not None:
+        return list(tokenizer.prefix_ids) or [tokenizer.eot]  # type: ignore[list-item]
     try:
         newline = list(tokenizer.encode("\n"))
     except MinigptError:
@@ -78,15 +85,22 @@ def start_ids(tokenizer: Tokenizer) -> list[int]:
 def text_reader(tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str], include_stop: bool) -> TextReader:
     """What turns the tokens after a prompt into text that continues the prompt's."""
     decoder = tokenizer.stream_decoder()
-    tail = list(prompt[-8:])  # more bytes than a character has
-    if tokenizer.eot in tail:
-        tail = tail[len(tail) - tail[::-1].index(tokenizer.eot) :]
+    tail = _tail(tokenizer, prompt)
     # Some vocabularies drop a space at the start of a text, which a continuation is not: the decoder has to have seen
     # a token. Half a character at the prompt's end stays with the prompt, so then it has not.
     if not tokenizer.decode(tail).endswith("\ufffd"):
         for token in tail:
             decoder.push(token)
     return TextReader(decoder, stop, include_stop)
+
+
+def _tail(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt, as many as a character may be spread over, of the text that it ends in."""
+    tail = list(prompt[-8:])  # more bytes than a character has
+    starts = {tokenizer.eot, *tokenizer.prefix_ids}
+    while any(token in starts for token in tail):
+        tail.pop(0)
+    return tail
 
 
 def read_all(reader: TextReader, tokens: Sequence[int], end_ids: Sequence[int]) -> str:
@@ -109,7 +123,7 @@ def holds_stop(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[in
     # Each token but those for parts of characters and special ones brings a byte at least.
     reach = max(len(text.encode()) for text in stop) + 8
     # What begins a text may lose its space, so a beginning is read behind the prompt's end; see `text_reader`.
-    before = list(prompt[-8:]) if len(written) <= reach else []
+    before = _tail(tokenizer, prompt) if len(written) <= reach else []
     start = tokenizer.decode(before)
     if start.endswith("\ufffd"):
         before, start = [], ""

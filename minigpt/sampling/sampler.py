@@ -65,7 +65,8 @@ class Sampler:
     """Writes on from prompts. The same prompt, seed and settings give the same text in any company.
 
     Policies:
-        - An empty prompt starts from the tokenizer's end-of-text, or else from a newline; neither shows in the text.
+        - A text begins with what its tokenizer puts in front of one (`Tokenizer.prefix_ids`); token ids are as given.
+        - An empty prompt starts from that, else from end-of-text, or else from a newline; none shows in the text.
         - Special tokens named in a prompt's text are ordinary text.
         - Longer than the model's context: see `SamplingConfig.overflow`, and `minigpt.sampling.batch` on the window.
         - max_new_tokens = 0 gives empty completions with the reason "length".
@@ -151,7 +152,7 @@ class Sampler:
             overrides: as for `stream`; those that ask for several texts count for nothing.
         """
         ids = self._encode(prompts)
-        forced = encode_all(self.tokenizer, continuations, "continuation")
+        forced = encode_all(self.tokenizer, continuations, "continuation", bare=True)
         check_forced(forced, min(self.model.vocab_size, self.tokenizer.vocab_size))
         if len(forced) != len(ids):
             raise ConfigError(f"there are {len(ids)} prompts and {len(forced)} continuations; give one for each")
@@ -164,11 +165,14 @@ class Sampler:
     def score(self, texts: Any, *, stride: int | None = None, top: int = 0, show: bool = False) -> list[Score]:
         """The model's log-probability of each token of one or several given texts; see `scoring.score_ids`.
 
-        A text is read as if it stood at the beginning of a document, if the tokenizer has an end-of-text token: then
-        that predicts the first token. Otherwise nothing does.
+        A text is read as if it stood at the beginning of a document: after what the tokenizer puts in front of a text,
+        else after its end-of-text token. That predicts the first token; where there is neither, nothing does. The same
+        is put in front of token ids, unless they begin with the tokenizer's prefix themselves.
         """
-        start = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
-        encoded = [[*start, *ids] for ids in encode_all(self.tokenizer, texts, "text")]
+        prefix = list(self.tokenizer.prefix_ids)
+        start = prefix if prefix or self.tokenizer.eot is None else [self.tokenizer.eot]
+        encoded = encode_all(self.tokenizer, texts, "text")
+        encoded = [ids if prefix and ids[: len(prefix)] == prefix else [*start, *ids] for ids in encoded]
         check_prompts(encoded, min(self.model.vocab_size, self.tokenizer.vocab_size))
         return score_ids(self.model, encoded, stride=stride, top=top, show=show)
 

@@ -33,6 +33,7 @@ class Tokenizer(ABC):
         kind: the name of the kind, as in `TokenizerConfig.kind`.
         vocab_size: ids are 0 .. vocab_size-1, special tokens included; a published vocabulary may leave some unused.
         eot: id of the token that ends a document, or None where there is none.
+        prefix_ids: what is put in front of a text that a model reads, such as a begin-of-text token; see `prompt_ids`.
         cut: matches (zero-width) where a document may be cut so that the ids of the pieces, joined, are the ids of
             the whole; None where no such place is known.
         pieces: the bytes of each id, special tokens as their text, unused ids as b"".
@@ -42,6 +43,7 @@ class Tokenizer(ABC):
     kind: str
     vocab_size: int
     eot: int | None
+    prefix_ids: tuple[int, ...] = ()
     cut: re.Pattern[str] | None
     pieces: list[bytes]
     specials: dict[str, int]
@@ -57,6 +59,15 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of one text. Special tokens inside it are ordinary text."""
         return self.encode_batch([text])[0].tolist()
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids of a text as a model reads it from its beginning: `prefix_ids`, then the text's own."""
+        return [*self.prefix_ids, *self.encode(text)]
+
+    @property
+    def given_ids(self) -> list[int]:
+        """The ids that each text is given, and no model has to predict: of `prefix_ids` all but the end-of-text."""
+        return [id for id in self.prefix_ids if id != self.eot]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids stand for, special tokens as their text. An id outside the vocabulary is a DataError."""

@@ -19,10 +19,10 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from minigpt.errors import DataError
-from minigpt.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, well_formed
+from minigpt.tokenizer.base import StreamDecoder, Tokenizer, well_formed
 from minigpt.tokenizer.bpe import BYTE_OF
+from minigpt.tokenizer.folder import SPACE_MARK, Around, Folder
 
-SPACE_MARK = "▁"  # U+2581, SentencePiece's space
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -32,10 +32,12 @@ class HuggingFaceTokenizer(Tokenizer):
     Args:
         content: the text of the file.
         eot: id of the token that ends a document, which the file itself does not tell; None for none.
+        prefix_ids: what is put in front of a text.
     """
 
-    def __init__(self, content: str, eot: int | None = None) -> None:
+    def __init__(self, content: str, eot: int | None = None, prefix_ids: Sequence[int] = ()) -> None:
         self.content = content
+        self.prefix_ids = tuple(prefix_ids)
         self.kind = "file"
         self.cut = None
         self.eot = eot
@@ -102,12 +104,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._engine.decode(ids, skip_special_tokens=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "tokenizer_json": self.content, "eot": self.eot}
+        description = {"kind": self.kind, "tokenizer_json": self.content, "eot": self.eot}
+        # Left out where there is none, which is also what older files mean.
+        return {**description, "prefix_ids": list(self.prefix_ids)} if self.prefix_ids else description
 
     @classmethod
     def from_dict(cls, description: dict[str, Any]) -> HuggingFaceTokenizer:
         """The tokenizer that `to_dict` described."""
-        return cls(description["tokenizer_json"], description["eot"])
+        return cls(description["tokenizer_json"], description["eot"], description.get("prefix_ids", ()))
 
 
 class _TextStreamDecoder(StreamDecoder):
@@ -136,13 +140,19 @@ class _TextStreamDecoder(StreamDecoder):
 
 
 def load_hugging_face(path: Path, content: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a `tokenizer.json` whose text is given; the files beside it tell which token ends a document.
+    """The tokenizer of a `tokenizer.json` whose text is given, with what the files beside it say; see `Folder`.
 
     Raises:
         DataError: the library cannot read it, or a file beside it is not JSON.
     """
     try:
-        return HuggingFaceTokenizer(content, _end_of_text(path.parent, _vocabulary(json.loads(content))))
+        spec, beside = json.loads(content), Folder(path.parent)
+        beside.apply(spec)
+        if spec != json.loads(content):
+            content = json.dumps(spec, ensure_ascii=False)
+        vocabulary, around = _vocabulary(spec), Around(spec.get("post_processor"))
+        beside.name_unheard(spec, vocabulary, around)
+        return HuggingFaceTokenizer(content, beside.end_of_text(vocabulary), around.before)
     except DataError:
         raise
     except Exception as error:  # the library raises bare Exceptions
@@ -172,30 +182,6 @@ def _hide_specials(engine: tokenizers.Tokenizer, spec: dict[str, Any]) -> None:
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
         before = [engine.pre_tokenizer] if engine.pre_tokenizer else []
         engine.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
-
-
-def _end_of_text(folder: Path, vocabulary: dict[str, int]) -> int | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _fields(folder / name).get("eos_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        if text in vocabulary:
-            return vocabulary[text]
-    for name in ("generation_config.json", "config.json"):
-        id = _fields(folder / name).get("eos_token_id")
-        first = id[0] if isinstance(id, list) and id else id
-        if isinstance(first, int) and first in vocabulary.values():
-            return first
-    return next((vocabulary[text] for text in (END_OF_TEXT, "</s>") if text in vocabulary), None)
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}); copy it again, or remove it") from None
-    return fields if isinstance(fields, dict) else {}
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
     batches = Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)
     windows: ValidationWindows | None = None
     if len(corpus.val):
-        windows = validation_windows(corpus.val, config.model.block_size, config.eval.tokens)
+        given = corpus.tokenizer.given_ids
+        windows = validation_windows(corpus.val, config.model.block_size, config.eval.tokens, given)
 
     torch.manual_seed(config.seed)
     module = TrainingModule(GPT(config.model), config)

@@ -1,0 +1,83 @@
+"""Tensors into a model: checked before anything is allocated, and put in place where no copy is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minigpt.errors import CheckpointError
+from minigpt.model.config import GPTConfig
+from minigpt.model.gpt import GPT, outline
+from minigpt.model.layers import Rotary
+
+
+def load_weights(model: GPT, state: dict[str, Tensor], where: Path | str) -> None:
+    """Copy tensors into a model by name. Raises CheckpointError for a missing, left-over or misshapen one."""
+    check_weights(model, state, where)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[name])
+
+
+def check_weights(model: GPT, state: dict[str, Tensor], where: Path | str) -> None:
+    """Raise CheckpointError where tensors do not fit a model, which may be one without memory."""
+    parameters = dict(model.named_parameters())
+    if missing := sorted(set(parameters) - set(state)):
+        raise CheckpointError(f"{where}: lacks the tensors {missing[:4]}")
+    if extra := sorted(set(state) - set(parameters)):
+        raise CheckpointError(f"{where}: holds tensors this model has no place for: {extra[:4]}")
+    for name, parameter in parameters.items():
+        if state[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {tuple(state[name].shape)}, the config says {tuple(parameter.shape)}"
+            )
+        if not state[name].is_floating_point():
+            raise CheckpointError(f"{where}: {name} holds {state[name].dtype}; floating-point numbers were expected")
+
+
+MOST_POSITIONS = 1 << 27  # of a rotary table, times its width: 512 MB
+
+
+def empty_model(config: GPTConfig, *, dtype: torch.dtype, device: torch.device | str) -> GPT:
+    """A GPT whose weights are yet to be loaded: allocated, not initialised, no random number drawn."""
+    model = outline(config).to(dtype).to_empty(device=device)
+    if config.tie_embeddings:
+        model.tie()
+    _fill_tables(model, device)
+    return model
+
+
+def _fill_tables(model: GPT, device: torch.device | str) -> None:
+    """Make the rotary tables, once for all layers. Not by to_empty, which imports sympy for a tensor without memory."""
+    rotaries = [module for module in model.modules() if isinstance(module, Rotary)]
+    for rotary in rotaries[:1]:
+        rotary.reset_buffers(device)
+    for rotary in rotaries[1:]:
+        rotary.cos, rotary.sin = rotaries[0].cos, rotaries[0].sin
+
+
+def filled_model(
+    config: GPTConfig, state: dict[str, Tensor], where: Path | str, *, dtype: torch.dtype, device: torch.device | str
+) -> GPT:
+    """A GPT with these weights: the very tensors where dtype and device are theirs. Nothing is allocated before config
+    and tensors agree, and nothing is filled twice.
+
+    Raises CheckpointError where they do not agree.
+    """
+    try:
+        model = outline(config)
+    except RuntimeError as error:  # more numbers than can be counted
+        raise CheckpointError(f"{where}: describes no model that can be made ({error})") from error
+    check_weights(model, state, where)
+    if any(module.cos.numel() > MOST_POSITIONS for module in model.modules() if isinstance(module, Rotary)):
+        raise CheckpointError(f"{where}: block_size {config.block_size} is more than can be meant; mend config.json")
+    _fill_tables(model, device)
+    for name, parameter in list(model.named_parameters()):
+        module = model.get_submodule(name.rpartition(".")[0])
+        tensor = state[name].to(device=device, dtype=dtype).contiguous()
+        setattr(module, name.rpartition(".")[2], torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    if config.tie_embeddings:
+        model.tie()
+    return model

@@ -1,0 +1,33 @@
+"""Keys of a generation_config.json that minigpt does not act on: named once, unless they ask for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from minigpt.terminal import notice_once
+
+# What changes no text: how it is computed, what is returned beside it, ids of tokens that minigpt does not need.
+HARMLESS = frozenset(
+    {
+        *("transformers_version", "_from_model_config", "_commit_hash", "bos_token_id", "pad_token_id"),
+        *("decoder_start_token_id", "use_cache", "cache_implementation", "cache_config", "max_cache_len"),
+        *("prefill_chunk_size", "compile_config", "disable_compile", "low_memory", "continuous_batching_config"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+        *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "prompt_lookup_num_tokens"),
+        *("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind"),
+        *("max_matching_ngram_size", "use_mtp", "speculation_type", "remove_invalid_values"),
+    }
+)
+NEUTRAL: dict[str, tuple[Any, ...]] = {"guidance_scale": (1,), "penalty_alpha": (0,)}  # beside null and false
+
+
+def name_unheard(record: dict[str, Any], known: Collection[str]) -> None:
+    """One notice of the keys of a generation_config.json that are neither known nor without effect."""
+    unheard = sorted(
+        key
+        for key, value in record.items()
+        if key not in known and key not in HARMLESS and value not in (None, False, *NEUTRAL.get(key, ()))
+    )
+    if unheard:
+        notice_once(f"generation_config.json: minigpt does not act on {', '.join(unheard)} (see docs/interop.md)")
