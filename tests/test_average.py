@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model, tiny_config
 from torch.optim.swa_utils import AveragedModel
+from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 import minigpt
-from conftest import random_model, tiny_config
 from minigpt.checkpoint import read_training_state, state_of
 from minigpt.data.batches import validation_windows
 from minigpt.data.shards import prepare
@@ -20,7 +21,6 @@ from minigpt.training.average import Average
 from minigpt.training.launch import train
 from minigpt.training.module import TrainingModule
 from minigpt.training.stopping import Agreement
-from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 BUSY = {
     "optimizer__ema_decay": 0.8,

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from training_runs import forked, losses, run_and_read, tiny_run
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import fault_disks as disks
 import fault_trials as trials
+
 import minigpt
 from minigpt import runs
 from minigpt.evaluation.loss import Evaluation

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from training_runs import assert_equal_to_the_bit, forked, losses, run_and_read, saved_tensors, tiny_run
 
 from minigpt.data.batches import Batches
 from minigpt.data.shards import prepare
@@ -15,7 +16,6 @@ from minigpt.training.choose import pick_precision
 from minigpt.training.config import TrainConfig
 from minigpt.training.launch import train
 from minigpt.training.metrics import read_metrics
-from training_runs import assert_equal_to_the_bit, forked, losses, run_and_read, saved_tensors, tiny_run
 
 BF16 = {"trainer__precision": "bf16-mixed", "optimizer__schedule": "constant", "batch__micro_batch_size": 4}
 RECIPES = {"gpt2": {}, "modern": {"model__preset": "modern", "optimizer__name": "muon"}}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from training_runs import losses, run_and_read, tiny_run
 
 from minigpt.errors import ConfigError
 from minigpt.training import budget, choose
@@ -19,7 +20,6 @@ from minigpt.training.each_step import due
 from minigpt.training.fit import fit
 from minigpt.training.launch import train
 from minigpt.training.settle import Job, settle
-from training_runs import losses, run_and_read, tiny_run
 
 TIMING = Timing(step=0.2, start=3.0, cold_start=20.0, validation=1.1, save=0.3, sample=2.0)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_model, tiny_config
 from torch.autograd import gradcheck
 
-from conftest import random_model, tiny_config
 from minigpt.model import byhand
 from minigpt.model.layers import Rotary
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PRESETS, random_ids, random_model, tiny_config
 
 import minigpt
-from conftest import PRESETS, random_ids, random_model, tiny_config
 from minigpt.checkpoint import read_training_state, read_training_tensors, save_checkpoint
 from minigpt.durable import sealed
 from minigpt.errors import CheckpointError, DiskError

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import random_model, tiny_config
+from training_runs import corpus_file, tiny_run
 
 import minigpt
-from conftest import random_model, tiny_config
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.training.launch import train
-from training_runs import corpus_file, tiny_run
 
 ROOT = Path(__file__).parents[1]
 SPARING = ("--trainer.precision", "32-true", "--measure", "false")  # a plan that measures nothing

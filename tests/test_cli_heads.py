@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from planted import induction_model
 
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.tokenizer.plain import CharTokenizer
-from planted import induction_model
 
 TEXTS = ["--clean", "abcdab", "--corrupted", "axcdab"]
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from training_runs import tiny_run
 
 from minigpt.checkpoint import load
 from minigpt.cli import main
 from minigpt.internals.study import Study
 from minigpt.training.launch import train
-from training_runs import tiny_run
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model, tiny_config
 
 import minigpt
-from conftest import random_model, tiny_config
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.model.gpt import GPT

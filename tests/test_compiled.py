@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PRESETS, random_ids, random_model, tiny_config
 from torch import Tensor
 
 import minigpt
-from conftest import PRESETS, random_ids, random_model, tiny_config
 from minigpt.training import loss
 from minigpt.training.loss import next_token_loss, plain_loss
 from minigpt.training.strategy import compiler_works

@@ -13,13 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from minigpt.checkpoint import verify
-from minigpt.errors import DistributedError, MinigptError
-from minigpt.training import join, launch
-from minigpt.training.config import TrainConfig
-from minigpt.training.metrics import read_metrics
-from minigpt.training.module import TrainingModule
 from training_runs import (
     Started,
     StartedFork,
@@ -32,6 +25,13 @@ from training_runs import (
     saved_tensors,
     tiny_run,
 )
+
+from minigpt.checkpoint import verify
+from minigpt.errors import DistributedError, MinigptError
+from minigpt.training import join, launch
+from minigpt.training.config import TrainConfig
+from minigpt.training.metrics import read_metrics
+from minigpt.training.module import TrainingModule
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),

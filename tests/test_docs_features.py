@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_runs import tiny_run, train
 
 from minigpt.cli import main
 from minigpt.internals import autoencoder_training
 from minigpt.internals.autoencoder_config import AutoencoderConfig
 from minigpt.model.config import GPTConfig
-from training_runs import tiny_run, train
 
 PAGE = Path(__file__).parents[1] / "docs/study/features.md"
 SMALL = {"steps": 4, "batch": 64}

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from conftest import random_model, tiny_config
+from table_model import FixedLM
 
 import minigpt.sampling
-from conftest import random_model, tiny_config
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError
@@ -32,7 +33,6 @@ from minigpt.sampling.orders import CUSTOM, ORDERS, STEPS
 from minigpt.sampling.sampler import Sampler
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
-from table_model import FixedLM
 
 ROOT = Path(__file__).parents[1]
 PAGE_FILE = ROOT / "docs" / "sampling.md"

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted import induction_model
 
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.tokenizer.plain import CharTokenizer
-from planted import induction_model
 
 DOCS = Path(__file__).parents[1] / "docs"
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

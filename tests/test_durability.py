@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-
 from training_runs import tiny_run
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import fault_disks as disks
 import fault_trials as trials
+
 import minigpt
 from minigpt import checkpoint, durable, runs
 from minigpt.errors import CheckpointError, DiskError, NonFiniteError

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import random_ids, random_model, tiny_config
+from training_runs import forked, losses, run_and_read, tiny_run
+
 from minigpt.data.batches import Batches
 from minigpt.data.shards import prepare
 from minigpt.model.gpt import GPT
@@ -20,7 +21,6 @@ from minigpt.training.launch import train
 from minigpt.training.loss import next_token_loss
 from minigpt.training.metrics import read_metrics
 from minigpt.training.optimizer import make_optimizer
-from training_runs import forked, losses, run_and_read, tiny_run
 
 MUON = {
     "optimizer__name": "muon",

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.model import fast as home
 from minigpt.model.fast import Compiled, PackedLinear, RelaidGPT, fast
 from minigpt.sampling.loop import stream_rows

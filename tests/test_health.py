@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training_runs import forked, losses, run_and_read, tiny_run
 
 from minigpt.errors import NotLearning
 from minigpt.model.gpt import GPT
@@ -16,7 +17,6 @@ from minigpt.training import fit, module
 from minigpt.training.launch import train
 from minigpt.training.loss import next_token_loss
 from minigpt.training.metrics import read_metrics
-from training_runs import forked, losses, run_and_read, tiny_run
 
 
 def without_gradient(value: Tensor) -> Tensor:

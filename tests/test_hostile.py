@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
 from conftest import random_model, tiny_config
+
 from minigpt.checkpoint import save_checkpoint
 from minigpt.durable import canonical_json, parse_json, sealed, sha256_of, to_json
 from minigpt.tokenizer.plain import ByteTokenizer

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.ablation import ablate
 from minigpt.internals.effect import changes, effect

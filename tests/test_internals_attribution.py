@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.attribution import attribute_logit
 from minigpt.internals.decomposition import UNITS, accumulated, components

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.checkpoint import save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals import autoencoder_training

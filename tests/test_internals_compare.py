@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.errors import DataError
 from minigpt.internals.compare import cka
 from minigpt.internals.study import Study

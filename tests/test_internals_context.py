@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.errors import ConfigError
 from minigpt.internals import context, snapshot
 from minigpt.internals.context import held_out_windows, in_context_score, loss_by_position, score_of

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+from planted import induction_model
+
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.flow import rollout, value_flow
 from minigpt.internals.study import Study
-from planted import induction_model
 
 
 def study_of(preset: str) -> Study:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+from planted import INDUCTION, PREVIOUS, induction_model
+
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.heads import KINDS, LOOKS, copying_score, head_scores, heads, pattern_score, repeated_block
 from minigpt.internals.study import Study
 from minigpt.internals.weights import ordinary_ids
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
-from planted import INDUCTION, PREVIOUS, induction_model
 
 ABCABC = torch.tensor([[5, 6, 7, 5, 6, 7]])
 

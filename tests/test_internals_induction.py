@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from training_runs import run_and_read, tiny_run
+
 from minigpt.data.catalogue import repeated_blocks
 from minigpt.data.config import DataConfig
 from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.training.config import OptimizerConfig
-from training_runs import run_and_read, tiny_run
 
 
 def test_induction_heads_emerge_while_it_trains(tmp_path: Path) -> None:

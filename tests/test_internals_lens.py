@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.checkpoint import Run
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.internals import tuned

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from browser import CHROMIUM, Browser, Page
 from conftest import PRESETS, random_ids, random_model, tiny_config
+from processor_cases import context_of
+
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError, DataError
@@ -33,7 +34,6 @@ from minigpt.sampling.orders import ORDERS
 from minigpt.sampling.pipeline import Pipeline
 from minigpt.sampling.recipe import cook
 from minigpt.tokenizer.plain import CharTokenizer
-from processor_cases import context_of
 
 LETTERS = [chr(48 + i) for i in range(61)]
 TEXT = "ABC DEF ABC".replace(" ", "_")

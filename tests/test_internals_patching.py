@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals import resume
 from minigpt.internals.effect import kl, logit_difference, loss

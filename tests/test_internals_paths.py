@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+from planted import INDUCTION, PREVIOUS, induction_model
+
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals import paths
 from minigpt.internals.effect import logit_difference, loss
 from minigpt.internals.paths import every_receiver, every_sender, patch_paths
 from minigpt.internals.study import Study
 from minigpt.model.gpt import GPT
-from planted import INDUCTION, PREVIOUS, induction_model
 
 ANSWER = logit_difference(3, 5)
 CLEAN, CORRUPTED = random_ids(2, 6), random_ids(2, 6, seed=1)

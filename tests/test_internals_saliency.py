@@ -8,8 +8,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.saliency import Method, saliency
 from minigpt.internals.study import Study

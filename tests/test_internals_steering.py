@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import PRESETS, random_model, tiny_config
+
 from minigpt.checkpoint import save_checkpoint, save_tensors
 from minigpt.cli import main
 from minigpt.errors import ConfigError, DataError

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.names import activations, select
 from minigpt.internals.study import Study

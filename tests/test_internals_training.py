@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from training_runs import assert_equal_to_the_bit, forked, losses, run_and_read, saved_tensors, tiny_run
 
 import minigpt
 from minigpt.data.shards import open_corpus
@@ -14,7 +15,6 @@ from minigpt.internals.snapshot import numbers, snapshot
 from minigpt.internals.study import Study
 from minigpt.runs import read_metrics
 from minigpt.training.internals import due_by_doublings
-from training_runs import assert_equal_to_the_bit, forked, losses, run_and_read, saved_tensors, tiny_run
 
 LOG = {"internals__every": "log"}
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from conftest import random_ids, random_model, tiny_config
+
 from minigpt.internals.study import Study
 from minigpt.model.gpt import GPT
 

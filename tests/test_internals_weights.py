@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from conftest import PRESETS, random_ids, random_model, tiny_config
+from planted import INDUCTION, PREVIOUS, induction_model
+
 from minigpt.errors import ConfigError
 from minigpt.internals.effect import logit_difference
 from minigpt.internals.heads import head_scores, heads
 from minigpt.internals.study import Study
 from minigpt.internals.weights import TokenMatrix, composition, copying_from_weights, ov_circuit, qk_circuit, read_out
 from minigpt.model.gpt import GPT
-from planted import INDUCTION, PREVIOUS, induction_model
 
 
 def alone(preset: str) -> GPT:

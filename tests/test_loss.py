@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import random_ids, random_model, tiny_config
 from torch import Tensor
 
-from conftest import random_ids, random_model, tiny_config
 from minigpt.data.batches import IGNORED
 from minigpt.model.gpt import GPT
 from minigpt.training import loss

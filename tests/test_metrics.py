@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from training_runs import run_and_read, tiny_run
 
 from minigpt.data.batches import Batches
 from minigpt.data.shards import prepare
@@ -22,7 +23,6 @@ from minigpt.training.config import TrainConfig
 from minigpt.training.hardware import accelerator_named, machine_memory, measured_peak, peak_flops, peak_memory
 from minigpt.training.loader import MicroBatches
 from minigpt.training.metrics import Metrics
-from training_runs import run_and_read, tiny_run
 
 
 def batches_of(config: TrainConfig) -> Batches:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import PRESETS, random_ids, random_model, tiny_config, transformers_twin
+
 from minigpt.errors import ConfigError
 from minigpt.model.config import GPTConfig
 from minigpt.model.cost import cost_of

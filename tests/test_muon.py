@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from conftest import PRESETS, tiny_config
+
 from minigpt.model.gpt import GPT
 from minigpt.training.config import OptimizerConfig, TrainConfig, TrainerConfig
 from minigpt.training.module import TrainingModule

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from conftest import random_ids, tiny_config
+from torch import Tensor
+from training_runs import tiny_run
+
 from minigpt.cli import main
 from minigpt.data.shards import prepare
 from minigpt.errors import ConfigError
@@ -24,7 +25,6 @@ from minigpt.training.hardware import ACCELERATORS
 from minigpt.training.loss import plain_loss
 from minigpt.training.optimizer import make_optimizer
 from minigpt.training.plan import make_plan, measured_step, memory_of, show
-from training_runs import tiny_run
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = [

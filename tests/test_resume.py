@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 from minigpt.errors import ConfigError, Interrupted
 from minigpt.training import launch
@@ -16,7 +17,6 @@ from minigpt.training.each_step import EachStep
 from minigpt.training.metrics import read_metrics
 from minigpt.training.settle import settle
 from minigpt.training.stopping import Agreement
-from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 # Everything on that could disturb: dropout, accumulation, validation, samples, and an epoch that ends in between.
 BUSY = {

@@ -4,12 +4,6 @@ import math
 
 import pytest
 import torch
-
-from minigpt.errors import ConfigError
-from minigpt.sampling.adaptive import AdaptiveP, Mirostat1, Mirostat2
-from minigpt.sampling.loop import stream_rows
-from minigpt.sampling.pipeline import Pipeline, gather_state
-from minigpt.sampling.processors import Temperature
 from processor_cases import (
     INF,
     assert_distribution,
@@ -22,6 +16,12 @@ from processor_cases import (
     random_logits,
 )
 from table_model import FixedLM, TableLM, run
+
+from minigpt.errors import ConfigError
+from minigpt.sampling.adaptive import AdaptiveP, Mirostat1, Mirostat2
+from minigpt.sampling.loop import stream_rows
+from minigpt.sampling.pipeline import Pipeline, gather_state
+from minigpt.sampling.processors import Temperature
 
 ONE = context_of([[0]])
 PER_PROMPT = [1.0, 2.0, 3.0] * 4

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from processor_cases import INF, assert_well_behaved, context_of, kept, ragged, random_logits
+from table_model import TableLM, run
 from transformers.generation import logits_process as theirs
 
 from minigpt.errors import ConfigError
@@ -27,8 +29,6 @@ from minigpt.sampling.endings import (
 )
 from minigpt.sampling.pipeline import Pipeline
 from minigpt.sampling.processors import Temperature
-from processor_cases import INF, assert_well_behaved, context_of, kept, ragged, random_logits
-from table_model import TableLM, run
 
 ENDS = (0, 7)
 SEQUENCES = {(1,): 0.5, (9,): -INF, (2,): -1.25, (0, 2): 2.5, (1, 2): -INF, (2, 1, 0): 4.0, (1, 1, 1, 4): -8.0}

@@ -9,13 +9,13 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from table_model import LetterTokenizer, TableLM
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.config import FIELDS, SamplingConfig
 from minigpt.sampling.conflicts import FILTERS
 from minigpt.sampling.orders import ORDERS, STEPS, resolve
 from minigpt.sampling.sampler import Sampler
-from table_model import LetterTokenizer, TableLM
 
 INF, NAN = math.inf, math.nan
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_model import TableLM
+from test_sampling_search import every_text, search
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.constraints import Phrases
 from minigpt.sampling.search import SearchSettings, search_rows
-from table_model import TableLM
-from test_sampling_search import every_text, search
 
 
 def appears(phrase, text) -> bool:

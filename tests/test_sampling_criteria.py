@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_model import FixedLM, ScriptLM, TableLM, run
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.criteria import MaxTime, Repeats, StopSequences
 from minigpt.sampling.noise import Noise
 from minigpt.sampling.processors import Context, Temperature
-from table_model import FixedLM, ScriptLM, TableLM, run
 
 INF = math.inf
 GREEDY = {"processors": [Temperature(0.0)]}

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+from table_model import LetterTokenizer, TableLM
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.bans import PrefixAllowed
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.prompts import holds_stop
 from minigpt.sampling.sampler import Sampler
-from table_model import LetterTokenizer, TableLM
 
 
 def letters(**config) -> Sampler:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from table_model import FixedLM, TableLM
+from test_sampling_search import every_text, search
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.expansion import Step, drawn_top_down
@@ -14,8 +16,6 @@ from minigpt.sampling.hypotheses import Beam
 from minigpt.sampling.noise import Noise
 from minigpt.sampling.processors import Temperature
 from minigpt.sampling.truncation import TopK
-from table_model import FixedLM, TableLM
-from test_sampling_search import every_text, search
 
 INF = math.inf
 

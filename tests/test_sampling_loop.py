@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import PRESETS, random_ids, random_model, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_model import FixedLM, TableLM, run
 
-from conftest import PRESETS, random_ids, random_model, tiny_config
 from minigpt.errors import ConfigError
 from minigpt.sampling.batch import window_start
 from minigpt.sampling.decodable import Cache, Decodable
@@ -17,7 +18,6 @@ from minigpt.sampling.loop import stream_rows
 from minigpt.sampling.noise import uniforms
 from minigpt.sampling.processors import Temperature
 from minigpt.sampling.truncation import TopK, TopP
-from table_model import FixedLM, TableLM, run
 
 INF = math.inf
 

@@ -7,13 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.generation import logits_process as theirs
-
-from minigpt.errors import ConfigError
-from minigpt.sampling.dry import DRY
-from minigpt.sampling.penalties import FrequencyPenalty, PresencePenalty, PromptRepetitionPenalty, RepetitionPenalty
-from minigpt.sampling.pipeline import Pipeline
-from minigpt.sampling.processors import Temperature
 from processor_cases import (
     INF,
     assert_well_behaved,
@@ -23,6 +16,13 @@ from processor_cases import (
     random_logits,
 )
 from table_model import TableLM, run
+from transformers.generation import logits_process as theirs
+
+from minigpt.errors import ConfigError
+from minigpt.sampling.dry import DRY
+from minigpt.sampling.penalties import FrequencyPenalty, PresencePenalty, PromptRepetitionPenalty, RepetitionPenalty
+from minigpt.sampling.pipeline import Pipeline
+from minigpt.sampling.processors import Temperature
 
 EXAMPLES = [
     RepetitionPenalty(1.3),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from processor_cases import INF, assert_well_behaved, call, context_of, kept
 from torch import Tensor
 
 from minigpt.sampling import ranking
@@ -27,7 +28,6 @@ from minigpt.sampling.truncation import (
     TopP,
     Typical,
 )
-from processor_cases import INF, assert_well_behaved, call, context_of, kept
 
 VOCAB = 3000
 ROWS = {

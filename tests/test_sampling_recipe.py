@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from conftest import random_model, tiny_config, transformers_twin
+from table_model import FixedLM, LetterTokenizer, ScriptLM, TableLM
+
 from minigpt.errors import ConfigError
 from minigpt.sampling import truncation
 from minigpt.sampling.adaptive import AdaptiveP, Mirostat1, Mirostat2
@@ -22,7 +23,6 @@ from minigpt.sampling.sampler import Sampler
 from minigpt.sampling.scaling import DynamicTemperature, QuadraticSmoothing
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
-from table_model import FixedLM, LetterTokenizer, ScriptLM, TableLM
 
 PAD = 60  # the last id of the models: transformers' padding, beyond our tokenizer
 PROMPTS = [[7, 3, 7], [5], [11, 12, 13, 11, 12], [2, 2, 9, 4]]

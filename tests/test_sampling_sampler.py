@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from conftest import random_model, tiny_config
+from table_model import ByteDecoder, ByteTokenizer, FixedLM, LetterTokenizer, ScriptLM, TableLM
+
 from minigpt.errors import ConfigError, DataError
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
-from table_model import ByteDecoder, ByteTokenizer, FixedLM, LetterTokenizer, ScriptLM, TableLM
 
 END = 256
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from processor_cases import INF, assert_well_behaved, context_of, of_probabilities, ragged, random_logits
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.processors import Temperature
 from minigpt.sampling.scaling import DynamicTemperature, QuadraticSmoothing
-from processor_cases import INF, assert_well_behaved, context_of, of_probabilities, ragged, random_logits
 
 ONE = context_of([[0]])
 

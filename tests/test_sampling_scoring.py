@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import PRESETS, random_ids, random_model, tiny_config, transformers_twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_model import FixedLM, TableLM, TableModule
 
-from conftest import PRESETS, random_ids, random_model, tiny_config, transformers_twin
 from minigpt.data.batches import ValidationWindows
 from minigpt.data.stream import TokenStream
 from minigpt.errors import ConfigError, NonFiniteError
@@ -17,7 +18,6 @@ from minigpt.evaluation.loss import evaluate
 from minigpt.sampling import scoring
 from minigpt.sampling.loop import stream_rows
 from minigpt.sampling.scoring import Score, score_ids
-from table_model import FixedLM, TableLM, TableModule
 
 INF = math.inf
 

@@ -5,16 +5,16 @@ import math
 
 import pytest
 import torch
+from conftest import random_ids, random_model, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_model import FixedLM, TableLM, TableModule, run
 
-from conftest import random_ids, random_model, tiny_config
 from minigpt.errors import ConfigError
 from minigpt.sampling.penalties import RepetitionPenalty
 from minigpt.sampling.processors import Temperature
 from minigpt.sampling.search import Hypothesis, SearchSettings, search_rows
 from minigpt.sampling.truncation import TopK
-from table_model import FixedLM, TableLM, TableModule, run
 
 INF = math.inf
 

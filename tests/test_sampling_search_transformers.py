@@ -6,15 +6,15 @@ import functools
 
 import pytest
 import torch
-
 from conftest import random_ids, random_model, tiny_config, transformers_twin
+from test_sampling_search import search
+
 from minigpt.sampling.bans import NoRepeatNGram
 from minigpt.sampling.endings import MinNewTokens
 from minigpt.sampling.penalties import RepetitionPenalty
 from minigpt.sampling.processors import Temperature
 from minigpt.sampling.search import Hypothesis
 from minigpt.sampling.truncation import TopK
-from test_sampling_search import search
 
 
 @functools.cache

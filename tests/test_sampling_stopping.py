@@ -5,9 +5,9 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_model import ByteDecoder
 
 from minigpt.sampling.stopping import StopMatcher, TextReader
-from table_model import ByteDecoder
 
 
 def read(pieces: list[str], stop: list[str], include_stop: bool = False) -> tuple[str, bool]:

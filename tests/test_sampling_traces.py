@@ -10,11 +10,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
-
 from conftest import random_ids, random_model, tiny_config
+from table_model import TableLM, TableModule, run
+
 from minigpt.errors import ConfigError
 from minigpt.sampling.loop import Event, stream_rows
-from table_model import TableLM, TableModule, run
 
 
 def modes(module: TableModule) -> list[bool]:

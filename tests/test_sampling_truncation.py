@@ -5,6 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from processor_cases import (
+    INF,
+    assert_distribution,
+    assert_well_behaved,
+    call,
+    context_of,
+    kept,
+    of_probabilities,
+    ragged,
+    random_logits,
+)
 from transformers.generation import logits_process as theirs
 
 from minigpt.errors import ConfigError
@@ -24,17 +35,6 @@ from minigpt.sampling.truncation import (
     TopH,
     TopNSigma,
     Typical,
-)
-from processor_cases import (
-    INF,
-    assert_distribution,
-    assert_well_behaved,
-    call,
-    context_of,
-    kept,
-    of_probabilities,
-    ragged,
-    random_logits,
 )
 
 ONE = context_of([[0]])

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-
 from conftest import random_ids, random_model, tiny_config
-from minigpt.sampling.config import PER_PROMPT, SamplingConfig
-from minigpt.sampling.sampler import Sampler
 from processor_cases import context_of
 from table_model import FixedLM, LetterTokenizer, TableLM
+
+from minigpt.sampling.config import PER_PROMPT, SamplingConfig
+from minigpt.sampling.sampler import Sampler
 
 INF = math.inf
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import random_ids, random_model, tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import assert_equal_to_the_bit, forked, in_forks, losses, run_and_read, saved_tensors, tiny_run
 
-from conftest import random_ids, random_model, tiny_config
 from minigpt.checkpoint import verify
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import find_source
@@ -31,7 +32,6 @@ from minigpt.training.metrics import read_metrics
 from minigpt.training.module import TrainingModule
 from minigpt.training.sharding import shard, whole
 from minigpt.training.strategy import recompute_blocks
-from training_runs import assert_equal_to_the_bit, forked, in_forks, losses, run_and_read, saved_tensors, tiny_run
 
 LAUNCH = Path(__file__).parents[1] / "configs" / "launch"
 

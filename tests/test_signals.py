@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from training_runs import StartedFork, assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 from minigpt.checkpoint import verify
 from minigpt.errors import Interrupted
@@ -16,7 +17,6 @@ from minigpt.training import launch
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.loader import MicroBatches
 from minigpt.training.metrics import read_metrics
-from training_runs import StartedFork, assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
 

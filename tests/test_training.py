@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from training_runs import losses, run_and_read, saved_tensors, tiny_run
 
 import minigpt
 from minigpt.data.batches import Batches
@@ -25,7 +26,6 @@ from minigpt.training.launch import train
 from minigpt.training.metrics import read_metrics, rewind_metrics
 from minigpt.training.schedule import learning_rate
 from minigpt.training.settle import settle
-from training_runs import losses, run_and_read, saved_tensors, tiny_run
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama"])

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import forked, tiny_run
 
 from minigpt.checkpoint import verify
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.module import TrainingModule
 from minigpt.training.watch import BACKWARD, BETWEEN, FORWARD, UPDATE, Seen, hanging
-from training_runs import forked, tiny_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 

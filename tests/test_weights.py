@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_ids, random_model, tiny_config, transformers_twin
 
 import minigpt
-from conftest import random_ids, random_model, tiny_config, transformers_twin
 from minigpt.checkpoint import save_checkpoint, state_of
 from minigpt.errors import CheckpointError
 from minigpt.tokenizer.build import build_tokenizer

@@ -3,8 +3,8 @@
     python tests/versions.py torch 2.10 2.11 2.12 2.13
     python tests/versions.py transformers 5.0 5.24
 
-Each version is installed into a folder of its own, which stands before the packages of this environment; one that is there
-already (--folder) is used as it is. A build of torch for GPUs takes several gigabytes.
+Each version is installed into a folder of its own, which then stands before this environment's packages. With --folder
+it is kept, and used again. A build of torch for GPUs takes several gigabytes.
 """
 
 from __future__ import annotations
