@@ -18,7 +18,6 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import fault_disks as disks
 import fault_trials as trials
-
 import minigpt
 from minigpt import runs
 from minigpt.evaluation.loss import Evaluation

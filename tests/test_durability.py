@@ -21,7 +21,6 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import fault_disks as disks
 import fault_trials as trials
-
 import minigpt
 from minigpt import checkpoint, durable, runs
 from minigpt.errors import CheckpointError, DiskError, NonFiniteError

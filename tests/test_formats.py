@@ -20,7 +20,6 @@ from training_runs import corpus_file, losses, run_and_read, tiny_run
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import fault_trials as trials
-
 import minigpt
 from minigpt import checkpoint
 from minigpt.checkpoint import read_training_state
