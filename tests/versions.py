@@ -58,13 +58,14 @@ def main() -> int:
             found = subprocess.run([*run, "-c", ask], env=environment, capture_output=True, text=True, check=True)
             began = time.monotonic()
             tests = subprocess.run(
-                [*run, "-m", "pytest", "-q", "-n", "2", *FILES[arguments.package]],
+                [*run, "-m", "pytest", "-n", "2", *FILES[arguments.package]],
                 env=environment,
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
             )
-            summary = tests.stdout.strip().splitlines()[-1] if tests.stdout.strip() else tests.stderr.strip()
+            lines = [line for line in tests.stdout.splitlines() if re.search(r"\d (passed|failed|error)", line)]
+            summary = lines[-1].strip("= ") if lines else tests.stderr.strip()
             print(
                 f"{arguments.package} {found.stdout.strip():16} {summary}  ({time.monotonic() - began:.0f} s)",
                 flush=True,
