@@ -191,7 +191,7 @@ def test_prompts_as_ids_and_as_lines(halves: str, printed, tmp_path: Path, monke
     lines = printed(halves, *flags)
     assert lines == "--- 1 of 1 (seed 4) ---\nbaa\n--- 1 of 1 (seed 4) ---\nccaa\n"
     assert lines == printed(halves, "--prompt", "b", "--prompt", "cc", *greedy, "--seed", "4")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("b\ncc"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"b\ncc")))
     assert printed(halves, "--prompt_lines", "-", *flags[2:]) == lines
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import find_source
-from minigpt.data.reading import ReadingLog
+from minigpt.data.decoding import ReadingLog
 from minigpt.errors import ConfigError, DataError
 
 

@@ -36,9 +36,9 @@ SPLIT_PATTERN = (
 LEAST_COUNT = 2  # a pair seen once would only learn the corpus by heart
 PORTION = 1 << 18  # characters handed to the trainer at a time; it holds offsets for each of them
 
-# Characters of one split that are counted together. The trainer takes time by the square of a split's length, and a line
-# of a million dashes, letters or blanks is one split. Cut, it loses one pair in so many; a power of two keeps the pieces
-# of a run of one character (2, 4, 8, ... of them) as they are. Only counting cuts: encoding never does.
+# Characters of one split that are counted together. The trainer takes time by the square of a split's length, and a
+# line of a million dashes, letters or blanks is one split. Cut, it loses one pair in so many; a power of two keeps the
+# tokens of a run of one character (2, 4, 8, ... of it) as they are. Only training cuts, encoding never does.
 LONGEST = 256
 
 
