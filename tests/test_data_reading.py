@@ -6,7 +6,7 @@ import pytest
 import zstandard
 
 from minigpt.data import decoding, reading
-from minigpt.data.decoding import NotText, ReadingLog, as_utf8
+from minigpt.data.decoding import ReadingLog
 from minigpt.data.reading import read_documents, whole_lines
 from minigpt.errors import DataError, MissingExtra
 
