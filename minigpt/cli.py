@@ -18,7 +18,7 @@ from minigpt.cli_sae import sae
 from minigpt.cli_sample import sample
 from minigpt.cli_study import dynamics, heads, inspect, patch
 from minigpt.errors import ConfigError, MinigptError, leave
-from minigpt.terminal import show_what_can_be_shown
+from minigpt.terminal import show_what_can_be_shown, spelled
 
 PROG = "minigpt"
 
@@ -265,7 +265,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     except MinigptError as error:
         if debug:
             raise
-        print(f"{PROG}: {error}", file=sys.stderr)
+        print(spelled(f"{PROG}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:

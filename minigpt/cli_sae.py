@@ -51,6 +51,8 @@ def sae(argv: list[str]) -> None:
     for name in ("tokens", "contexts"):
         if (value := getattr(values, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value}: expected 1 or more")
+    if (name := values.autoencoder) is not None and name.encode("utf-8", "replace").decode() != name:
+        raise ConfigError(f"--autoencoder {name}: is not UTF-8; choose another name")
     config = AutoencoderConfig(**{field.name: getattr(values, field.name) for field in fields(AutoencoderConfig)})
     study = open_study(path, values)
     text = None if values.text is None else read_text("--text", values.text)

@@ -38,7 +38,12 @@ def hushed(hush: bool = True) -> Iterator[None]:
 def notice(line: str) -> None:
     """Print one line about what is going on, apart from the program's own output (to standard error)."""
     if not _hushed:
-        print(line, file=sys.stderr, flush=True)
+        print(spelled(line), file=sys.stderr, flush=True)
+
+
+def spelled(line: str) -> str:
+    """The line with \\udce9 for a byte E9 of a file's name that is no UTF-8: Python has it as half a character."""
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def show_what_can_be_shown() -> None:

@@ -107,5 +107,5 @@ def test_a_file_that_vanishes_after_the_listing_is_named(tree: Path) -> None:
 
 def test_a_source_that_is_there_but_no_file_says_so(tree: Path) -> None:
     os.mkfifo(tree / "pipe")
-    with pytest.raises(DataError, match="'pipe' is no plain file; pipe it in with --data.source -"):
+    with pytest.raises(DataError, match="'pipe' is no plain file; pipe it in"):
         find_source(DataConfig(source="pipe"))
