@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from minigpt.durable import json_text
 from minigpt.errors import ConfigError
 
 
@@ -107,6 +109,11 @@ def _explain(parser: Any, message: str) -> str:
         hint = next((key for key in known if near and (key == near[0] or key.endswith(f".{near[0]}"))), None)
         return f"--{name}: no such setting" + (f"; did you mean --{hint}?" if hint else f"; see {parser.prog} --help")
     return message
+
+
+def print_json(value: Any, **style: Any) -> None:
+    """Print one JSON object in one line, with \\uXXXX for what standard output's encoding lacks."""
+    print(json_text(value, getattr(sys.stdout, "encoding", None) or "utf-8", **style), flush=True)
 
 
 def latest_run(folder: str = "runs") -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,12 +12,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minigpt.arguments import latest_run, make_parser, parse, pick_device, split_positional
+from minigpt.arguments import latest_run, make_parser, parse, pick_device, print_json, split_positional
 from minigpt.cli_lens import lens
 from minigpt.cli_sae import sae
 from minigpt.cli_sample import sample
 from minigpt.cli_study import dynamics, heads, inspect, patch
 from minigpt.errors import ConfigError, MinigptError, leave
+from minigpt.terminal import show_what_can_be_shown, spelled
 
 PROG = "minigpt"
 
@@ -156,7 +156,7 @@ def evaluate(argv: list[str]) -> None:
         "bytes": result.bytes,
     }
     if values.json:
-        print(json.dumps({"checkpoint": str(run.path), "text": what, **figures}))
+        print_json({"checkpoint": str(run.path), "text": what, **figures})
     else:
         print(f"{run.path} on {what}: {result.tokens:,} tokens, {result.bytes:,} bytes")
         print(
@@ -180,7 +180,7 @@ def info(argv: list[str]) -> None:
     cache = cost.cache_bytes_per_token * model.block_size
     if values.json:
         figures = {"parameters": cost.parameters, "training_flops": cost.training_flops, **asdict(cost)}
-        print(json.dumps({"model": model.to_dict(), **figures, "cache_bytes_per_row": cache}))
+        print_json({"model": model.to_dict(), **figures, "cache_bytes_per_row": cache})
         return
     for name, value in model.to_dict().items():
         print(f"{name:16} {value}")
@@ -210,7 +210,10 @@ def plan(argv: list[str]) -> None:
     from minigpt.training.plan import make_plan, show
 
     figures = make_plan(config, values.utilisation, values.measure)
-    print(json.dumps(figures) if values.json else show(figures))
+    if values.json:
+        print_json(figures)
+    else:
+        print(show(figures))
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
@@ -240,6 +243,7 @@ def usage() -> str:
 
 def main(argv: Iterable[str] | None = None) -> int:
     """Run one verb; returns the exit code (see errors.py). `--debug` shows the traceback of an error."""
+    show_what_can_be_shown()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [item for item in arguments if item != "--debug"]
@@ -261,7 +265,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     except MinigptError as error:
         if debug:
             raise
-        print(f"{PROG}: {error}", file=sys.stderr)
+        print(spelled(f"{PROG}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:

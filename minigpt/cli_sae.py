@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt.arguments import print_json
 from minigpt.cli_study import open_study, parse, show, split_positional, study_parser
 from minigpt.errors import ConfigError, Interrupted
 from minigpt.terminal import notice
@@ -26,6 +26,7 @@ def sae(argv: list[str]) -> None:
     """Sparse autoencoders of a model's activations: minigpt sae RUN train --at resid_post --layer 1, then minigpt sae
     RUN show, or eval. They are kept in RUN/autoencoders/. With --target train makes a transcoder.
     """
+    from minigpt.data.reading import read_text
     from minigpt.internals.autoencoder_config import AutoencoderConfig
 
     path, rest = split_positional(argv)
@@ -40,7 +41,9 @@ def sae(argv: list[str]) -> None:
     parser.add_argument("--feature", type=int | None, default=None, help="show: which; null: a few of the strongest")
     parser.add_argument("--contexts", type=int, default=8, help="show: how many of each feature")
     parser.add_argument("--tokens", type=int | None, default=None, help="show, eval: read so many; null: all there are")
-    parser.add_argument("--text", type=str | None, default=None, help="file with text to use in place of the run's own")
+    parser.add_argument(
+        "--text", type=str | None, default=None, help="text file in place of the run's own text; '-': standard input"
+    )
     parser.add_class_arguments(AutoencoderConfig)
     values = parse(parser, rest)
     if action not in ACTIONS:
@@ -48,9 +51,11 @@ def sae(argv: list[str]) -> None:
     for name in ("tokens", "contexts"):
         if (value := getattr(values, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value}: expected 1 or more")
+    if (name := values.autoencoder) is not None and name.encode("utf-8", "replace").decode() != name:
+        raise ConfigError(f"--autoencoder {name}: is not UTF-8; choose another name")
     config = AutoencoderConfig(**{field.name: getattr(values, field.name) for field in fields(AutoencoderConfig)})
     study = open_study(path, values)
-    text = None if values.text is None else _read(values.text)
+    text = None if values.text is None else read_text("--text", values.text)
     if action == "train":
         _train(study, config, values, text)
         return
@@ -59,13 +64,6 @@ def sae(argv: list[str]) -> None:
         show(values, *study.judge_autoencoder(autoencoder, text=text, limit=values.tokens))
     else:
         _show(study, autoencoder, values, text)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text {path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def _home(study: Study) -> Path:
@@ -116,7 +114,7 @@ def _train(study: Study, config: Any, values: Any, text: str | None) -> None:
         raise Interrupted(f"stopped at step {made.notes['steps']} of {config.steps}; saved in {folder}")
     figures, _ = study.judge_autoencoder(made, text=text, limit=values.tokens or FIGURES_ON)
     if values.json:
-        print(json.dumps({"folder": str(folder), **figures.to_dict()}, ensure_ascii=False))
+        print_json({"folder": str(folder), **figures.to_dict()})
     else:
         print(f"{figures}\nsaved in {folder}")
 
@@ -165,4 +163,4 @@ def _show(study: Study, autoencoder: Autoencoder, values: Any, text: str | None)
                 print(f"  raises {' '.join(raises)}\n  lowers {' '.join(lowers)}")
             print()
     if values.json:
-        print(json.dumps(told, ensure_ascii=False))
+        print_json(told)

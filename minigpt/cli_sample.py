@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.arguments import latest_run, make_parser, parse, pick_device, split_positional
+from minigpt.arguments import latest_run, make_parser, parse, pick_device, print_json, split_positional
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -181,7 +178,7 @@ def _print_order(sampler: Sampler) -> None:
 
 
 def _print_json(prompt: Any, told: dict[str, Any]) -> None:
-    print(json.dumps(_jsonable({"prompt": prompt, **told}), ensure_ascii=False, allow_nan=False), flush=True)
+    print_json(_jsonable({"prompt": prompt, **told}), allow_nan=False)
 
 
 def _jsonable(value: Any) -> Any:
@@ -214,6 +211,9 @@ def _prompts(values: Any) -> list[Any]:
         for name in ("prompt", "prompt_ids", "prompt_file", "prompt_lines")
         if getattr(values, name) is not None
     }
+    from minigpt.data.reading import read_text
+    from minigpt.tokenizer.base import well_formed
+
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(f'--{name}' for name in given)}: give one of them")
     if values.prompt_ids is not None:
@@ -221,18 +221,11 @@ def _prompts(values: Any) -> list[Any]:
             raise ConfigError("--prompt_ids: holds no token id; give at least one, or leave it out")
         return [values.prompt_ids]
     if values.prompt_file is not None:
-        return [_read("--prompt_file", values.prompt_file)]
+        return [read_text("--prompt_file", values.prompt_file)]
     if values.prompt_lines is not None:
-        text = _read("--prompt_lines", values.prompt_lines)
+        text = read_text("--prompt_lines", values.prompt_lines)
         lines = text.removesuffix("\n").split("\n")  # and at nothing else that is a line break to some
         if not text:
             raise ConfigError(f"--prompt_lines {values.prompt_lines}: holds no line; give one prompt a line")
         return [line.removesuffix("\r") for line in lines]
-    return values.prompt or [""]
-
-
-def _read(flag: str, path: str) -> str:
-    try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from error
+    return [well_formed(prompt) for prompt in values.prompt or [""]]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.arguments import latest_run, make_parser, parse, pick_device, split_positional
+from minigpt.arguments import latest_run, make_parser, parse, pick_device, print_json, split_positional
 from minigpt.errors import ConfigError
 from minigpt.terminal import notice
 
@@ -36,7 +35,7 @@ def show(values: Any, *results: Result) -> None:
     """Print results for a person, or with --json one object for a program: a list where there are several."""
     if values.json:
         made = [result.to_dict() for result in results]
-        print(json.dumps(made[0] if len(made) == 1 else made, ensure_ascii=False))
+        print_json(made[0] if len(made) == 1 else made)
     else:
         print("\n\n".join(str(result) for result in results))
 
@@ -74,7 +73,7 @@ def inspect(argv: list[str]) -> None:
     study = open_study(path, values)
     made = study.report(text, most=values.tokens)
     if values.json:
-        print(json.dumps(made.data, ensure_ascii=False, allow_nan=False))
+        print_json(made.data, allow_nan=False)
         return
     file = made.save(values.output)
     size = file.stat().st_size / 1e3
@@ -98,7 +97,7 @@ def dynamics(argv: list[str]) -> None:
     run = Path(path or latest_run())
     found = series(list(of_checkpoints(run, pick_device(values.device)))) if values.checkpoints else of_run(run)
     if values.json:
-        print(json.dumps({kind: result.to_dict() for kind, result in found.items()}, ensure_ascii=False))
+        print_json({kind: result.to_dict() for kind, result in found.items()})
     elif values.output is None:
         print(lines(found))
     if values.output is not None:
@@ -122,7 +121,10 @@ def heads(argv: list[str]) -> None:
     if values.kinds is not None:
         settings["kinds"] = values.kinds.split(",")
     found = open_study(path, values).heads(values.text, **settings)
-    print(json.dumps(found.table().to_dict(), ensure_ascii=False) if values.json else found)
+    if values.json:
+        print_json(found.table().to_dict())
+    else:
+        print(found)
 
 
 def patch(argv: list[str]) -> None:

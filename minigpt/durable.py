@@ -28,13 +28,26 @@ def file_sha256(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, characters as themselves."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """The one JSON text of a value: sorted keys, no spaces, characters as themselves (see `json_text`)."""
+    return json_text(value, sort_keys=True, separators=(",", ":"))
+
+
+def json_text(value: Any, encoding: str = "utf-8", **style: Any) -> str:
+    """JSON with characters as themselves, or all but ASCII as \\uXXXX where the encoding lacks one of them.
+
+    UTF-8 lacks lone surrogates: a byte of a file name that is no UTF-8 is one in Python.
+    """
+    text = json.dumps(value, ensure_ascii=False, **style)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, **style)
+    return text
 
 
 def sha256_of(value: Any) -> str:
     """Sha256 (hex) of the canonical JSON of a value."""
-    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
@@ -186,8 +199,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def to_json(value: Any) -> str:
-    """JSON as we write it: indented, non-ASCII as it is, NaN refused."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """JSON as we write it: indented, non-ASCII as it is (see `json_text`), NaN refused."""
+    return json_text(value, indent=2, allow_nan=False) + "\n"
 
 
 MOST_JSON = 64 << 20  # bytes of JSON that are read; a vocabulary of a quarter million tokens has 20 MB

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -36,7 +38,25 @@ def hushed(hush: bool = True) -> Iterator[None]:
 def notice(line: str) -> None:
     """Print one line about what is going on, apart from the program's own output (to standard error)."""
     if not _hushed:
-        print(line, file=sys.stderr, flush=True)
+        print(spelled(line), file=sys.stderr, flush=True)
+
+
+def spelled(line: str) -> str:
+    """The line with \\udce9 for a byte E9 of a file's name that is no UTF-8: Python has it as half a character."""
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def show_what_can_be_shown() -> None:
+    """Have standard output spell characters that its encoding lacks (\\xe9, \\u4e2d), rather than fail on them.
+
+    Where UTF-8 passes bytes on that are no UTF-8, such as those of a file's name, it goes on to.
+    """
+    out: Any = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):  # Python has none where it is closed; notebooks have their own
+        return
+    passes_on = out.errors == "surrogateescape" and codecs.lookup(out.encoding).name == "utf-8"
+    if out.errors in ("strict", "surrogateescape") and not passes_on:
+        out.reconfigure(errors="backslashreplace")
 
 
 _told: set[str] = set()

@@ -160,7 +160,7 @@ def test_prompts_come_from_a_file_or_standard_input(
     expected = said(*common, "--prompt", "two rats")[1]
     (tmp_path / "prompt.txt").write_text("two rats")
     assert said(*common, "--prompt_file", str(tmp_path / "prompt.txt"))[1] == expected
-    monkeypatch.setattr(sys, "stdin", io.StringIO("two rats"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"two rats")))
     assert said(*common, "--prompt_file", "-")[1] == expected
     assert said(*common, "--prompt_file", "-", "--prompt", "x")[0] == 2
     assert said(*common, "--prompt_file", str(tmp_path / "none.txt"))[0] == 2

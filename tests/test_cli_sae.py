@@ -76,7 +76,7 @@ def test_bad_input_is_told_in_one_line(run: str, capsys: pytest.CaptureFixture[s
         ([run, "eval"], 2, "holds no autoencoder"),
         ([run, "show", "--autoencoder", "x"], 2, "there is no such"),
         ([run, "train", "--layer", "0"], 2, "has no corpus of its own; give a text"),
-        ([run, "train", "--text", "nowhere"], 2, "cannot be read as UTF-8 text"),
+        ([run, "train", "--text", "nowhere"], 2, "--text nowhere: cannot be read as text"),
         ([run, "train", "--k", "0"], 2, "no whole number from 1"),
         ([run, "train", "--kind", "relu"], 2, "Expected one of"),
         ([run, "train", "--layer", "9"], 2, "layers are 0 .. 1"),

@@ -16,6 +16,7 @@ from conftest import random_model, tiny_config
 import minigpt
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
+from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.orders import resolve
@@ -191,7 +192,7 @@ def test_prompts_as_ids_and_as_lines(halves: str, printed, tmp_path: Path, monke
     lines = printed(halves, *flags)
     assert lines == "--- 1 of 1 (seed 4) ---\nbaa\n--- 1 of 1 (seed 4) ---\nccaa\n"
     assert lines == printed(halves, "--prompt", "b", "--prompt", "cc", *greedy, "--seed", "4")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("b\ncc"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"b\ncc")))
     assert printed(halves, "--prompt_lines", "-", *flags[2:]) == lines
 
 
@@ -352,3 +353,59 @@ def test_a_preset_without_beams_ends_a_stored_search(tmp_path: Path, printed) ->
     for preset in set(PRESETS) - {"beam"}:
         done = json.loads(printed(str(tmp_path / "run"), "--config", preset, "--prompt", "a", "--json"))
         assert done["score"] is None, preset
+
+
+BYTE_E9 = "caf\udce9"  # how Python hands on the byte E9, which is no UTF-8, from a command line
+WAYS = [[], ["--json"], ["--num_return_sequences", "2"], ["--score"], ["--score", "--json"], ["--show_work"],
+        ["--continuation", "é漢"], ["--num_beams", "2"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize("more", WAYS, ids=" ".join)
+def test_what_a_terminal_cannot_show_is_spelled_and_json_is_the_same_everywhere(
+    encoding: str, errors: str, more: list[str], byte_model: str, printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (byte_model, "--prompt", BYTE_E9, "--seed", "1", "--max_new_tokens", "8", *more)
+    shown = printed(*flags)
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", out)
+        assert main(["sample", *flags]) == 0
+    out.flush()
+    written = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    if "--json" in more:
+        assert json.loads(written) == json.loads(shown)
+        assert json.loads(written)["prompt"] == "caf\ufffd"
+    else:
+        assert written == shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+MARKED = {"utf-8": b"\xef\xbb\xbf", "utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff", "ascii": b""}
+
+
+@pytest.mark.parametrize("encoding", MARKED)
+def test_a_prompt_is_the_text_of_its_file_without_the_mark_and_with_its_line_ends(
+    encoding: str, byte_model: str, printed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ids(*flags: str) -> list[list[int]]:
+        lines = printed(byte_model, *flags, "--max_new_tokens", "0", "--json").splitlines()
+        return [json.loads(line)["prompt_ids"] for line in lines]
+
+    content = MARKED[encoding] + "One\r\ntwo\rthree\n".encode(encoding)
+    (tmp_path / "prompt.txt").write_bytes(content)
+    for flag, expected in {
+        "--prompt_file": [b"One\r\ntwo\rthree\n"],
+        "--prompt_lines": [b"One", b"two\rthree"],
+    }.items():
+        assert ids(flag, str(tmp_path / "prompt.txt")) == [list(prompt) for prompt in expected]
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert ids(flag, "-") == [list(prompt) for prompt in expected]
+
+
+@pytest.mark.parametrize("flag", ["--stop", "--bad_words", "--dry_sequence_breakers"])
+def test_a_text_that_no_model_could_write_is_refused(flag: str, byte_model: str, said) -> None:
+    code, _, err = said(byte_model, "--prompt", "a", flag, '["\udce9"]')
+    assert (code, err.count("\n")) == (2, 1)
+    with pytest.raises(ConfigError, match="a list of texts that UTF-8 can hold"):
+        SamplingConfig(**{flag.removeprefix("--"): ["\udce9"]}).validate()

@@ -11,7 +11,7 @@ from minigpt.data import catalogue as catalogue_module
 from minigpt.data.catalogue import catalogue, download, python_topics, repeated_blocks
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import find_source
-from minigpt.data.reading import ReadingLog
+from minigpt.data.decoding import ReadingLog
 from minigpt.errors import ConfigError, DataError
 
 TEXT = b"A corpus from a server.\n" * 5000

@@ -1,14 +1,19 @@
 import gzip
 import io
 import os
+import re
 import types
 
 import pytest
 
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import find_source
-from minigpt.data.reading import ReadingLog
+from minigpt.data.decoding import ReadingLog
+from minigpt.data.shards import find_prepared, open_corpus, prepare
 from minigpt.errors import ConfigError, DataError
+from minigpt.tokenizer.config import TokenizerConfig
+
+BYTE = TokenizerConfig(kind="byte")
 
 
 def documents(source, log=None) -> list[str]:
@@ -136,3 +141,70 @@ def test_a_fingerprint_changes_with_size_time_and_files_but_not_with_reading(tmp
     (path.parent / "b.txt").write_text("another")
     fingerprints()
     assert len({str(folder) for _, folder in seen}) == 4
+
+
+@pytest.mark.parametrize("name", ["📚.txt", "...!.txt.gz", "\udcff.txt"])
+def test_a_name_without_a_letter_gives_a_corpus_a_name_of_its_own(tmp_path, name):
+    names = set()
+    for stem in ("", "🐱"):
+        try:
+            (tmp_path / (stem + name)).write_bytes(gzip.compress(b"x") if name.endswith("gz") else b"x")
+        except OSError:
+            pytest.skip("this file system takes no such name")
+        source = find(tmp_path / (stem + name))
+        assert documents(source) == ["x"]
+        assert re.fullmatch("text-[0-9a-f]{8}", source.name)
+        assert find(tmp_path / (stem + name)).name == source.name
+        names.add(source.name)
+    assert len(names) == 2
+
+
+def test_names_that_are_no_utf_8_are_names(tmp_path, capsys):
+    folder = os.fsencode(tmp_path) + b"/d\xe9"
+    os.mkdir(folder)
+    try:
+        for name in (b"caf\xe9.txt", b"caf\xe8.txt"):
+            with open(folder + b"/" + name, "wb") as file:
+                file.write(name[3:4] + b"text " * 99)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    made = set()
+    for source in (folder, folder + b"/caf\xe9.txt", folder + b"/caf?.txt"):
+        data = DataConfig(source=os.fsdecode(source), folder=str(tmp_path / "data"))
+        corpus = prepare(data, BYTE)
+        assert "1 invalid sequences" in (said := capsys.readouterr().err) or "2 invalid sequences" in said
+        assert find_prepared(data, BYTE).folder == corpus.folder == open_corpus(corpus.folder).folder
+        assert open_corpus(corpus.folder).manifest["source"]["name"] == os.fsdecode(source)
+        made.add(corpus.manifest["request"])
+    assert len(made) == 3
+
+
+def test_files_that_differ_in_one_strange_byte_have_different_fingerprints(tmp_path):
+    found = []
+    for byte in (b"\xe8", b"\xe9"):
+        folder = tmp_path / str(byte[0])
+        folder.mkdir()
+        path = os.fsencode(folder) + b"/" + byte + b".txt"
+        try:
+            with open(path, "wb") as file:
+                file.write(b"x")
+        except OSError:
+            pytest.skip("this file system takes no such name")
+        os.utime(path, ns=(1, 1))
+        found.append(find(folder).fingerprint["listing_sha256"])
+    assert found[0] != found[1]
+
+
+def test_the_empty_file_among_others_is_told(tmp_path, capsys):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("")
+    (tmp_path / "books" / "b.txt").write_text("some text")
+    prepare(DataConfig(source=str(tmp_path / "books"), folder=str(tmp_path / "data")), BYTE)
+    assert "books: dropped 1 empty of 2 documents" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_nothing_is_text_says_what_there_was(tmp_path):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.bin").write_bytes(b"\0" * 9)
+    with pytest.raises(DataError, match=r"no text left \(no documents; left out .*a\.bin\)"):
+        prepare(DataConfig(source=str(tmp_path / "books"), folder=str(tmp_path / "data")), BYTE)

@@ -175,7 +175,7 @@ def test_what_was_left_out_is_announced_and_recorded(config, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "mixed: left out what does not look like text: " in said
     assert "b.bin" in said
-    assert "mixed: 2 invalid UTF-8 sequences became U+FFFD" in said
+    assert "mixed: 2 invalid sequences of bytes became U+FFFD, the first in " in said
     assert "mixed: dropped 1 empty of 3 documents" in said
     assert (corpus.manifest["invalid"], corpus.manifest["dropped"]) == (2, {"empty": 1})
 

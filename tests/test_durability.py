@@ -23,7 +23,7 @@ import fault_disks as disks
 import fault_trials as trials
 import minigpt
 from minigpt import checkpoint, durable, runs
-from minigpt.errors import CheckpointError, DiskError, NonFiniteError
+from minigpt.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from minigpt.model.cost import cost_of
 from minigpt.runs import prune
 from minigpt.training.launch import train
@@ -246,3 +246,22 @@ def test_an_altered_corpus_is_named_before_training(tmp_path: Path) -> None:
     shard.write_bytes(content)
     with pytest.raises(DataError, match=r"train-00000\.bin was altered"):
         train(replace(config, run_name="another"))
+
+
+@pytest.mark.parametrize("value", ["é漢🙂", "caf\udce9.txt", {"\udcff": ["é", None, 1.5]}])
+def test_json_holds_any_text_and_gives_it_back(value: object, tmp_path: Path) -> None:
+    record = durable.sealed({"value": value})
+    durable.write_text(tmp_path / "a.json", durable.to_json(record))
+    again = durable.parse_json(durable.read_text(tmp_path / "a.json"))
+    assert again == record
+    assert durable.is_intact(again)
+    assert durable.parse_json(durable.json_text(value, "ascii")) == value
+    assert durable.json_text(value, "ascii").isascii()
+    assert durable.canonical_json(value).encode("utf-8")
+
+
+@pytest.mark.parametrize("field", ["run_name", "runs_dir", "data__source", "sample__prompt"])
+def test_what_a_run_could_not_store_is_refused_before_it_starts(field: str, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, **{field: "caf\udce9"})
+    with pytest.raises(ConfigError, match=rf"^{field.replace('__', '.')}: 'caf.udce9' is not UTF-8"):
+        config.check()

@@ -22,7 +22,7 @@ from training_runs import assert_equal_to_the_bit, forked, in_forks, losses, run
 from minigpt.checkpoint import verify
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import find_source
-from minigpt.data.reading import ReadingLog
+from minigpt.data.decoding import ReadingLog
 from minigpt.errors import DataError
 from minigpt.model.gpt import GPT
 from minigpt.training import loss

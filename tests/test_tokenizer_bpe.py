@@ -78,7 +78,7 @@ def merged(word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> tuple[bytes, .
 
 
 def library_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """The same training, run through the trained `tokenizers` object's own encoding."""
+    """The same training with nothing cut, run through the trained `tokenizers` object's own encoding."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = train_bpe.splitter(SPLIT_PATTERN)
     trainer = BpeTrainer(
@@ -227,6 +227,62 @@ def test_an_empty_corpus_is_refused_and_a_failing_one_fails_as_itself():
 def test_training_on_long_texts_cut_into_portions_learns_the_same(monkeypatch):
     monkeypatch.setattr(train_bpe, "PORTION", 16)
     assert trained().hash == TRAINED.hash
+
+
+def uncut_tokens(text: str, vocab_size: int) -> list[bytes]:
+    """What the library learns from the whole splits."""
+    spelled = sorted(library_tokenizer(text, vocab_size).get_vocab().items(), key=lambda item: item[1])
+    return [bytes(BYTE_OF[character] for character in token) for token, _ in spelled[256:]]
+
+
+def unspaced(alphabet: str, length: int) -> str:
+    """Words of a language of 50, some frequent, some rare, without a space between them."""
+    dice = random.Random(alphabet)
+    words = ["".join(dice.choices(alphabet, k=dice.randint(2, 7))) for _ in range(50)]
+    return "".join(dice.choices(words, [1 / rank for rank in range(1, 51)], k=length))[:length]
+
+
+RUNS = {
+    "dashes": "-" * 2000,
+    "blanks": " " * 2000,
+    "line ends": "\n" * 2000,
+    "DNA": unspaced("ACGT", 6000),
+    "Thai": unspaced("กขคงจฉชซฌญฎฏ", 6000),
+    "hexadecimal": unspaced("ABCDEFabcdef", 6000),
+}
+
+
+@pytest.mark.parametrize("text", RUNS.values(), ids=RUNS)
+def test_no_split_is_counted_in_pieces_longer_than_the_limit(text):
+    """The trainer's time goes by the square of a piece, so this is what keeps it proportional to the text."""
+    whole = train_bpe.splitter(SPLIT_PATTERN).pre_tokenize_str(text)
+    cut = train_bpe.splitter(SPLIT_PATTERN, train_bpe.LONGEST).pre_tokenize_str(text)
+    assert max(end - start for _, (start, end) in cut) <= train_bpe.LONGEST
+    assert "".join(piece for piece, _ in cut) == "".join(piece for piece, _ in whole)
+    assert "".join(text[start:end] for _, (start, end) in cut) == text  # between characters
+
+
+@pytest.mark.parametrize("length", [1, 30, train_bpe.LONGEST - 1, train_bpe.LONGEST])
+def test_words_up_to_the_limit_are_learned_as_by_the_whole_split(length):
+    dice = random.Random(length)
+    words = ["".join(dice.choices("abcก", k=length)) for _ in range(40)]
+    text = PROSE + " ".join(dice.choices(words, k=60))
+    # A space before a word is part of its split.
+    text = text if length < train_bpe.LONGEST else "\n".join(text.split(" "))
+    assert trained(text, 400).tokens[256:] == uncut_tokens(text, 400)
+
+
+@pytest.mark.parametrize("name", ["dashes", "blanks", "line ends"])
+def test_a_run_of_one_character_gives_the_tokens_of_the_uncut_run_up_to_the_limit(name):
+    learned, whole = trained(RUNS[name], 300).tokens[256:], uncut_tokens(RUNS[name], 300)
+    assert learned == [token for token in whole if len(token) <= train_bpe.LONGEST]
+    assert len(learned[-1]) == train_bpe.LONGEST < len(whole[-1])
+
+
+@pytest.mark.parametrize("name", ["DNA", "Thai", "hexadecimal"])
+def test_a_long_run_is_told_as_briefly_as_by_the_tokens_of_the_uncut_run(name):
+    ours, library = trained(RUNS[name], 400), library_tokenizer(RUNS[name], 400)
+    assert len(ours.encode(RUNS[name])) < 1.01 * len(library.encode(RUNS[name]).ids)
 
 
 def test_a_saved_vocabulary_is_the_same_vocabulary(tmp_path):

@@ -16,8 +16,10 @@ from typing import Any
 
 from minigpt.data.catalogue import catalogue, check_copy, download, python_topics, repeated_blocks, topic_pieces
 from minigpt.data.config import DataConfig
-from minigpt.data.reading import BLOCK, COMPRESSED, Piece, ReadingLog, looks_binary, read_documents
-from minigpt.durable import canonical_json, file_sha256
+from minigpt.data.decoding import NotText, ReadingLog
+from minigpt.data.listing import Listing, list_folder, list_pattern
+from minigpt.data.reading import BLOCK, COMPRESSED, Piece, read_documents, standard_input
+from minigpt.durable import canonical_json, file_sha256, sha256_of
 from minigpt.errors import ConfigError, DataError, DiskError
 
 
@@ -55,20 +57,25 @@ def find_source(data: DataConfig) -> Source:
     if data.source == "-":
         return _standard_input(data)
     path = Path(data.source).expanduser()
-    if path.is_dir():
-        name = _folder_name(path.resolve().name, data.source)
-        files = _files_below(path, Path(data.folder))
-        if not files:
-            raise DataError(f"data.source {data.source!r} is a folder without files; put text files into it")
-        return _files(name, files, path, data.field, sniff=True)
-    if path.is_file():
-        return _files(_folder_name(_stem(path), data.source), [path], path.parent, data.field, sniff=False)
+    if os.path.isdir(path):
+        return _folder(_folder_name(path.resolve().name, data.source), path, data, f"data.source {data.source!r}")
+    if os.path.isfile(path):
+        return _files(_folder_name(_stem(path), data.source), Listing([path]), path.parent, data.field, many=False)
     if glob.has_magic(data.source):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        files = [match for match in matches if match.is_file()]
-        if not files:
-            raise DataError(f"data.source {data.source!r} matches no file; check the pattern and the current folder")
-        return _files(_folder_name(data.source, data.source), files, Path("."), data.field, sniff=True)
+        listing = list_pattern(str(path))
+        if not listing.files:
+            raise DataError(
+                f"data.source {data.source!r} matches no file{_beside(listing)}; check the pattern and the current "
+                "folder"
+            )
+        return _files(_folder_name(data.source, data.source), listing, Path("."), data.field, many=True)
+    try:
+        os.stat(path)
+        raise DataError(f"data.source {data.source!r} is no plain file; pipe it in with --data.source -")
+    except PermissionError as error:
+        raise DataError(f"data.source {data.source!r} cannot be read: {error}") from error
+    except (OSError, ValueError):
+        pass  # there is nothing
     near = get_close_matches(data.source, named, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
@@ -78,11 +85,11 @@ def find_source(data: DataConfig) -> Source:
 
 
 def _folder_name(name: str, source: str) -> str:
-    """The name without what could lead out of the data folder or hide in it."""
-    safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")
-    if not safe:
+    """The name without what could lead out of the data folder or hide in it; a hash of it where nothing is left."""
+    if not name:
         raise ConfigError(f"data.source {source!r} gives the corpus no name to keep it under; name a file or a folder")
-    return safe
+    safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")
+    return safe or f"text-{sha256_of(name)[:8]}"
 
 
 def _stem(path: Path) -> str:
@@ -127,30 +134,32 @@ def _supplied(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
             f"(text, .jsonl, .gz, .zst) with --data.file PATH, or take another text with --data.source PATH"
         )
     path = Path(data.file).expanduser()
-    files = _files_below(path, Path(data.folder)) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"data.file {data.file!r} is a folder without files; put {name} into it")
-    return _files(name, files, path if path.is_dir() else path.parent, data.field, sniff=path.is_dir())
+    if os.path.isdir(path):
+        return _folder(name, path, data, f"data.file {data.file!r}")
+    return _files(name, Listing([path]), path.parent, data.field, many=False)
 
 
-def _files_below(folder: Path, excluded: Path) -> list[Path]:
-    """The files of a folder in the order of their paths, without hidden ones and without prepared corpora."""
-    excluded, files = excluded.resolve(), []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and (Path(parent) / f).resolve() != excluded]
-        files += [Path(parent) / name for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.is_file())
+def _folder(name: str, path: Path, data: DataConfig, what: str) -> Source:
+    listing = list_folder(path, Path(data.folder))
+    if not listing.files:
+        raise DataError(f"{what} is a folder without files{_beside(listing)}; put text files into it")
+    return _files(name, listing, path, data.field, many=True)
 
 
-def _files(name: str, files: list[Path], base: Path, field: str, sniff: bool) -> Source:
-    sizes, listing = 0, hashlib.sha256()
+def _beside(listing: Listing) -> str:
+    return f" (there is {', '.join(listing.left_out[:3])})" if listing.left_out else ""
+
+
+def _files(name: str, found: Listing, base: Path, field: str, many: bool) -> Source:
+    """Files as a source; of `many`, those that are no text are left out."""
+    sizes, listing, files = 0, hashlib.sha256(), found.files
     for file in files:
         try:
-            found = file.stat()
+            status = file.stat()
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error}") from error
-        sizes += found.st_size
-        listing.update(canonical_json([os.path.relpath(file, base), found.st_size, found.st_mtime_ns]).encode())
+        sizes += status.st_size
+        listing.update(canonical_json([os.path.relpath(file, base), status.st_size, status.st_mtime_ns]).encode())
     fingerprint = {
         "path": str(files[0] if len(files) == 1 else base),
         "files": len(files),
@@ -159,24 +168,28 @@ def _files(name: str, files: list[Path], base: Path, field: str, sniff: bool) ->
     }
 
     def documents(log: ReadingLog) -> Iterator[Piece]:
+        log.skipped += found.left_out
         for file in files:
-            if sniff and looks_binary(file):
-                log.skipped.append(str(file))
-            else:
+            try:
                 yield from read_documents(file, field, log)
+            except NotText:
+                if not many:
+                    raise
+                log.skipped.append(str(file))
 
     return Source(name, fingerprint, sizes, documents)
 
 
 def _standard_input(data: DataConfig) -> Source:
     """Keep what standard input brings in a file named after its content, so that it can be read twice."""
+    piped = standard_input()
     folder = Path(data.folder) / "stdin" / "source"
     spool = folder / f".{secrets.token_hex(4)}.part"
     digest = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with spool.open("wb") as file:
-            while block := sys.stdin.buffer.read(BLOCK):
+            while block := piped.read(BLOCK):
                 digest.update(block)
                 file.write(block)
             size = file.tell()

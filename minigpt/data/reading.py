@@ -5,17 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from minigpt.errors import DataError, MissingExtra
+from minigpt.data.decoding import ReadingLog, as_utf8, decode_utf8
+from minigpt.errors import ConfigError, DataError, MissingExtra
+from minigpt.terminal import notice
 
 BLOCK = 1 << 20  # bytes read at a time
 COMPRESSED = (".gz", ".zst")
-_BOM = b"\xef\xbb\xbf"
+UNREADABLE = (OSError, EOFError, zlib.error)  # what opening and decompressing a file may raise
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -24,18 +26,6 @@ class Piece(NamedTuple):
 
     text: str
     ends: bool
-
-
-@dataclass
-class ReadingLog:
-    """What came up while reading: kept apart from the text so that every reader can stay a plain generator."""
-
-    bytes: int = 0
-    """Bytes taken from disk so far."""
-    invalid: int = 0
-    """Replacement characters that stand for bytes that are not UTF-8."""
-    skipped: list[str] = field(default_factory=list)
-    """Files of a folder that do not look like text."""
 
 
 def content_suffix(path: Path) -> str:
@@ -47,7 +37,7 @@ def content_suffix(path: Path) -> str:
 
 
 def read_documents(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
-    """The documents of one file: one a line for .jsonl, else the whole file.
+    """The documents of one file: one a line for .jsonl, else the whole file. Line ends stay as they are.
 
     Args:
         path: the file; .gz and .zst are decompressed as they are read.
@@ -56,28 +46,44 @@ def read_documents(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
 
     Raises:
         DataError: the file cannot be read, or a line of it holds no document.
+        NotText: it is no text; told before the first piece.
         MissingExtra: .zst without the package zstandard.
     """
     try:
         if content_suffix(path) == ".jsonl":
             yield from _json_lines(path, field, log)
         else:
-            for block in whole_lines(_blocks(path, log), BLOCK):
-                yield Piece(_decode(block, log), False)
+            for block in whole_lines(as_utf8(_blocks(path, log), str(path), log), BLOCK):
+                yield Piece(decode_utf8(block, str(path), log), False)
             yield Piece("", True)
-    except (OSError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def looks_binary(path: Path) -> bool:
-    """Whether a file of a folder is something other than text, going by its first 8 KiB."""
-    if path.suffix.lower() in COMPRESSED:
-        return content_suffix(path) == ".tar"
+def read_text(flag: str, path: str) -> str:
+    """The whole of a small text that a flag names, decoded as a corpus is; "-" is standard input.
+
+    Raises:
+        ConfigError: it cannot be read, or is no text.
+    """
+    log, name = ReadingLog(), "standard input" if path == "-" else path
     try:
-        with path.open("rb") as file:
-            return b"\0" in file.read(8192)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        blocks = _fixed_blocks(standard_input()) if path == "-" else _blocks(Path(path), log)
+        text = decode_utf8(b"".join(as_utf8(blocks, name, log)), name, log)
+    except UNREADABLE as error:
+        raise ConfigError(f"{flag} {path}: cannot be read as text ({error})") from error
+    except DataError as error:
+        raise ConfigError(f"{flag} {error}") from error
+    for line in log.notices():
+        notice(f"{flag} {path}: {line}")
+    return text
+
+
+def standard_input() -> BinaryIO:
+    """The bytes that are piped in. Raises ConfigError where nothing can be."""
+    if sys.stdin is None:
+        raise ConfigError("standard input (-) is closed; pipe a text into it, or name a file")
+    return sys.stdin.buffer
 
 
 def whole_lines(blocks: Iterable[bytes], limit: int | None) -> Iterator[bytes]:
@@ -113,27 +119,17 @@ def _character_border(block: bytes) -> int:
     return len(block)
 
 
-def _decode(block: bytes, log: ReadingLog) -> str:
-    try:
-        return block.decode("utf-8")
-    except UnicodeDecodeError:
-        text = block.decode("utf-8", "replace")
-        log.invalid += text.count("\ufffd") - block.count("\ufffd".encode())
-        return text
-
-
 def _blocks(path: Path, log: ReadingLog) -> Iterator[bytes]:
-    """The decompressed bytes of a file without its byte order mark."""
+    """The decompressed bytes of a file."""
     with path.open("rb") as raw:
         suffix = path.suffix.lower()
         if suffix == ".gz":
             with gzip.GzipFile(fileobj=raw) as file:
-                blocks = _fixed_blocks(file)
-                yield from _counted(_without_mark(blocks), raw, log)
+                yield from _counted(_fixed_blocks(file), raw, log)
         elif suffix == ".zst":
-            yield from _counted(_without_mark(_zstandard_blocks(path, raw)), raw, log)
+            yield from _counted(_zstandard_blocks(path, raw), raw, log)
         else:
-            yield from _counted(_without_mark(_fixed_blocks(raw)), raw, log)
+            yield from _counted(_fixed_blocks(raw), raw, log)
 
 
 def _fixed_blocks(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
@@ -163,17 +159,6 @@ def _zstandard_blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         raise DataError(f"{path} ends in the middle of its compressed text; it is cut short")
 
 
-def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    first = b""
-    for block in blocks:
-        first += block
-        if len(first) >= len(_BOM):
-            break
-    if first := first.removeprefix(_BOM):
-        yield first
-    yield from blocks
-
-
 def _counted(blocks: Iterator[bytes], raw: BinaryIO, log: ReadingLog) -> Iterator[bytes]:
     before = 0
     for block in blocks:
@@ -184,15 +169,19 @@ def _counted(blocks: Iterator[bytes], raw: BinaryIO, log: ReadingLog) -> Iterato
 
 
 def _json_lines(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
-    number = 0
-    for block in whole_lines(_blocks(path, log), limit=None):
+    number, name = 0, str(path)
+    for block in whole_lines(as_utf8(_blocks(path, log), name, log), limit=None):
         for line in block.removesuffix(b"\n").split(b"\n"):
             number += 1
             if line.strip():
-                yield Piece(_json_text(_decode(line, log), field, f"{path} line {number}", log), True)
+                text = _json_text(decode_utf8(line, name, log), field, f"{path} line {number}")
+                if _SURROGATES.search(text):  # \ud800 alone is JSON, but no character
+                    text, count = _SURROGATES.subn("\ufffd", text)
+                    log.replaced(count, name)
+                yield Piece(log.read(text, name), True)
 
 
-def _json_text(line: str, field: str, where: str, log: ReadingLog) -> str:
+def _json_text(line: str, field: str, where: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -205,7 +194,4 @@ def _json_text(line: str, field: str, where: str, log: ReadingLog) -> str:
     text = value[field]
     if not isinstance(text, str):
         raise DataError(f"{where}: field {field!r} holds {type(text).__name__}, expected a string")
-    if _SURROGATES.search(text):  # \ud800 alone is JSON, but no character
-        text, count = _SURROGATES.subn("\ufffd", text)
-        log.invalid += count
     return text

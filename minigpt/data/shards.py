@@ -228,11 +228,8 @@ def _made_for(request: str, home: Path) -> Path | None:
 
 def _announce(text: SurveyedText) -> None:
     name, log = text.source.name, text.log
-    if log.skipped:
-        more = f" and {len(log.skipped) - 3} more" if len(log.skipped) > 3 else ""
-        notice(f"{name}: left out what does not look like text: {', '.join(log.skipped[:3])}{more}")
-    if log.invalid:
-        notice(f"{name}: {log.invalid} invalid UTF-8 sequences became U+FFFD")
+    for line in log.notices():
+        notice(f"{name}: {line}")
     if text.dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(text.dropped.items()))
         notice(f"{name}: dropped {reasons} of {len(text.kept)} documents")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from minigpt.data.clean import clean
 from minigpt.data.config import CleanConfig
 from minigpt.data.corpus import Source
-from minigpt.data.reading import Piece, ReadingLog
+from minigpt.data.decoding import ReadingLog
+from minigpt.data.reading import Piece
 from minigpt.errors import DataError
 from minigpt.terminal import progress
 
@@ -141,6 +142,7 @@ def survey(source: Source, config: CleanConfig, show: bool = True) -> SurveyedTe
     found.sha256 = digest.hexdigest()
     if not found.lengths:
         reasons = ", ".join(f"{count} {reason}" for reason, count in found.dropped.items()) or "no documents"
+        reasons = "; ".join([reasons, *found.log.notices()])
         raise DataError(
             f"corpus {source.name!r} has no text left ({reasons}); name another text with --data.source, or clean less"
         )

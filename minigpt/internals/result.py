@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import html
 import io
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from minigpt.durable import write_text
+from minigpt.durable import json_text, write_text
 from minigpt.errors import ConfigError
 
 SHADES = " ░▒▓█"
@@ -156,7 +155,7 @@ class Result:
         path = Path(path)
         match path.suffix:
             case ".json":
-                write_text(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False))
+                write_text(path, json_text(self.to_dict(), allow_nan=False))
             case ".csv":
                 out = io.StringIO()
                 writer = csv.writer(out, lineterminator="\n")

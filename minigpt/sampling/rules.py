@@ -42,6 +42,11 @@ def is_list(value: object) -> bool:
     return isinstance(value, (list, tuple))
 
 
+def is_text(value: object) -> bool:
+    """Whether the value is a text, not empty, that a model could write: without half of a surrogate pair."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def plain(value: Any, whole: bool = False) -> Any:
     """A setting as Python's own numbers, lists and dicts, whatever it was given as: those compare and become JSON.
 
@@ -89,8 +94,8 @@ TEMPERATURE = Rule(
     "0 (always the likeliest token) or a number above it, such as 0.8",
 )
 SEED = Rule(lambda v: v is None or (is_id(v) and v < 2**64), "a whole number from 0 to 2**64 - 1; null draws one")
-TEXTS = Rule(lambda v: is_list(v) and all(isinstance(text, str) and text for text in v), "a list of texts, none empty")
-TEXT_OR_TEXTS = Rule(lambda v: (isinstance(v, str) and v != "") or TEXTS.accepts(v), "a name, or a list of names")
+TEXTS = Rule(lambda v: is_list(v) and all(map(is_text, v)), "a list of texts that UTF-8 can hold, none empty")
+TEXT_OR_TEXTS = Rule(lambda v: is_text(v) or TEXTS.accepts(v), "a name, or a list of names")
 ID_OR_NONE = Rule(lambda v: v is None or is_id(v), "a token id, or None")
 ID_LIST = Rule(lambda v: is_list(v) and all(map(is_id, v)), "a list of token ids")
 IDS_OR_NONE = Rule(lambda v: v is None or is_id(v) or ID_LIST.accepts(v), "a token id or a list of them, or None")
@@ -111,7 +116,7 @@ DECAY_OR_NONE = Rule(
     "[a whole number of tokens, a factor above 0], or None",
 )
 WORDS = Rule(
-    lambda v: is_list(v) and all((isinstance(one, str) and one) or (one and TEXTS.accepts(one)) for one in v),
+    lambda v: is_list(v) and all(is_text(one) or (one and TEXTS.accepts(one)) for one in v),
     "a list of texts, or of lists of alternative texts",
 )
 WORD_IDS = Rule(

@@ -3,7 +3,8 @@
 Hugging Face's `tokenizers` counts and merges; what comes out is a list of tokens in the order they were learned, which
 `BPETokenizer` runs. The trainer starts from the 256 bytes and again and again makes one token of the pair of neighbours
 that is seen most often. Of pairs seen equally often it takes the one whose first token, then second, is the older
-(bytes in the order of `BYTE_OF`). It ends with the vocabulary full or no pair seen twice.
+(bytes in the order of `BYTE_OF`). It ends with the vocabulary full or no pair seen twice. No token is longer than
+`LONGEST` characters.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ SPLIT_PATTERN = (
 LEAST_COUNT = 2  # a pair seen once would only learn the corpus by heart
 PORTION = 1 << 18  # characters handed to the trainer at a time; it holds offsets for each of them
 
+# Characters of one split that are counted together. The trainer takes time by the square of a split's length, and a
+# line of a million dashes, letters or blanks is one split. Cut, it loses one pair in so many; a power of two keeps the
+# tokens of a run of one character (2, 4, 8, ... of it) as they are. Only training cuts, encoding never does.
+LONGEST = 256
+
 
 def train_bpe(texts: Iterable[str], vocab_size: int, show: bool = True) -> BPETokenizer:
     """A tokenizer of kind "bpe" whose ids are the 256 bytes, the learned tokens, and last <|endoftext|>.
@@ -54,7 +60,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show: bool = True) -> BPETo
         show_progress=False,
     )
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = splitter(SPLIT_PATTERN)
+    tokenizer.pre_tokenizer = splitter(SPLIT_PATTERN, LONGEST)
     read = 0
 
     def portions() -> Iterator[str]:
@@ -81,9 +87,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show: bool = True) -> BPETo
     return BPETokenizer("bpe", SPLIT_PATTERN, tokens, {END_OF_TEXT: len(tokens)})
 
 
-def splitter(pattern: str) -> Sequence:
-    """The pattern as `tokenizers` applies it, with bytes spelled as characters."""
-    return Sequence([Split(Regex(pattern), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+def splitter(pattern: str, longest: int | None = None) -> Sequence:
+    """The pattern as `tokenizers` applies it, with bytes spelled as characters.
+
+    Args:
+        pattern: what a split is.
+        longest: characters after which a split is cut again, for training; None: it stays whole.
+    """
+    steps = [pattern] if longest is None else [pattern, rf"[\s\S]{{{longest}}}"]
+    splits = [Split(Regex(step), behavior="isolated") for step in steps]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _portions(text: str) -> Iterator[str]:

@@ -198,7 +198,11 @@ class TrainConfig:
         return self.batch_size // (self.processes * self.micro_batch_size)
 
     def check(self) -> None:
-        """Raise ConfigError, naming the field, for numbers that cannot be trained with."""
+        """Raise ConfigError, naming the field, for what cannot be trained with or stored with a run."""
+        for name, value in self.flat().items():
+            if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
+                pattern = " (or give a pattern: each such byte is a ?)" if name == "data.source" else ""
+                raise ConfigError(f"{name}: {value!r} is not UTF-8 and cannot be stored with a run; rename it{pattern}")
         for name in ("devices", "num_nodes"):
             if getattr(self.trainer, name) < 1:
                 raise ConfigError(f"trainer.{name}: {getattr(self.trainer, name)} is not positive")

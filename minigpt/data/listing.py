@@ -1,0 +1,83 @@
+"""A folder or a pattern -> the files it names, and what lies there that is left out, so that it can be told."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from minigpt.errors import DataError
+
+DEEP = "**"  # in a pattern: any number of folders
+
+
+@dataclass
+class Listing:
+    """What was found."""
+
+    files: list[Path] = field(default_factory=list)
+    """In the order of their paths."""
+    left_out: list[str] = field(default_factory=list)
+    """What is no file, each with what it is."""
+
+
+def list_folder(folder: Path, excluded: Path) -> Listing:
+    """The files of a folder and of the folders in it, without hidden ones and without those in `excluded`.
+
+    Links to files are followed. Links to folders are not, so that none leads round in a circle.
+
+    Raises:
+        DataError: one of the folders cannot be read.
+    """
+    return _sorted(_find(folder, [DEEP], excluded.resolve(), Listing()))
+
+
+def list_pattern(pattern: str) -> Listing:
+    """The files that a pattern such as books/**/*.txt names. * names no hidden file, and ** follows no link.
+
+    Raises:
+        DataError: a folder that the pattern leads through cannot be read.
+    """
+    parts = Path(pattern).parts
+    plain = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:plain])
+    return _sorted(_find(base, parts[plain:], None, Listing()) if base.is_dir() else Listing())
+
+
+def _sorted(found: Listing) -> Listing:
+    return Listing(sorted(set(found.files)), sorted(set(found.left_out)))
+
+
+def _find(folder: Path, pattern: Sequence[str], excluded: Path | None, found: Listing) -> Listing:
+    first, rest = pattern[0], pattern[1:]
+    deep = first == DEEP
+    if deep and rest:  # ** may stand for no folder at all
+        _find(folder, rest, excluded, found)
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be read ({error.strerror}); allow it to be read, or move it out of the text's folder"
+        ) from error
+    for name in names:
+        path = folder / name
+        hidden = name.startswith(".") and not first.startswith(".")
+        if hidden or not (deep or fnmatch(name, first)):
+            continue
+        if not os.path.isdir(path):
+            if os.path.isfile(path):
+                found.files += [] if rest else [path]
+            elif not rest:
+                found.left_out.append(f"{path} ({'a broken link' if path.is_symlink() else 'no file'})")
+        elif excluded is not None and path.resolve() == excluded:
+            continue
+        elif deep and path.is_symlink():
+            found.left_out.append(f"{path} (a link to a folder)")
+        elif deep or rest:
+            _find(path, pattern if deep else rest, excluded, found)
+        else:
+            found.left_out.append(f"{path} (a folder; name it with /** for what is in it)")
+    return found
