@@ -16,7 +16,6 @@ import statistics
 from pathlib import Path
 
 import yaml
-
 from runs import ROOT, Outcome, run
 
 RATES = yaml.safe_load((ROOT / "configs/speedrun.yaml").read_text())["optimizer"]

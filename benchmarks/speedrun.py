@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import yaml
 from draw import Points, curves, smooth
+from runs import ROOT, Outcome, run
 
 from minigpt.data.batches import Batches, validation_windows
 from minigpt.data.shards import open_corpus
@@ -38,7 +39,6 @@ from minigpt.training.config import TrainConfig
 from minigpt.training.loss import next_token_loss
 from minigpt.training.schedule import learning_rate
 from minigpt.training.settle import settle
-from runs import ROOT, Outcome, run
 
 TARGET = 1.88  # nats a character
 SPRINT_STEPS = 90

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from minigpt.formats import FORMAT, check_format, migrate_model
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import Rotary
-from minigpt.runs import MANIFEST, find_checkpoint, read_json, verify, verify_once, write_manifest
+from minigpt.runs import MANIFEST, read_checkpoint, read_json, verify, verify_once, write_manifest
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.build import load_tokenizer, save_tokenizer
 from minigpt.weights import config_from_huggingface, from_huggingface, to_huggingface
@@ -53,7 +53,9 @@ class Run:
     sampling: dict[str, Any]
     """generation_config.json: sampling defaults."""
     path: Path
-    """The checkpoint folder that was read."""
+    """The checkpoint folder that was read. Of a run in training it may be gone by now; nothing more is read from it."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """training_state.json: the counters of training, the hash of the corpus; empty where the folder holds none."""
 
 
 # Writing.
@@ -288,14 +290,18 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
     """Load a model with its tokenizer from a run, a checkpoint folder, or a Hugging Face GPT-2 or Llama folder.
 
     Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
-    notice says so where that is not the newest. A folder with a manifest is verified first. Never touches the network,
-    never runs code from the folder. The model comes back in evaluation mode.
+    notice says so where that is not the newest. The run may be in training: see `minigpt.runs.read_checkpoint`. A
+    folder with a manifest is verified first. Never touches the network, never runs code from the folder. The model
+    comes back in evaluation mode.
 
     Raises CheckpointError for a folder that holds no model, a damaged one, or an unknown architecture.
     """
     from minigpt.terminal import notice
 
-    folder = find_checkpoint(path, notice)
+    return read_checkpoint(path, lambda folder: _load(folder, device, dtype), notice)
+
+
+def _load(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Run:
     if (folder / MANIFEST).is_file():
         verify_once(folder)
     config, weights = read_weights(folder)
@@ -307,6 +313,7 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
         config=read_yaml(folder / "train_config.yaml") if (folder / "train_config.yaml").is_file() else {},
         sampling=read_json(generation) if generation.is_file() else {},
         path=folder,
+        state=read_training_state(folder) if (folder / "training_state.json").is_file() else {},
     )
 
 

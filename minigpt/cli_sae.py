@@ -45,6 +45,8 @@ def sae(argv: list[str]) -> None:
     values = parse(parser, rest)
     if action not in ACTIONS:
         raise ConfigError(f"sae: {action or 'no action'}; expected minigpt sae RUN train, show or eval")
+    if values.autoencoder == "":
+        raise ConfigError("--autoencoder is empty; give a name or a folder, or leave it out")
     for name in ("tokens", "contexts"):
         if (value := getattr(values, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value}: expected 1 or more")

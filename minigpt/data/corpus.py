@@ -16,7 +16,7 @@ from typing import Any
 
 from minigpt.data.catalogue import catalogue, check_copy, download, python_topics, repeated_blocks, topic_pieces
 from minigpt.data.config import DataConfig
-from minigpt.data.reading import BLOCK, COMPRESSED, Piece, ReadingLog, looks_binary, read_documents
+from minigpt.data.reading import BLOCK, COMPRESSED, Piece, ReadingLog, check_readers, looks_binary, read_documents
 from minigpt.durable import canonical_json, file_sha256
 from minigpt.errors import ConfigError, DataError, DiskError
 
@@ -41,9 +41,10 @@ def find_source(data: DataConfig) -> Source:
     """What `data.source` names; standard input is read to its end.
 
     Raises:
-        ConfigError: `source` is neither known nor found, or `file` does not go with it.
+        ConfigError: a field cannot be used as given: `source` is neither known nor found, `file` does not go with it.
         DataError: the text cannot be read.
     """
+    data.check()
     named = catalogue()
     if data.source in named:
         return _named(data.source, named[data.source], data)
@@ -165,7 +166,7 @@ def _files(name: str, files: list[Path], base: Path, field: str, sniff: bool) ->
             else:
                 yield from read_documents(file, field, log)
 
-    return Source(name, fingerprint, sizes, documents)
+    return Source(name, fingerprint, sizes, documents, lambda show: check_readers(files))
 
 
 def _standard_input(data: DataConfig) -> Source:

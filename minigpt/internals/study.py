@@ -134,6 +134,10 @@ class Study(Texts):
     """
 
     def __init__(self, run: Run | str | Path) -> None:
+        if isinstance(run, torch.nn.Module):
+            raise ConfigError(
+                f"Study: expected a run, got a {type(run).__name__}; Study.of(model, tokenizer) takes one"
+            )
         run = run if isinstance(run, Run) else load(run)
         self._open(run.model, run.tokenizer, run)
 

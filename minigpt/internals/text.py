@@ -49,7 +49,9 @@ class Texts:
         ids = ids[None] if ids.dim() == 1 else ids
         if ids.dim() != 2 or not ids.numel():
             raise DataError(f"text: holds no tokens (shape {tuple(ids.shape)}); give at least one")
-        if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= self.model.vocab_size:
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            raise DataError(f"token ids: are of type {ids.dtype}; expected whole numbers, such as torch.int64")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.model.vocab_size:
             raise DataError(
                 f"token ids {int(ids.min())} .. {int(ids.max())}: the model's are 0 .. {self.model.vocab_size - 1}"
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 from minigpt.data.config import DataConfig
@@ -199,6 +200,15 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, for numbers that cannot be trained with."""
+        name = self.run_name
+        if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+            raise ConfigError(
+                f"run_name: {name!r} is not a plain folder name; leave slashes and leading dots out, or leave out "
+                f"run_name to have one made"
+            )
+        if not self.runs_dir:
+            raise ConfigError("runs_dir is empty; give a folder, such as runs")
+        self.data.check()
         for name in ("devices", "num_nodes"):
             if getattr(self.trainer, name) < 1:
                 raise ConfigError(f"trainer.{name}: {getattr(self.trainer, name)} is not positive")
