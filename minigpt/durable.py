@@ -19,7 +19,7 @@ from minigpt.errors import ConfigError, DiskError
 
 
 def named_path(value: Any, what: str) -> Path:
-    """`value` as a path. Raises ConfigError for "", which pathlib takes for the current folder, and for what is no path.
+    """`value` as a path. Raises ConfigError for "", which to pathlib is the current folder, and for what is no path.
 
     Args:
         value: as it was given.

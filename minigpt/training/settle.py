@@ -276,12 +276,13 @@ def _same_text(config: TrainConfig) -> bool:
 
 
 def _refuse_another(config: TrainConfig, corpus: Corpus, trained_on: Any) -> None:
-    if trained_on != corpus.hash:
-        raise DataError(
-            f"data.source: {config.data.source}, or its tokenizer, has changed since {Path(config.runs_dir) / str(config.run_name)} was trained on "
-            f"it (its tokens hash to {corpus.hash[:12]}, then {str(trained_on)[:12]}); restore it, or choose another "
-            f"--run_name"
-        )
+    if trained_on == corpus.hash:
+        return
+    run = Path(config.runs_dir) / str(config.run_name)
+    raise DataError(
+        f"data.source: {config.data.source}, or its tokenizer, has changed since {run} was trained on it (its tokens "
+        f"hash to {corpus.hash[:12]}, then {str(trained_on)[:12]}); restore it, or choose another --run_name"
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
