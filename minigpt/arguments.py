@@ -96,6 +96,8 @@ def _explain(parser: Any, message: str) -> str:
     if union := re.search(several, message):
         kinds = union[2].replace(", <class 'NoneType'>", " or null")
         message = f"{union[1]}: Expected {kinds}. Got value: {union[3]}"
+    if re.search(r": Expected text\b.* Got value: [^ ]+$", message):
+        message += "; put it into quotes, so that YAML takes it for text"
     unknown = (
         re.search(r"unrecognized arguments: --?([\w.]+)", message)
         or re.search(r"[Oo]ption '([\w.]+)' is not accepted", message)

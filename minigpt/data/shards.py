@@ -206,6 +206,9 @@ def prepare(
     return corpus
 
 
+_told: set[Path] = set()  # of which corpora it was said that they stand in for their text
+
+
 def _kept(data: DataConfig, content: str | None, error: ConfigError | DataError, show: bool) -> Corpus:
     """The corpus with this hash below data.folder, for a run whose text cannot be opened.
 
@@ -216,7 +219,8 @@ def _kept(data: DataConfig, content: str | None, error: ConfigError | DataError,
     for folder in sorted(Path(data.folder).glob(f"*/*-{content[:8]}")):
         corpus = open_corpus(folder)
         if corpus.hash == content:
-            if show:
+            if show and folder not in _told:
+                _told.add(folder)
                 notice(f"{error}; going on with what was prepared from it: {folder}")
             return corpus
     raise DataError(
