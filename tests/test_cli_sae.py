@@ -12,7 +12,7 @@ from conftest import random_ids, random_model, tiny_config
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.internals.autoencoder_training import Learner
-from minigpt.tokenizer.plain import CharTokenizer
+from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer([chr(48 + i) for i in range(61)])
 SMALL = ["--k", "4", "--d_sae", "64", "--steps", "12", "--batch", "96"]
