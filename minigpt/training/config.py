@@ -152,7 +152,7 @@ class TrainConfig:
     seed: int = 1337
     """Decides initialisation, data order and dropout."""
     log: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl. tensorboard needs pip install 'minigpt-lab[tensorboard]'."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind="bpe", vocab_size=1024))
     model: GPTConfig = field(default_factory=GPTConfig)
