@@ -127,7 +127,8 @@ def settle(config: TrainConfig, held: ExitStack, plan: Callable[[Job], TrainConf
     _check_devices(config)
     check_tracker(config)
     trained_on = _trained_on(config)
-    corpus = prepare(config.data, config.tokenizer, trained_on=trained_on if _same_text(config) else None)
+    same = trained_on is not None and _same_text(config)
+    corpus = prepare(config.data, config.tokenizer, trained_on=trained_on if same else None)
     corpus.verify()
     if trained_on is not None:  # before what fails only because the text is another
         _refuse_another(config, corpus, trained_on)
