@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minigpt.durable import json_text
+from minigpt.durable import json_text, named_path
 from minigpt.errors import ConfigError
 
 
@@ -75,11 +75,13 @@ def _shipped_config(previous: str, item: str, folder: str) -> str:
     if previous != "--config" and (flag != "--config" or not equals):
         return item
     name = item if previous == "--config" else value
-    if name and not Path(name).exists():
-        found = shipped(Path(name).name, folder)
+    if not name or not Path(name).exists():
+        found = shipped(Path(name).name, folder) if name else None
         if found is None:
             names = sorted(path.stem for path in shipped_in(folder))
-            raise ConfigError(f"--config {name}: there is no such file; expected one, or one of {', '.join(names)}")
+            raise ConfigError(
+                f"--config {name or repr(name)}: there is no such file; expected one, or one of {', '.join(names)}"
+            )
         name = str(found)
     return name if previous == "--config" else f"--config={name}"
 
@@ -95,6 +97,8 @@ def _explain(parser: Any, message: str) -> str:
     if union := re.search(several, message):
         kinds = union[2].replace(", <class 'NoneType'>", " or null")
         message = f"{union[1]}: Expected {kinds}. Got value: {union[3]}"
+    if re.search(r": Expected text\b.* Got value: [^ ]+$", message):
+        message += "; put it into quotes, so that YAML takes it for text"
     unknown = (
         re.search(r"unrecognized arguments: --?([\w.]+)", message)
         or re.search(r"[Oo]ption '([\w.]+)' is not accepted", message)
@@ -124,6 +128,11 @@ def latest_run(folder: str = "runs") -> Path:
             f"no run given, and {folder}/ holds none; train one first, or give a run or checkpoint folder"
         )
     return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+
+
+def run_or_latest(path: str | None) -> Path:
+    """The RUN that was given, or the one trained last. Raises ConfigError for an empty one, which nobody means."""
+    return latest_run() if path is None else named_path(path, "a run, or nothing for the one trained last")
 
 
 def split_positional(argv: list[str]) -> tuple[str | None, list[str]]:

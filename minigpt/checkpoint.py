@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from minigpt.foreign import reconciled, sampling_from_huggingface
 from minigpt.formats import FORMAT, check_format, migrate_model
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
-from minigpt.runs import MANIFEST, find_checkpoint, read_json, verify, verify_once, write_manifest
+from minigpt.runs import MANIFEST, read_checkpoint, read_json, verify, verify_once, write_manifest
 from minigpt.terminal import notice, notice_once
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.build import load_tokenizer, save_tokenizer
@@ -58,7 +58,9 @@ class Run:
     sampling: dict[str, Any]
     """generation_config.json: sampling defaults."""
     path: Path
-    """The checkpoint folder that was read."""
+    """The checkpoint folder that was read. Of a run in training it may be gone by now; nothing more is read from it."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """training_state.json: the counters of training, the hash of the corpus; empty where the folder holds none."""
 
 
 # Writing.
@@ -230,16 +232,20 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
     """Load a model with its tokenizer from a run, a checkpoint folder, or a Hugging Face GPT-2 or Llama folder.
 
     Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
-    notice says so where that is not the newest. A folder with a manifest is verified first. Never touches the network,
-    never runs code from the folder. The model comes back in evaluation mode. On a CPU its weights are the file's pages,
-    read when they are first used and private to the process: training does not write to the file, but the file should
-    not be overwritten in place meanwhile (minigpt itself never does).
+    notice says so where that is not the newest. The run may be in training: see `minigpt.runs.read_checkpoint`. A
+    folder with a manifest is verified first. Never touches the network, never runs code from the folder. The model
+    comes back in evaluation mode. On a CPU its weights are the file's pages, read when they are first used and private
+    to the process: training does not write to the file, but the file should not be overwritten in place meanwhile
+    (minigpt itself never does).
 
     What a Hugging Face folder asks for is done, refused by name, or named in a notice: docs/interop.md.
 
     Raises CheckpointError for a folder that holds no model, a damaged one, or an unknown architecture.
     """
-    folder = find_checkpoint(path, notice)
+    return read_checkpoint(path, lambda folder: _load(folder, device, dtype), notice)
+
+
+def _load(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Run:
     if (folder / MANIFEST).is_file():
         verify_once(folder)
     if (folder / "adapter_config.json").is_file():
@@ -258,6 +264,7 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
         config=read_yaml(folder / "train_config.yaml") if (folder / "train_config.yaml").is_file() else {},
         sampling=_read_sampling(folder, model.vocab_size),
         path=folder,
+        state=read_training_state(folder) if (folder / "training_state.json").is_file() else {},
     )
 
 

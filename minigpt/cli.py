@@ -7,12 +7,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minigpt.arguments import latest_run, make_parser, parse, pick_device, print_json, split_positional
+from minigpt.arguments import make_parser, parse, pick_device, print_json, run_or_latest, split_positional
 from minigpt.cli_lens import lens
 from minigpt.cli_sae import sae
 from minigpt.cli_sample import sample
@@ -135,7 +135,8 @@ def evaluate(argv: list[str]) -> None:
 
     path, rest = split_positional(argv)
     parser = _parser("eval", "[RUN]")
-    parser.add_argument("--data", type=DataConfig, default=DataConfig(source=""))
+    parser.add_argument("--data", type=DataConfig, default=DataConfig())
+    parser.set_defaults({"data.source": None, "data.folder": None})  # not given: the run's own
     parser.add_argument("--block_size", type=int, default=0, help="tokens a window; 0: the model's block_size")
     parser.add_argument("--tokens", type=int, default=0, help="evenly spaced tokens to measure on; 0: all")
     parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
@@ -145,9 +146,15 @@ def evaluate(argv: list[str]) -> None:
     from minigpt.checkpoint import load
     from minigpt.evaluation.text import evaluate_run
 
-    run = load(path or latest_run(), device=pick_device(values.device))
-    data = values.data if values.data.source else None
-    result, what = evaluate_run(run, data, values.block_size or None, values.tokens or None)
+    data, folder = values.data, values.data.folder
+    if data.source is not None:
+        data = data if folder is not None else replace(data, folder=DataConfig.folder)
+    elif replace(data, source=DataConfig.source, folder=DataConfig.folder) == DataConfig():
+        data = None
+    else:
+        raise ConfigError("--data: is of another text than the run's own; add --data.source, or leave --data.* out")
+    run = load(run_or_latest(path), device=pick_device(values.device))
+    result, what = evaluate_run(run, data, values.block_size or None, values.tokens or None, folder)
     figures = {
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -171,11 +178,12 @@ def info(argv: list[str]) -> None:
     parser = _parser("info", "[RUN]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, rest)
-    from minigpt.checkpoint import find_checkpoint, read_config
+    from minigpt.checkpoint import read_config
     from minigpt.model.cost import cost_of
+    from minigpt.runs import read_checkpoint
     from minigpt.terminal import readable
 
-    model = read_config(find_checkpoint(path or latest_run()))
+    model = read_checkpoint(run_or_latest(path), read_config)
     cost = cost_of(model)
     cache = cost.cache_bytes_per_token * model.block_size
     if values.json:

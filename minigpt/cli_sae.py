@@ -48,6 +48,8 @@ def sae(argv: list[str]) -> None:
     values = parse(parser, rest)
     if action not in ACTIONS:
         raise ConfigError(f"sae: {action or 'no action'}; expected minigpt sae RUN train, show or eval")
+    if values.autoencoder == "":
+        raise ConfigError("--autoencoder is empty; give a name or a folder, or leave it out")
     for name in ("tokens", "contexts"):
         if (value := getattr(values, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value}: expected 1 or more")
@@ -98,6 +100,8 @@ def _find(study: Study, name: str | None) -> Autoencoder:
 
 
 def _train(study: Study, config: Any, values: Any, text: str | None) -> None:
+    from minigpt.internals.autoencoder import CONFIG
+    from minigpt.internals.corpus import site_of
     from minigpt.internals.names import select
 
     def site(name: str | None) -> Any:
@@ -105,11 +109,16 @@ def _train(study: Study, config: Any, values: Any, text: str | None) -> None:
             raise ConfigError(f"{name}: there is one a block; add --layer, from 0 to {count - 1}")
         return name if name is None or values.layer is None else (name, values.layer)
 
-    made = study.train_autoencoder(site(values.at), site(values.target), config=config, text=text)
+    at, target = site(values.at), site(values.target)
+    reads, written = site_of(study, at), site_of(study, at if target is None else target)
+    name = values.autoencoder or f"{'' if reads == written else f'{_short(reads)}-to-'}{_short(written)}-{config.kind}"
+    folder = _home(study) / name
+    if (folder / CONFIG).is_file():
+        notice(f"{folder}: holds an autoencoder, which this one is to replace; --autoencoder NAME keeps both")
+    made = study.train_autoencoder(at, target, config=config, text=text)
     assert study.run is not None
     made.notes |= {"checkpoint": study.run.path.name}
-    reads = "" if not made.transcodes else f"{_short(made.site)}-to-"
-    folder = made.save(_home(study) / (values.autoencoder or f"{reads}{_short(made.target)}-{made.kind}"))
+    made.save(folder)
     if made.notes["steps"] < config.steps:
         raise Interrupted(f"stopped at step {made.notes['steps']} of {config.steps}; saved in {folder}")
     figures, _ = study.judge_autoencoder(made, text=text, limit=values.tokens or FIGURES_ON)

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from minigpt.arguments import latest_run, make_parser, parse, pick_device, print_json, split_positional
+from minigpt.arguments import make_parser, parse, pick_device, print_json, run_or_latest, split_positional
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def sample(argv: list[str]) -> None:
     from minigpt.model.fast import fast
     from minigpt.sampling.sampler import Sampler
 
-    run = load(path or latest_run(), device=pick_device("cpu"))
+    run = load(run_or_latest(path), device=pick_device("cpu"))
     stored = SamplingConfig.from_dict(run.sampling)
     parser.set_defaults({field.name: getattr(stored, field.name) for field in fields(stored)})
     values = parse(parser, rest)
@@ -56,7 +56,8 @@ def sample(argv: list[str]) -> None:
     together = len(prompts) * max(config.num_beams, config.num_return_sequences)
     rows = min(together, config.max_rows or together)
     on_device = run.model.to(pick_device(values.device))
-    model: Any = _steered(on_device, values) if values.steer else fast(on_device, rows, compiled=values.compile)
+    plain = values.steer is None
+    model: Any = fast(on_device, rows, compiled=values.compile) if plain else _steered(on_device, values)
     sampler = Sampler(model, run.tokenizer, config)
     if values.show_order:
         _print_order(sampler)
@@ -84,9 +85,9 @@ def _check_flags(values: Any, config: Any) -> None:
         raise ConfigError(f"--show_work {values.show_work}: expected a whole number, 0 or more")
     if values.stride is not None and not values.score:
         raise ConfigError(f"--stride {values.stride}: is for --score; add it, or leave --stride out")
-    if values.steer_scale is not None and not values.steer:
+    if values.steer_scale is not None and values.steer is None:
         raise ConfigError(f"--steer_scale {values.steer_scale}: is for --steer; add it, or leave --steer_scale out")
-    if values.steer and values.compile:
+    if values.steer is not None and values.compile:
         raise ConfigError("--compile: what is steered runs step by step; leave --compile or --steer out")
     if values.score and (values.continuation is not None or values.show_work):
         raise ConfigError("--score: writes nothing, so it goes neither with --continuation nor with --show_work")

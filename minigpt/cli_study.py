@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.arguments import latest_run, make_parser, parse, pick_device, print_json, split_positional
+from minigpt.arguments import make_parser, parse, pick_device, print_json, run_or_latest, split_positional
 from minigpt.errors import ConfigError
 from minigpt.terminal import notice
 
@@ -28,7 +28,7 @@ def open_study(path: str | None, values: Any) -> Study:
     from minigpt.checkpoint import load
     from minigpt.internals.study import Study
 
-    return Study(load(path or latest_run(), device=pick_device(values.device)))
+    return Study(load(run_or_latest(path), device=pick_device(values.device)))
 
 
 def show(values: Any, *results: Result) -> None:
@@ -94,7 +94,7 @@ def dynamics(argv: list[str]) -> None:
     from minigpt.internals.curves import page
     from minigpt.internals.series import lines, of_checkpoints, of_run, series
 
-    run = Path(path or latest_run())
+    run = run_or_latest(path)
     found = series(list(of_checkpoints(run, pick_device(values.device)))) if values.checkpoints else of_run(run)
     if values.json:
         print_json({kind: result.to_dict() for kind, result in found.items()})

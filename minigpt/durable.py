@@ -18,6 +18,19 @@ from typing import Any
 from minigpt.errors import ConfigError, DiskError
 
 
+def named_path(value: Any, what: str) -> Path:
+    """`value` as a path. Raises ConfigError for "", which to pathlib is the current folder, and for what is no path.
+
+    Args:
+        value: as it was given.
+        what: the path of what was expected.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        told = repr(value) if isinstance(value, (str, bool, int, float, type(None))) else type(value).__name__
+        raise ConfigError(f"{told}: names nothing; expected the path of {what}")
+    return Path(value)
+
+
 def file_sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()

@@ -4,9 +4,12 @@ A message is one line that names the field, file or flag, the value, what was ex
 line prints that line alone; `--debug` adds the traceback.
 """
 
+from __future__ import annotations
+
 import os
 import sys
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 
 class MinigptError(Exception):
@@ -22,13 +25,30 @@ class ConfigError(MinigptError, ValueError):
 
 
 class MissingExtra(ConfigError):
-    """An optional package that a feature needs is not installed."""
+    """A package that a feature needs is not installed, or does not work.
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    Args:
+        package: its name.
+        extra: the extra of ours that brings it; "" for one that every installation has.
+        purpose: what needs it: a flag, a file.
+        cause: what importing it raised.
+    """
+
+    def __init__(self, package: str, extra: str, purpose: str, cause: Exception | None = None) -> None:
+        absent = cause is None or (isinstance(cause, ModuleNotFoundError) and cause.name == package)
+        state = "is not installed" if absent else f"cannot be imported ({' '.join(str(cause).split())})"
+        brings = f"'minigpt-lab[{extra}]'" if extra else package
         super().__init__(
-            f"{purpose} needs the package '{package}', which is not installed; "
-            f"install it with: pip install 'minigpt-lab[{extra}]'"
+            f"{purpose} needs the package '{package}', which {state}; install it with: pip install {brings}"
         )
+
+
+def imported(package: str, extra: str, purpose: str) -> Any:
+    """The module of that name. Raises MissingExtra (see there) where it cannot be imported."""
+    try:
+        return import_module(package)
+    except Exception as error:  # a package that is there and broken raises anything
+        raise MissingExtra(package, extra, purpose, error) from error
 
 
 class DataError(MinigptError):

@@ -18,13 +18,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minigpt import __version__
 from minigpt.durable import (
     disk_errors,
     file_sha256,
     is_intact,
+    named_path,
     parse_json,
     probe_writing,
     read_text,
@@ -40,11 +41,23 @@ MANIFEST = "manifest.json"
 BEST = "best.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,18})")
 
+TRIES = 10  # checkpoints of a run that are replaced before they are read, until that is an error
+
 Say = Callable[[str], None]
+Made = TypeVar("Made")
 
 
 def silent(line: str) -> None:
     """For who does not want to hear what was skipped."""
+
+
+class Replaced(CheckpointError):
+    """A checkpoint was there, and was gone or another one before all of it was read."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder}: was removed or changed while it was read; try again, name a checkpoint that stays, or the run"
+        )
 
 
 # One checkpoint.
@@ -105,14 +118,18 @@ _verified: dict[str, tuple] = {}
 
 def _signature(folder: Path) -> tuple:
     """What changes when a file does, as far as can be seen without reading it."""
-    found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder)]
+    try:
+        files = [entry for entry in os.scandir(folder) if not entry.is_dir(follow_symlinks=False)]
+        found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in files]
+    except OSError:  # it cannot be listed, or goes just now
+        return ()
     return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found))
 
 
 def verify_once(folder: Path) -> None:
     """As `verify`, but files that this process has verified and that did not change since are not read again."""
     known = _verified.get(str(folder.absolute()))
-    if known is None or known != _signature(folder):
+    if not known or known != _signature(folder):
         verify(folder)
 
 
@@ -144,19 +161,27 @@ def _refuse_link(path: Path, run: Path) -> None:
 
 
 def is_whole(folder: Path, say: Say = silent) -> bool:
-    """Whether a checkpoint of a run verifies and is no link to elsewhere; `say` hears why not."""
+    """Whether a checkpoint of a run verifies and is no link to elsewhere; `say` hears why not, unless it has gone."""
     try:
         _refuse_link(folder, folder.parent.parent)
         verify_once(folder)
     except (CheckpointError, OSError) as error:
-        say(f"skipping a damaged checkpoint: {error}")
+        if os.path.lexists(folder):
+            say(f"skipping a damaged checkpoint: {error}")
         return False
     return True
 
 
 def newest_valid(run: Path, say: Say = silent) -> Path | None:
-    """The newest checkpoint of a run that verifies; `say` hears of each one skipped and why."""
-    return next((path for path in checkpoints_of(run) if is_whole(path, say)), None)
+    """The newest checkpoint of a run that verifies; `say` hears of each one skipped and why.
+
+    Raises Replaced where none is left of those that were there.
+    """
+    there = checkpoints_of(run)
+    chosen = next((path for path in there if is_whole(path, say)), None)
+    if chosen is None and there and checkpoints_of(run) != there:
+        raise Replaced(there[0])
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -187,21 +212,27 @@ def read_best(run: Path) -> Best | None:
 def best_or_newest(run: Path, say: Say = silent) -> Path | None:
     """The best checkpoint of a run where one is recorded and verifies, else the newest that verifies.
 
-    `say` hears of it where the best is not the newest, and of each one skipped and why.
+    `say` hears of it where the best is not the newest, and of each one skipped and why. Raises Replaced where the run
+    recorded another best meanwhile, or none is left of those that were there.
     """
     best = read_best(run)
-    if (run / BEST).exists() and best is None:
+    if best is None and (run / BEST).exists() and (best := read_best(run)) is None:
         say(f"{run / BEST}: was altered or cannot be read, so the newest checkpoint is taken")
     there = checkpoints_of(run)
     if best is not None:
         chosen = next((path for path in there if step_of(path) == best.step), None)
-        if chosen is None:
-            say(f"{run}: its best checkpoint, of step {best.step}, is gone; the newest is taken")
-        elif is_whole(chosen, say):
+        if chosen is not None and is_whole(chosen, say):
             if chosen != there[0]:
                 say(f"{run}: step {best.step} validated best ({best.loss:.4f}); name {there[0]} to have the newest")
             return chosen
+        if read_best(run) != best:
+            raise Replaced(chosen or run)
+        if chosen is None:
+            say(f"{run}: its best checkpoint, of step {best.step}, is gone; the newest is taken")
     return newest_valid(run, say)
+
+
+EXPECTED = "a run, a checkpoint folder or a Hugging Face folder"
 
 
 def find_checkpoint(path: Path | str, say: Say = silent) -> Path:
@@ -209,7 +240,7 @@ def find_checkpoint(path: Path | str, say: Say = silent) -> Path:
 
     Raises CheckpointError saying what is there and what was expected.
     """
-    path = Path(path)
+    path = named_path(path, EXPECTED)
     if (path / "config.json").is_file():
         return path
     if (path / "checkpoints").is_dir():
@@ -218,11 +249,59 @@ def find_checkpoint(path: Path | str, say: Say = silent) -> Path:
             raise CheckpointError(f"{path}: this run holds no finished checkpoint yet")
         return chosen
     if not path.exists():
-        raise CheckpointError(f"{path}: no such folder; give a run, a checkpoint folder or a Hugging Face folder")
+        raise CheckpointError(f"{path}: no such folder; give {EXPECTED}{_kept_beside(path)}")
     there = sorted(child.name for child in path.iterdir())[:8] if path.is_dir() else "a file"
     raise CheckpointError(
         f"{path}: is no checkpoint (expected config.json with model.safetensors, or checkpoints/); it holds {there}"
     )
+
+
+def _kept_beside(path: Path) -> str:
+    """What a run keeps, for who names a checkpoint that it no longer has."""
+    kept = [folder.name for folder in checkpoints_of(path.parent.parent)] if path.parent.name == "checkpoints" else []
+    return f"; {path.parent} holds {', '.join(kept)}" if kept else ""
+
+
+def read_checkpoint(path: Path | str, read: Callable[[Path], Made], say: Say = silent) -> Made:
+    """What `read` makes of the checkpoint that a path means, all of it from one checkpoint.
+
+    A run in training replaces its checkpoints: of a run, one that is gone or changed before it is read is left for the
+    one that stands then, a few times. A checkpoint that was named itself is never exchanged for another.
+
+    Args:
+        path: see `find_checkpoint`.
+        read: reads a checkpoint folder; what it raises of one that stays as it is, is raised.
+        say: as of `best_or_newest`, about the checkpoint that is taken in the end.
+
+    Raises:
+        CheckpointError: see `find_checkpoint`; or the checkpoint did not stay until it was read (Replaced).
+    """
+    for tries_left in reversed(range(TRIES)):
+        said: list[str] = []
+        try:
+            return _read_unchanged(find_checkpoint(path, said.append), read)
+        except Replaced:
+            said.clear()
+            if not tries_left or not (Path(path) / "checkpoints").is_dir():
+                raise
+        finally:
+            for line in said:
+                say(line)
+    raise AssertionError("unreachable")
+
+
+def _read_unchanged(folder: Path, read: Callable[[Path], Made]) -> Made:
+    """What `read` makes of a folder. Raises Replaced where the folder did not stay as it was."""
+    before, failed = _signature(folder), None
+    try:
+        made = read(folder)
+    except Exception as error:  # whatever it is, of a folder that is gone or half gone it tells nothing
+        failed = error
+    if not folder.is_dir() or _signature(folder) != before:
+        raise Replaced(folder) from failed
+    if failed is not None:
+        raise failed
+    return made
 
 
 # What was measured while it trained.

@@ -12,7 +12,7 @@ from conftest import random_ids, random_model, tiny_config
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.internals.autoencoder_training import Learner
-from minigpt.tokenizer.plain import CharTokenizer
+from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer([chr(48 + i) for i in range(61)])
 SMALL = ["--k", "4", "--d_sae", "64", "--steps", "12", "--batch", "96"]
@@ -101,3 +101,28 @@ def test_the_line_of_the_readme_and_the_other_order_of_its_words_train(
     assert "explained variance" in capsys.readouterr().out
     assert main(["sae", run]) == 2
     assert "no action" in capsys.readouterr().err
+
+
+def test_an_autoencoder_says_how_much_text_is_sensible(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    save_checkpoint(
+        run / "checkpoints/step-00000007", random_model(tiny_config("gpt2", vocab_size=257)), ByteTokenizer()
+    )
+    (tmp_path / "enough").write_text("the cat sat on the mat. " * 20)  # 480 bytes
+    (tmp_path / "few").write_text("cat")
+    small = ["sae", str(run), "train", "--layer", "1", "--k", "2", "--d_sae", "8", "--steps", "2", "--batch", "16"]
+    assert main([*small, "--text", str(tmp_path / "enough")]) == 0
+    told = capsys.readouterr().err
+    assert "480 tokens for 8 features are few" in told and "sensible are 800 tokens or more" in told
+    assert "holds an autoencoder" not in told
+    kept = (run / "autoencoders/1.resid_post-topk/sae_weights.safetensors").read_bytes()
+    assert main([*small, "--text", str(tmp_path / "few")]) == 4
+    assert "3 tokens for 8 features, fewer than one a feature; give a text of 800 tokens" in capsys.readouterr().err
+    assert (run / "autoencoders/1.resid_post-topk/sae_weights.safetensors").read_bytes() == kept
+    (tmp_path / "plenty").write_text("the cat sat on the mat. " * 40)
+    assert main([*small, "--text", str(tmp_path / "plenty")]) == 0
+    told = capsys.readouterr().err
+    assert "sensible" not in told and "1.resid_post-topk: holds an autoencoder, which this one is to replace" in told
+    assert json.loads((run / "autoencoders/1.resid_post-topk/cfg.json").read_text())["d_sae"] == 8

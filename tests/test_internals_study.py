@@ -327,7 +327,7 @@ def test_a_model_in_training_stays_in_training_and_is_watched_without_dropout() 
         (["AB", "ABC"], DataError, "texts of 2, 3 tokens"),
         ([[1, 2], [3]], DataError, "rows of equal length"),
         ([61], DataError, "the model's are 0 .. 60"),
-        ([0.5], DataError, "the model's are"),
+        ([0.5], DataError, "of type torch.float32; expected whole numbers"),
         ("A" * 25, ConfigError, "25 tokens do not fit"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from minigpt.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class CleanConfig:
@@ -43,3 +45,20 @@ class DataConfig:
     """shuffled: every window once an epoch, in a new order each time; random: windows drawn anywhere, as in nanoGPT."""
     clean: CleanConfig = CleanConfig()
     """What happens to text before it is tokenized."""
+
+    def check(self) -> None:
+        """Raise ConfigError, naming the field, for what no corpus can be made with.
+
+        An empty path is what a shell makes of a variable that is not set; to pathlib it is the current folder.
+        """
+        for name, expected in (
+            ("source", "a name, a file, a folder, a pattern, or - for standard input"),
+            ("file", "a file, or leave it out"),
+            ("folder", "a folder, such as data"),
+        ):
+            if getattr(self, name) == "":
+                raise ConfigError(f"data.{name} is empty; give {expected}")
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(
+                f"data.val_fraction is {self.val_fraction}; expected a share from 0 to below 1, such as 0.1"
+            )

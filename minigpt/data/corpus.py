@@ -18,7 +18,7 @@ from minigpt.data.catalogue import catalogue, check_copy, download, python_topic
 from minigpt.data.config import DataConfig
 from minigpt.data.decoding import NotText, ReadingLog
 from minigpt.data.listing import Listing, list_folder, list_pattern
-from minigpt.data.reading import BLOCK, COMPRESSED, Piece, read_documents, standard_input
+from minigpt.data.reading import BLOCK, COMPRESSED, Piece, check_readers, read_documents, standard_input
 from minigpt.durable import canonical_json, file_sha256, sha256_of
 from minigpt.errors import ConfigError, DataError, DiskError
 
@@ -43,9 +43,10 @@ def find_source(data: DataConfig) -> Source:
     """What `data.source` names; standard input is read to its end.
 
     Raises:
-        ConfigError: `source` is neither known nor found, or `file` does not go with it.
+        ConfigError: a field cannot be used as given: `source` is neither known nor found, `file` does not go with it.
         DataError: the text cannot be read.
     """
+    data.check()
     named = catalogue()
     if data.source in named:
         return _named(data.source, named[data.source], data)
@@ -177,7 +178,7 @@ def _files(name: str, found: Listing, base: Path, field: str, many: bool) -> Sou
                     raise
                 log.skipped.append(str(file))
 
-    return Source(name, fingerprint, sizes, documents)
+    return Source(name, fingerprint, sizes, documents, lambda show: check_readers(files))
 
 
 def _standard_input(data: DataConfig) -> Source:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from minigpt.data.decoding import ReadingLog, as_utf8, decode_utf8
-from minigpt.errors import ConfigError, DataError, MissingExtra
+from minigpt.errors import ConfigError, DataError, imported
 from minigpt.terminal import notice
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -34,6 +34,14 @@ def content_suffix(path: Path) -> str:
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
+
+
+def check_readers(files: Iterable[Path]) -> None:
+    """Raise MissingExtra, before the first file is read, where one of them needs a package that is not installed."""
+    for path in files:
+        if path.suffix.lower() == ".zst" and content_suffix(path) != ".tar":
+            imported("zstandard", "zstd", f"reading {path}")
+            return
 
 
 def read_documents(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
@@ -138,10 +146,7 @@ def _fixed_blocks(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
 
 
 def _zstandard_blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingExtra("zstandard", "zstd", f"reading {path}") from error
+    zstandard = imported("zstandard", "zstd", f"reading {path}")
     frame = None
     while block := raw.read(BLOCK // 16):  # small, because a frame may expand a thousandfold
         while block:

@@ -25,7 +25,7 @@ from minigpt.data.encode import ShardWriter, encode_parts
 from minigpt.data.manifest import FORMAT, MANIFEST, appearing_folder, read_manifest, write_manifest
 from minigpt.data.stream import TokenStream
 from minigpt.data.survey import Split, SurveyedText, survey
-from minigpt.durable import file_sha256, sha256_of
+from minigpt.durable import file_sha256, named_path, sha256_of
 from minigpt.errors import ConfigError, DataError
 from minigpt.terminal import notice, progress, readable
 from minigpt.tokenizer.config import TokenizerConfig
@@ -118,7 +118,7 @@ def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
     Raises:
         DataError: the folder holds no corpus, or its manifest or a shard is missing, cut short or altered.
     """
-    folder = Path(folder)
+    folder = named_path(folder, "a prepared corpus")
     return Corpus(folder, read_manifest(folder))
 
 
@@ -132,33 +132,45 @@ def find_prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Corpus | None
     return open_corpus(made) if made else None
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, show: bool = True) -> Corpus:
+def prepare(
+    data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, show: bool = True, trained_on: str | None = None
+) -> Corpus:
     """Make the corpus that a config asks for, or open it where it was made before.
 
     Args:
         data: which text, cleaned and split how.
-        tokenizer: turns it into ids.
+        tokenizer: turns it into ids; one that is there already, or how to make one.
         show: whether to show progress and notices; False on ranks other than the first.
+        trained_on: hash of the corpus that a run was trained on: where what it was made from cannot be opened any
+            more, that corpus is, and a notice says so.
 
     Raises:
         ConfigError: a field cannot be used as given.
         DataError: the text cannot be read, or nothing is left of it, or an earlier corpus is damaged.
         DiskError: the corpus cannot be written.
     """
-    if not 0 <= data.val_fraction < 1:
-        raise ConfigError(f"data.val_fraction is {data.val_fraction}; expected a share from 0 to below 1, such as 0.1")
-    source = find_source(data)
+    data.check()
+    try:
+        source = find_source(data)
+    except (ConfigError, DataError) as error:
+        return _kept(data, trained_on, error, show)
     request = _request(source, data, tokenizer)
     home = Path(data.folder) / source.name
     if made := _made_for(request, home):
         return open_corpus(made)
 
-    source.settle(show)
-    text = survey(source, data.clean, show)
-    split = Split(len(text.lengths), data.val_fraction)
+    try:
+        built = _tokenizer_at_hand(tokenizer, show)  # what that lacks is told before a long text is read
+        source.settle(show)
+        text = survey(source, data.clean, show)
+        split = Split(len(text.lengths), data.val_fraction)
+    except DataError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        return _kept(data, trained_on, error, show)
     if show:
         _announce(text)
-    built = _build_tokenizer(tokenizer, text, split, show)
+    built = built or _learned_tokenizer(tokenizer, text, split, show)
     decided_by = {
         "format": FORMAT,
         "text_sha256": text.sha256,
@@ -194,7 +206,30 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, show: bool = True) 
     return corpus
 
 
-def _request(source: Source, data: DataConfig, tokenizer: TokenizerConfig) -> str:
+_told: set[Path] = set()  # of which corpora it was said that they stand in for their text
+
+
+def _kept(data: DataConfig, content: str | None, error: ConfigError | DataError, show: bool) -> Corpus:
+    """The corpus with this hash below data.folder, for a run whose text cannot be opened.
+
+    Raises the error where no hash is given, and DataError where no corpus has it.
+    """
+    if content is None:
+        raise error
+    for folder in sorted(Path(data.folder).glob(f"*/*-{content[:8]}")):
+        corpus = open_corpus(folder)
+        if corpus.hash == content:
+            if show and folder not in _told:
+                _told.add(folder)
+                notice(f"{error}; going on with what was prepared from it: {folder}")
+            return corpus
+    raise DataError(
+        f"{error}; and what was prepared from it (NAME/KIND-{content[:8]}) is not in {Path(data.folder).absolute()}; "
+        "put one of the two back, or to train or evaluate, say where it is now with --data.source or --data.folder"
+    ) from error
+
+
+def _request(source: Source, data: DataConfig, tokenizer: TokenizerConfig | Tokenizer) -> str:
     asked: dict[str, Any] = {
         "format": FORMAT,
         "source": source.fingerprint,
@@ -203,6 +238,9 @@ def _request(source: Source, data: DataConfig, tokenizer: TokenizerConfig) -> st
         "val_fraction": data.val_fraction,
         "tokenizer": {"kind": tokenizer.kind},
     }
+    if not isinstance(tokenizer, TokenizerConfig):
+        asked["tokenizer"]["hash"] = tokenizer.hash
+        return sha256_of(asked)
     if tokenizer.kind == "bpe":
         asked["tokenizer"]["vocab_size"] = tokenizer.vocab_size
     if tokenizer.kind == "char":
@@ -235,9 +273,20 @@ def _announce(text: SurveyedText) -> None:
         notice(f"{name}: dropped {reasons} of {len(text.kept)} documents")
 
 
-def _build_tokenizer(config: TokenizerConfig, text: SurveyedText, split: Split, show: bool) -> Tokenizer:
+def _tokenizer_at_hand(tokenizer: TokenizerConfig | Tokenizer, show: bool) -> Tokenizer | None:
+    """The tokenizer, where it need not be learned from the text."""
+    from minigpt.tokenizer.build import build_tokenizer, needs_corpus
+
+    if not isinstance(tokenizer, TokenizerConfig):
+        return tokenizer
+    return None if needs_corpus(tokenizer) else build_tokenizer(tokenizer, None, show)
+
+
+def _learned_tokenizer(config: TokenizerConfig | Tokenizer, text: SurveyedText, split: Split, show: bool) -> Tokenizer:
     """Characters come from the whole text, so that validation can be encoded; merges only from the training text."""
     from minigpt.tokenizer.build import build_tokenizer
+
+    assert isinstance(config, TokenizerConfig)
 
     def texts() -> Iterator[str]:
         for part in text.parts(split):

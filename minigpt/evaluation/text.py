@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minigpt.checkpoint import Run, read_training_state
+from minigpt.checkpoint import Run
 from minigpt.data.batches import ValidationWindows, validation_windows
 from minigpt.data.config import CleanConfig, DataConfig
 from minigpt.data.shards import Corpus, prepare
@@ -14,8 +14,12 @@ from minigpt.terminal import progress
 from minigpt.tokenizer.config import TokenizerConfig
 
 
-def corpus_of(run: Run) -> Corpus:
+def corpus_of(run: Run, folder: str | None = None) -> Corpus:
     """The corpus that a run was trained on, opened or prepared anew.
+
+    Args:
+        run: from `minigpt.load`.
+        folder: where prepared corpora are kept; None: where they were when the run was trained.
 
     Raises ConfigError where the folder was not written by a training run, and DataError where the text is another by
     now.
@@ -24,18 +28,25 @@ def corpus_of(run: Run) -> Corpus:
         raise ConfigError(f"{run.path}: was not trained here, so it has no text of its own; give --data.source FILE")
     values = dict(run.config["data"])
     data = DataConfig(**{**values, "clean": CleanConfig(**values["clean"])})
-    corpus = prepare(data, TokenizerConfig(**run.config["tokenizer"]))
-    corpus.check_tokenizer(run.tokenizer)
-    if (then := read_training_state(run.path).get("corpus")) != corpus.hash:
+    if folder is not None:
+        data = replace(data, folder=folder)
+    then = run.state.get("corpus")
+    corpus = prepare(data, TokenizerConfig(**run.config["tokenizer"]), trained_on=then)
+    if then != corpus.hash:  # before the tokenizers are compared: other text gives another one
         raise DataError(
             f"data.source: {data.source} has changed since {run.path} was trained on it (its tokens hash to "
             f"{corpus.hash[:12]}, then {str(then)[:12]}); restore it, or name the text with --data.source FILE"
         )
+    corpus.check_tokenizer(run.tokenizer)
     return corpus
 
 
 def evaluate_run(
-    run: Run, data: DataConfig | None = None, block_size: int | None = None, limit_tokens: int | None = None
+    run: Run,
+    data: DataConfig | None = None,
+    block_size: int | None = None,
+    limit_tokens: int | None = None,
+    folder: str | None = None,
 ) -> tuple[Evaluation, str]:
     """Loss of a run's model over non-overlapping windows.
 
@@ -44,6 +55,7 @@ def evaluate_run(
         data: a text to measure on, whole; None: the validation split of the run's own corpus.
         block_size: tokens a window; None: the model's.
         limit_tokens: measure on this many evenly spaced tokens; None: on all.
+        folder: where the run's own corpus is kept; None: where it was when the run was trained.
 
     Returns:
         The evaluation, and what it was measured on, in words.
@@ -58,12 +70,11 @@ def evaluate_run(
         )
     if window < 1 or (limit_tokens is not None and limit_tokens < 1):
         raise ConfigError(f"--block_size {window}, --tokens {limit_tokens}: expected positive numbers")
-    saved = TokenizerConfig(kind="file", path=str(run.path))
     if data is not None:
-        corpus = prepare(replace(data, val_fraction=0.0), saved)
+        corpus = prepare(replace(data, val_fraction=0.0), run.tokenizer)
         stream, what = corpus.train, data.source
     else:
-        stream, what = corpus_of(run).val, f"the validation split of {run.config['data']['source']}"
+        stream, what = corpus_of(run, folder).val, f"the validation split of {run.config['data']['source']}"
     windows: ValidationWindows = validation_windows(stream, window, limit_tokens, run.tokenizer.given_ids)
     lengths = bytes_per_token(run.tokenizer.token_bytes(), run.model.vocab_size)
     with progress("evaluating", len(windows), "windows") as bar:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minigpt.checkpoint import load_tensors, save_tensors
-from minigpt.durable import to_json, write_text
+from minigpt.durable import named_path, to_json, write_text
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.autoencoder_config import Kind
 from minigpt.runs import read_json
@@ -145,7 +145,7 @@ class Autoencoder:
         SAELens opens autoencoders of every kind, batchtopk as the jumprelu that it then is, and transcoders with a
         threshold; a topk transcoder is a kind that it does not have.
         """
-        folder = Path(folder)
+        folder = named_path(folder, "a folder to save an autoencoder in")
         tensors = {name: value for name in TENSORS if isinstance(value := getattr(self, name), Tensor)}
         architecture = "topk" if self.threshold is None else "jumprelu"
         config: dict[str, Any] = {
@@ -177,7 +177,7 @@ class Autoencoder:
 
         Raises CheckpointError for another architecture, or where tensors are missing or do not fit each other.
         """
-        folder = Path(folder)
+        folder = named_path(folder, "an autoencoder")
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of an autoencoder")
         config, tensors = read_json(folder / CONFIG), load_tensors(folder / WEIGHTS)

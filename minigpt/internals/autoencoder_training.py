@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minigpt.errors import ConfigError, NonFiniteError
+from minigpt.errors import ConfigError, DataError, NonFiniteError
 from minigpt.internals.autoencoder import Autoencoder, keep_greatest, keep_greatest_of_batch
 from minigpt.internals.autoencoder_config import AutoencoderConfig
 from minigpt.internals.corpus import Tokens, draws, site_of, tokens_of
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from minigpt.internals.study import Study
 
 BATCHES_AT_ONCE = 8  # gathered and shuffled together
+TOKENS_A_FEATURE = 100  # of text, below which a notice is given
 KERNEL = 0.1  # width of the straight-through estimate, where features before sparsity have a variance of about 1
 SILENT = 64  # steps without firing after which a feature counts as dead
 AUXILIARY = 1 / 32  # weight of what dead features are asked to predict
@@ -216,6 +217,7 @@ def train_autoencoder(
 
     Raises:
         ConfigError: an activation without positions; a target that is computed before what it is predicted from.
+        DataError: the text has fewer tokens than there are features. (Where they are few, a notice says so.)
         NonFiniteError: it diverged.
     """
     config = config or AutoencoderConfig()
@@ -224,8 +226,10 @@ def train_autoencoder(
     order = list(study.table)
     if order.index(goal) < order.index(site):
         raise ConfigError(f"target {goal}: is computed before {site}; a transcoder predicts what comes later")
-    samples = _samples(study, site, goal, tokens_of(study, text, "train"), config)
+    tokens = tokens_of(study, text, "train")
+    samples = _samples(study, site, goal, tokens, config)
     learner = Learner(site, goal, config, *next(samples))
+    _check_amount(len(tokens), learner.model.d_sae)
     told = [1.0, float(config.k)]
     try:
         with progress(f"{config.kind} on {goal}", config.steps, "steps") as bar:
@@ -242,6 +246,21 @@ def train_autoencoder(
         notice(f"stopped at step {learner.done} of {config.steps}; what is learned so far is kept")
     figures = {"steps": learner.done, "tokens": learner.done * config.batch, "missed": told[0], "l0": told[1]}
     return learner.finish({**figures, "config": asdict(config)})
+
+
+def _check_amount(tokens: int, features: int) -> None:
+    """Raise DataError for fewer tokens than features: each token could have a feature of its own."""
+    sensible = TOKENS_A_FEATURE * features
+    if tokens < features:
+        raise DataError(
+            f"text: {tokens:,} tokens for {features:,} features, fewer than one a feature; give a text of {sensible:,} "
+            f"tokens or more, or a smaller d_sae"
+        )
+    if tokens < sensible:
+        notice(
+            f"text: {tokens:,} tokens for {features:,} features are few, and features may tell of this text alone; "
+            f"sensible are {sensible:,} tokens or more ({TOKENS_A_FEATURE} a feature), or a smaller d_sae"
+        )
 
 
 def _samples(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.names import Names, select
-from minigpt.internals.text import Text
+from minigpt.internals.text import Text, refuse_other_than_ids
 
 if TYPE_CHECKING:
     from minigpt.internals.study import Study
@@ -61,7 +61,10 @@ def tokens_of(study: Study, text: str | Sequence[int] | Tensor | Tokens | None =
     elif isinstance(text, str):
         tokens = InMemory(study.tokenizer.prompt_ids(text))
     elif isinstance(text, Sequence | Tensor):
-        tokens = InMemory(np.asarray(torch.as_tensor(text).cpu()).reshape(-1))
+        ids = torch.as_tensor(text)
+        if ids.numel():
+            refuse_other_than_ids(ids)
+        tokens = InMemory(np.asarray(ids.cpu()).reshape(-1))
     else:
         tokens = text
     if isinstance(tokens, InMemory) and len(tokens):

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from minigpt.checkpoint import load
+from minigpt.durable import named_path
 from minigpt.errors import CheckpointError, DataError
 from minigpt.internals.context import held_out
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.snapshot import KINDS, Kind, numbers, snapshot
 from minigpt.internals.study import Study
 from minigpt.runs import checkpoints_of, is_whole, read_metrics, step_of
+from minigpt.terminal import notice
 
 LOSSES = Kind("split", "Loss", "nats", "Of the batches that it trained on, and of the validation split.")
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -64,7 +66,7 @@ def of_run(run: Path | str) -> dict[str, Result]:
         CheckpointError: there is no such run.
         DataError: it wrote no snapshots.
     """
-    run = Path(run)
+    run = named_path(run, "a run")
     if not (run / "metrics.jsonl").is_file():
         raise CheckpointError(f"{run}: holds no metrics.jsonl; give the folder of a run, such as runs/NAME")
     found = series(read_metrics(run / "metrics.jsonl"))
@@ -79,14 +81,22 @@ def of_run(run: Path | str) -> dict[str, Result]:
 def of_checkpoints(run: Path | str, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
     """Rows as `series` takes them, measured now: one of each checkpoint of a run, oldest first.
 
+    Of a run in training, those that are pruned before their turn are left out, with a notice.
+
     Raises CheckpointError where the run has none that is whole.
     """
-    folders = [folder for folder in reversed(checkpoints_of(Path(run))) if is_whole(folder)]
+    folders = [folder for folder in reversed(checkpoints_of(named_path(run, "a run"))) if is_whole(folder)]
     if not folders:
         raise CheckpointError(f"{run}: holds no finished checkpoint; give the folder of a run, such as runs/NAME")
     ids = None
     for folder in folders:
-        study = Study(load(folder, device=device))
+        try:
+            study = Study(load(folder, device=device))
+        except CheckpointError:
+            if folder.is_dir():
+                raise
+            notice(f"{folder}: was pruned before it was read; it is left out")
+            continue
         ids = held_out(study) if ids is None else ids
         yield {"step": step_of(folder), **numbers(snapshot(study, ids))}
 

@@ -134,6 +134,8 @@ class Study(Texts):
     """
 
     def __init__(self, run: Run | str | Path) -> None:
+        if isinstance(run, torch.nn.Module):
+            raise ConfigError(f"Study: expected a run, got {type(run).__name__}; give a model to Study.of(model)")
         run = run if isinstance(run, Run) else load(run)
         self._open(run.model, run.tokenizer, run)
 

@@ -14,6 +14,12 @@ from minigpt.tokenizer.base import Tokenizer
 Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
+def refuse_other_than_ids(ids: Tensor) -> None:
+    """Raise DataError, naming the type, for a tensor that holds no whole numbers."""
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise DataError(f"token ids: are of type {ids.dtype}; expected whole numbers, such as torch.int64")
+
+
 class Texts:
     """A model and its tokenizer, which may be missing: then texts are token ids."""
 
@@ -51,7 +57,8 @@ class Texts:
         ids = ids[None] if ids.dim() == 1 else ids
         if ids.dim() != 2 or not ids.numel():
             raise DataError(f"text: holds no tokens (shape {tuple(ids.shape)}); give at least one")
-        if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= self.model.vocab_size:
+        refuse_other_than_ids(ids)
+        if int(ids.min()) < 0 or int(ids.max()) >= self.model.vocab_size:
             raise DataError(
                 f"token ids {int(ids.min())} .. {int(ids.max())}: the model's are 0 .. {self.model.vocab_size - 1}"
             )

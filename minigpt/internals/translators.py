@@ -28,6 +28,7 @@ from minigpt.internals.result import Axis, Result
 from minigpt.internals.text import Text
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import widen
+from minigpt.terminal import notice
 
 if TYPE_CHECKING:
     from minigpt.internals.study import Study
@@ -65,6 +66,8 @@ class Translators:
         tensors = {f"{name}.weight": matrix for name, matrix in self.matrices.items()}
         tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
         told = {"kind": f"minigpt {self.kind} lens", "model": self.model, "notes": json.dumps(self.notes)}
+        if path.is_file():
+            notice(f"{path}: replaces the lens that was there")
         save_tensors(path, tensors, told)
         return path
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from minigpt.durable import canonical_json, disk_errors, sha256_of, write_text
+from minigpt.durable import canonical_json, disk_errors, named_path, sha256_of, write_text
 from minigpt.errors import ConfigError, DataError
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.config import KINDS, TokenizerConfig
@@ -96,7 +96,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         DataError: there is none, or it cannot be read, or its hash is not that of its content.
     """
-    path = Path(path)
+    path = named_path(path, "a tokenizer's file or folder")
     if path.is_dir():
         found = [path / name for name in (FILE_NAME, HUGGING_FACE_NAME) if (path / name).is_file()]
         if not found:
@@ -108,12 +108,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         content = path.read_text(encoding="utf-8")
         record = json.loads(content)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         raise DataError(
             f"tokenizer file {path} does not exist; name a {HUGGING_FACE_NAME} or the folder that holds it"
-        ) from None
+        ) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer file {path} cannot be read as JSON ({error}); copy or save it again") from None
+        raise DataError(f"tokenizer file {path} cannot be read as JSON ({error}); copy or save it again") from error
     if not isinstance(record, dict):
         raise DataError(
             f"tokenizer file {path} holds a JSON {type(record).__name__}, not a tokenizer; name another file"

@@ -41,7 +41,7 @@ class TokenizerConfig:
             raise ConfigError(
                 "tokenizer.kind is 'file' but tokenizer.path is empty; name a tokenizer.json or its folder"
             )
-        if self.kind != "file" and self.path:
+        if self.kind != "file" and self.path is not None:
             raise ConfigError(
                 f"tokenizer.path is '{self.path}' but tokenizer.kind is '{self.kind}'; only kind 'file' reads a path: "
                 "set tokenizer.kind to file or leave the path out"

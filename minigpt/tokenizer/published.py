@@ -127,7 +127,7 @@ def _find(kind: str, vocabulary: Vocabulary, show: bool) -> bytes:
         if hashlib.sha256(content).hexdigest() != vocabulary.sha256:
             raise OSError("what it sent has another sha256")
     except OSError as error:
-        raise DataError(_advice(kind, vocabulary, error, skipped)) from None
+        raise DataError(_advice(kind, vocabulary, error, skipped)) from error
     _keep(vocabulary, content)
     return content
 

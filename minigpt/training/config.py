@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 from minigpt.data.config import DataConfig
@@ -151,7 +152,7 @@ class TrainConfig:
     seed: int = 1337
     """Decides initialisation, data order and dropout."""
     log: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl. tensorboard needs pip install 'minigpt-lab[tensorboard]'."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind="bpe", vocab_size=1024))
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -199,10 +200,21 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, for what cannot be trained with or stored with a run."""
-        for name, value in self.flat().items():
+        for field_name, value in self.flat().items():
             if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
-                pattern = " (or give a pattern: each such byte is a ?)" if name == "data.source" else ""
-                raise ConfigError(f"{name}: {value!r} is not UTF-8 and cannot be stored with a run; rename it{pattern}")
+                pattern = " (or give a pattern: each such byte is a ?)" if field_name == "data.source" else ""
+                raise ConfigError(
+                    f"{field_name}: {value!r} is not UTF-8 and cannot be stored with a run; rename it{pattern}"
+                )
+        name = self.run_name
+        if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+            raise ConfigError(
+                f"run_name: {name!r} is not a plain folder name; leave slashes and leading dots out, or leave out "
+                f"run_name to have one made"
+            )
+        if not self.runs_dir:
+            raise ConfigError("runs_dir is empty; give a folder, such as runs")
+        self.data.check()
         for name in ("devices", "num_nodes"):
             if getattr(self.trainer, name) < 1:
                 raise ConfigError(f"trainer.{name}: {getattr(self.trainer, name)} is not positive")

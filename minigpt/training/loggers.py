@@ -1,4 +1,7 @@
-"""The trackers that `--log` names, as Lightning's loggers. A tracker never blocks a run and never stops one."""
+"""The trackers that `--log` names, as Lightning's loggers.
+
+One whose package is missing is refused before the run begins; from then on a tracker never blocks a run or stops it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import json
 import netrc
 import os
 import secrets
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from minigpt.durable import to_json, write_text
+from minigpt.errors import imported
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
 
@@ -24,6 +29,14 @@ def wandb_key_is_known() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def check_tracker(config: TrainConfig) -> None:
+    """Raise MissingExtra, before a run begins, where the package of the tracker that was asked for is missing."""
+    if config.log == "wandb":
+        imported("wandb", "", "log: wandb")
+    elif config.log == "tensorboard" and find_spec("tensorboardX") is None:  # Lightning writes through either
+        imported("tensorboard", "tensorboard", "log: tensorboard")
 
 
 def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:

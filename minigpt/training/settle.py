@@ -24,6 +24,7 @@ from minigpt.terminal import notice
 from minigpt.training.choose import choose
 from minigpt.training.config import TrainConfig, flatten
 from minigpt.training.each_step import due
+from minigpt.training.loggers import check_tracker
 from minigpt.training.metrics import read_metrics
 from minigpt.training.standing import Standing, settle_best, standing_at
 
@@ -124,8 +125,13 @@ def settle(config: TrainConfig, held: ExitStack, plan: Callable[[Job], TrainConf
     """
     config.check()
     _check_devices(config)
-    corpus = prepare(config.data, config.tokenizer)
+    check_tracker(config)
+    trained_on = _trained_on(config)
+    same = trained_on is not None and _same_text(config)
+    corpus = prepare(config.data, config.tokenizer, trained_on=trained_on if same else None)
     corpus.verify()
+    if trained_on is not None:  # before what fails only because the text is another
+        _refuse_another(config, corpus, trained_on)
     vocab_size = config.model.vocab_size or corpus.tokenizer.vocab_size
     if vocab_size < corpus.tokenizer.vocab_size:
         raise ConfigError(
@@ -176,10 +182,6 @@ def _folder_of(config: TrainConfig) -> Path:
     """runs/NAME; without a name a new folder, named after the corpus and the time."""
     runs = Path(config.runs_dir)
     if config.run_name is not None:
-        if Path(config.run_name).name != config.run_name or config.run_name.startswith("."):
-            raise ConfigError(
-                f"run_name: '{config.run_name}' is not a plain folder name; leave slashes and leading dots out"
-            )
         run = runs / config.run_name
         if config.resume == "must" and not run.is_dir():  # before it is made
             raise CheckpointError(f"{run}: no run to resume there (--resume must); check --run_name and --runs_dir")
@@ -251,14 +253,37 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path, corpus: Corpus) -> Pat
     state = read_training_state(start)
     if state["step"] != step_of(start):
         raise CheckpointError(f"{start}: was saved at step {state['step']}; give the folder back its name")
-    trained_on = state.get("corpus")
-    if trained_on != corpus.hash:
-        raise DataError(
-            f"data.source: {config.data.source}, or its tokenizer, has changed since {run} was trained on it (its "
-            f"tokens hash to {corpus.hash[:12]}, then {str(trained_on)[:12]}); restore it, or choose another --run_name"
-        )
+    _refuse_another(config, corpus, state.get("corpus"))
     notice(f"resuming {run} from {start.name}")
     return start
+
+
+def _trained_on(config: TrainConfig) -> str | None:
+    """The hash of the corpus that a run which goes on was trained on; None for one that begins."""
+    if config.run_name is None or config.resume == "never":
+        return None
+    start = newest_valid(Path(config.runs_dir) / config.run_name)
+    return read_training_state(start).get("corpus") if start else None
+
+
+def _same_text(config: TrainConfig) -> bool:
+    """Whether a run asks for the text and tokenizer that it began with, wherever they are kept."""
+    stored = _stored_config(Path(config.runs_dir) / str(config.run_name))
+    if not stored.is_file():
+        return False
+    before = TrainConfig.from_dict(_read_config(stored))
+    data = replace(before.data, folder=config.data.folder, order=config.data.order)
+    return (data, before.tokenizer) == (config.data, config.tokenizer)
+
+
+def _refuse_another(config: TrainConfig, corpus: Corpus, trained_on: Any) -> None:
+    if trained_on == corpus.hash:
+        return
+    run = Path(config.runs_dir) / str(config.run_name)
+    raise DataError(
+        f"data.source: {config.data.source}, or its tokenizer, has changed since {run} was trained on it (its tokens "
+        f"hash to {corpus.hash[:12]}, then {str(trained_on)[:12]}); restore it, or choose another --run_name"
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
