@@ -15,6 +15,7 @@ from collections.abc import Iterator
 os.environ.update({} if os.environ.get("MINIGPT_TEST_DEVICE") else {"CUDA_VISIBLE_DEVICES": ""})  # before torch looks
 os.environ["PYTHONFAULTHANDLER"] = "1"  # programs that a test starts write their stacks when it is out of time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # torch asks for names; nobody may answer
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import pytest

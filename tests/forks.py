@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import stat
@@ -46,6 +47,7 @@ class Fork:
         try:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
                 signal.signal(number, signal.SIG_DFL)
+            gc.freeze()  # nobody's sockets and threads are ended here
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its pool of threads is not here
             close_sockets()
             if session:

@@ -60,7 +60,7 @@ def tiny_run(folder: Path, name: str = "run", **changes: Any) -> TrainConfig:
         model=GPTConfig(preset="gpt2", block_size=16, n_layer=2, n_head=2, n_embd=16),
         batch=BatchConfig(tokens=128),
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-2, warmup_steps=2, schedule="cosine"),
-        trainer=TrainerConfig(max_steps=8, log_every_n_steps=1, accelerator="cpu", threads=1),
+        trainer=TrainerConfig(max_steps=8, log_every_n_steps=1, accelerator="cpu", threads=1, precision="32-true"),
         checkpoint=CheckpointConfig(every=100),
         eval=EvalConfig(every=0),
         sample=SampleConfig(max_new_tokens=0),

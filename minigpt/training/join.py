@@ -107,6 +107,7 @@ def serve(listening: socket.socket) -> dist.TCPStore:
     for seconds at each connection.
     """
     host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": LOCAL, "::": "::1"}.get(host, host)
     return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
