@@ -31,7 +31,7 @@ FLAGS = (
     "--no-first-run",
     "--hide-scrollbars",
 )
-PATIENCE = 30.0  # seconds that the browser may take for an answer before the test fails
+PATIENCE = 120.0  # seconds that the browser may take for an answer before the test fails
 
 
 class Browser:

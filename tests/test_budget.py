@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,11 +62,17 @@ def test_a_budget_is_what_a_run_played_step_by_step_takes(
     assert times_due(24, 4, 6) == sum(step % 4 == 0 or step % 6 == 0 for step in range(1, 25)) == 8
 
 
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of a second passes whenever the time is asked for, however fast the machine is."""
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=itertools.count(0, 0.1).__next__))
+
+
 def test_a_resumed_run_keeps_the_steps_that_its_minutes_gave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     timing = Timing(step=1.0, start=10.0, cold_start=10.0, validation=2.0, save=1.0, sample=0.0)
     monkeypatch.setattr(budget, "measure", lambda *arguments, **options: timing)
+    slow_clock(monkeypatch)
     config = tiny_run(tmp_path, minutes=0.5)  # 30 s: 10 to start, 3 at the end, 17 for steps, less the probe's moment
     run, rows = run_and_read(config)
     stored = yaml.safe_load((run / "config.yaml").read_text())
@@ -99,6 +107,7 @@ def test_compilation_pays_where_a_run_is_long_and_gains() -> None:
 def test_minutes_too_few_for_a_step_say_how_many_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timing = Timing(step=1.0, start=10.0, cold_start=10.0, validation=2.0, save=1.0, sample=0.0)
     monkeypatch.setattr(budget, "measure", lambda *arguments, **options: timing)
+    slow_clock(monkeypatch)
     with pytest.raises(ConfigError, match=r"minutes: 0.1 leave no time for a step: .* give at least 0.3"):
         train(tiny_run(tmp_path, minutes=0.1))
     run, _ = run_and_read(tiny_run(tmp_path, minutes=0.3))  # the run was not begun: it can be given more

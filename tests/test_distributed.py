@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import in_forks
 from training_runs import (
     Started,
     StartedFork,
     assert_equal_to_the_bit,
     corpus_file,
     forked,
-    in_forks,
     losses,
     run_and_read,
     saved_tensors,
@@ -97,7 +97,7 @@ def signal_itself(rank: int, number: int, at_step: int):
 
 def test_two_processes_lose_nothing_whatever_happens_to_them(tmp_path: Path) -> None:
     """One run that is asked to save, stopped, killed here and there, and hung, ends as the one that was left alone."""
-    config = tiny_run(tmp_path, trainer__hang_seconds=4.0, **ENDLESS)
+    config = tiny_run(tmp_path, **ENDLESS)
     with StartedFork(config) as started:  # SIGUSR1 to the launcher: both save and go on; Ctrl-C: both stop
         started.wait_for_step(6)
         started.wait_for(asked_to_save(started, started.process.pid))
@@ -116,7 +116,8 @@ def test_two_processes_lose_nothing_whatever_happens_to_them(tmp_path: Path) -> 
     assert "process 1 ended (killed by SIGKILL" in errors and "go on with --run_name run" in errors
     assert "Traceback" not in errors
 
-    with StartedFork(config) as started:  # one is stopped: the launcher ends it
+    watched = replace(config, trainer=replace(config.trainer, hang_seconds=4.0))
+    with StartedFork(watched) as started:  # one is stopped: the launcher ends it
         started.wait_for_step(started.last_step() + 7)
         os.kill(started.workers()[0], signal.SIGSTOP)
         code, errors = started.end()
@@ -159,11 +160,8 @@ def test_processes_save_and_leave_when_their_launcher_is_killed(tmp_path: Path) 
         workers = started.workers()
         os.kill(started.process.pid, signal.SIGKILL)
         started.process.wait()
-        deadline = 2000
-        while any(Path(f"/proc/{pid}").exists() for pid in workers.values()) and deadline:
-            deadline -= 1
+        while any(Path(f"/proc/{pid}").exists() for pid in workers.values()):
             time.sleep(0.05)
-        assert deadline, "still there after a hundred seconds"
     assert steps_saved(started.run)[-1] == started.last_step()
     verify(started.run / f"checkpoints/step-{started.last_step():08d}")
 
@@ -296,3 +294,45 @@ def test_a_port_that_is_taken_or_silent_is_named(monkeypatch: pytest.MonkeyPatch
     place(monkeypatch, 1, port)
     with pytest.raises(DistributedError, match=rf":{port} \(nothing answers there as it should\); check MASTER_ADDR"):
         join.connect()
+
+
+def test_a_process_that_does_not_join_the_group_is_not_waited_for_without_end(
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join, "JOIN_SECONDS", 1.0)
+
+    def alone(rank: int) -> int:
+        os.environ["WORLD_SIZE"] = "2"
+        store = join.connect()
+        try:
+            join.join(store, on_gpu=False)
+        except DistributedError as error:
+            os.write(2, str(error).encode())
+            return error.exit_code
+        return 0
+
+    assert in_forks(1, alone) == {0: 8}
+    assert "process 0: the others have not joined the gloo group within 1 s; see what" in capfd.readouterr().err
+
+
+def test_a_long_preparation_is_waited_for_and_said(
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join, "UNEASY_SECONDS", 0.05)
+    notice = join.notice
+
+    def hear(rank: int) -> int:
+        store, beside = join.connect(), join.connect()
+
+        def say(text: str) -> None:
+            notice(text)
+            beside.set("said", "")
+
+        monkeypatch.setattr(join, "notice", say)
+        if rank == 0:
+            beside.get("said")  # prepares for as long as it takes the other to say so
+        assert join.tell(store, None if rank else {"it": 1}) == {"it": 1}
+        return 0
+
+    assert in_forks(2, hear) == {0: 0, 1: 0}
+    assert capfd.readouterr().err.count("process 1: waiting for process 0, which prepares the run") == 1

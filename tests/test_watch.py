@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forks import in_forks
 from training_runs import forked, tiny_run
 
 from minigpt.checkpoint import verify
 from minigpt.training.checkpoints import Checkpoints
+from minigpt.training.launch import train
 from minigpt.training.module import TrainingModule
 from minigpt.training.watch import BACKWARD, BETWEEN, FORWARD, UPDATE, Seen, hanging
 
@@ -140,11 +143,39 @@ def test_a_save_longer_than_hang_seconds_is_no_hang(tmp_path: Path, monkeypatch:
         real = Checkpoints._save
 
         def save(self: Checkpoints, *arguments, **options) -> None:
-            time.sleep(3)
+            time.sleep(5)
             real(self, *arguments, **options)
 
         monkeypatch.setattr(Checkpoints, "_save", save)
 
-    config = tiny_run(tmp_path, trainer__devices=2, trainer__hang_seconds=2.0, trainer__max_steps=2)
+    config = tiny_run(tmp_path, trainer__devices=2, trainer__hang_seconds=4.0, trainer__max_steps=2)
     assert forked(config, slow_save) == {0: 0, 1: 0}
     assert_whole(tmp_path / "runs/run")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
+def test_a_store_that_stops_answering_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Where no launcher holds it, it stops with the first process, and nobody can say to the others who hangs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tiny_run(tmp_path, trainer__devices=2, trainer__hang_seconds=2.0)
+    real = TrainingModule.training_step
+
+    def training_step(self: TrainingModule, *arguments):
+        if os.environ["RANK"] == "0" and self.trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+
+    def target(rank: int) -> int:
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+        os.environ["MASTER_PORT"] = str(port)
+        train(config)
+        return 0
+
+    assert in_forks(2, target) == {0: -9, 1: 8}
+    assert "process 1: the store that all share has not answered for 2 s; leaving" in capfd.readouterr().err

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,9 +19,10 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
+from forks import Fork, children_of, in_forks
 
 from minigpt.data.config import DataConfig
-from minigpt.errors import MinigptError, leave
+from minigpt.errors import MinigptError
 from minigpt.model.config import GPTConfig
 from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.training import processes, worker
@@ -111,50 +111,6 @@ def assert_equal_to_the_bit(a: dict[str, torch.Tensor], b: dict[str, torch.Tenso
     assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def in_forks(count: int, target: Callable[[int], int]) -> dict[int, int]:
-    """Run `target(rank)` in forks of this process that know of each other as torchrun's processes do.
-
-    Returns:
-        rank -> what the target gave; negative for the signal that killed it.
-    """
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = {}
-    for rank in range(count):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.environ.update(
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    GROUP_RANK="0",
-                    WORLD_SIZE=str(count),
-                    LOCAL_WORLD_SIZE=str(count),
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(store.port),
-                    TORCHELASTIC_USE_AGENT_STORE="True",
-                    TORCHELASTIC_RUN_ID="forked",
-                )
-                leave(target(rank))
-            finally:
-                traceback.print_exc()
-                os._exit(99)
-        ranks[pid] = rank
-    codes = {}
-    while ranks:
-        pid, status = os.wait()
-        codes[ranks.pop(pid)] = os.waitstatus_to_exitcode(status)
-        if codes and any(codes.values()) and ranks:  # give the others a moment, then end what cannot end by itself
-            deadline = time.monotonic() + 20 * (min(codes.values()) < 0) + 2
-            while ranks and time.monotonic() < deadline:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if pid:
-                    codes[ranks.pop(pid)] = os.waitstatus_to_exitcode(status)
-                time.sleep(0.05)
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-    return codes
-
-
 def forked(config: TrainConfig, before: Callable[[int], None] = lambda rank: None) -> dict[int, int]:
     """The run in config.processes forks of this process, which spares the seconds that imports take.
 
@@ -180,32 +136,32 @@ class Started:
 
     def __init__(self, config: TrainConfig, *launcher: str) -> None:
         self.run = Path(config.runs_dir) / str(config.run_name)
+        self.run.parent.mkdir(exist_ok=True)
+        self.errors = self.run.parent / "errors.txt"
+        self.process = self.start(config, *launcher)
+
+    def start(self, config: TrainConfig, *launcher: str) -> subprocess.Popen | Fork:
         file = self.run.parent / f"{config.run_name}-given.yaml"
-        file.parent.mkdir(exist_ok=True)
         file.write_text(yaml.safe_dump(config.to_dict()))
-        self.process = subprocess.Popen(
-            [sys.executable, *launcher, "train.py", "--config", str(file)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        )
+        command = [sys.executable, *launcher, "train.py", "--config", str(file)]
+        with self.errors.open("w") as errors:
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, cwd=Path(__file__).parents[1])
 
     def __enter__(self) -> Started:
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:
+            print(self.errors.read_text(), file=sys.stderr)
         for pid in [*self.workers().values(), self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
+        self.process.wait()
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 300) -> None:
-        """Until the condition holds. Fails if the process ends before, or it takes too long."""
-        deadline = time.monotonic() + seconds
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Until the condition holds. Fails if the process ends before."""
         while not condition():
-            assert self.process.poll() is None, self.process.communicate()[1]
-            assert time.monotonic() < deadline, "waited too long"
+            assert self.process.poll() is None, self.errors.read_text()
             time.sleep(0.05)
 
     def wait_for_step(self, step: int) -> None:
@@ -213,10 +169,11 @@ class Started:
         rows = self.run / "metrics.jsonl"
         self.wait_for(lambda: (found := read_metrics(rows)) and found[-1]["step"] >= step)
 
-    def end(self, seconds: float = 300) -> tuple[int, str]:
+    def end(self) -> tuple[int, str]:
         """Exit code and what it said, once it has ended."""
-        _, errors = self.process.communicate(timeout=seconds)
-        return self.process.returncode, errors
+        code = self.process.wait()
+        assert code is not None
+        return code, self.errors.read_text()
 
     def last_step(self) -> int:
         """The step of the last row."""
@@ -232,66 +189,10 @@ class Started:
         return found
 
 
-def children_of(parent: int) -> list[int]:
-    """Process ids of the living children of a process (Linux)."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):
-            lines = status.read_text().splitlines()
-            if f"PPid:\t{parent}" in lines and not any(line.startswith("State:\tZ") for line in lines):
-                found.append(int(status.parent.name))
-    return found
-
-
-class Fork:
-    """A fork of this process that calls `target()` and ends with what it gives: as Popen is to programs."""
-
-    def __init__(self, target: Callable[[], int], errors: Path | None = None, session: bool = False) -> None:
-        self.errors, self.returncode = errors, None
-        self.pid = os.fork()
-        if self.pid:
-            return
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
-            if session:
-                os.setsid()
-            if errors:
-                os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-                sys.stderr = os.fdopen(2, "w", closefd=False)
-            leave(target())
-        finally:
-            traceback.print_exc()
-            os._exit(99)
-
-    def poll(self, options: int = os.WNOHANG) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, options)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> int | None:
-        return self.poll(0)
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            assert time.monotonic() < deadline, "waited too long"
-            time.sleep(0.02)
-        return "", self.errors.read_text() if self.errors else ""
-
-
 class StartedFork(Started):
     """`minigpt train` in a fork of this process, and the processes that it starts in forks of that: no imports."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.run = Path(config.runs_dir) / str(config.run_name)
-        self.run.parent.mkdir(exist_ok=True)
-
+    def start(self, config: TrainConfig, *launcher: str) -> Fork:
         def start(command: list[str], env: dict[str, str], **options: object) -> Fork:
             def work() -> int:
                 os.environ.update(env)
@@ -308,7 +209,7 @@ class StartedFork(Started):
                 return error.exit_code
             return 0
 
-        self.process = Fork(command_line, self.run.parent / "errors.txt")  # type: ignore[assignment]
+        return Fork(command_line, self.errors)
 
     def workers(self) -> dict[int, int]:
         """Rank -> process id; forks are started in the order of their ranks."""

@@ -6,16 +6,19 @@ The store is a small server of keys and values. What goes through it is JSON; no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,8 @@ from minigpt.durable import canonical_json
 from minigpt.errors import DistributedError
 from minigpt.terminal import notice
 
+T = TypeVar("T")
+LOCAL = "127.0.0.1"
 # What torchrun tells each process that it starts.
 STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Until all are there: the machines of a cluster may begin minutes apart, and read code from a disk that all share.
@@ -31,6 +36,7 @@ JOIN_SECONDS = 300.0
 UNEASY_SECONDS = 15.0  # after which a line says what is waited for
 # For collectives and for the store: preparing a corpus or a save may take hours, and who hangs is watch.py's to say.
 PATIENCE = timedelta(days=30)
+_opened: dict[int, dist.TCPStore] = {}  # by port: they last as long as this process
 
 
 def connect() -> dist.Store:
@@ -39,37 +45,70 @@ def connect() -> dist.Store:
     Raises:
         DistributedError: nothing answers there within JOIN_SECONDS, or the port is taken.
     """
-    host, port, rank = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]
+    host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"]
     opens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == "0"
-    found: list[dist.Store | Exception] = []
 
-    def reach() -> None:
-        patience = timedelta(seconds=JOIN_SECONDS)
-        try:
-            found.append(
-                dist.TCPStore(
-                    host, int(port), is_master=opens, timeout=patience, wait_for_workers=False, multi_tenant=True
-                )
-            )
-        except (RuntimeError, ValueError) as error:
-            found.append(error)
+    def reach() -> dist.Store:
+        if opens and port not in _opened:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            _opened[port] = serve(socket.create_server(("", port), family=family))
+        return dist.TCPStore(host, port, timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False)
 
-    # In a thread, because torch waits without end for somebody who listens there but is no store.
-    thread = threading.Thread(target=reach, daemon=True)
-    thread.start()
-    thread.join(min(UNEASY_SECONDS, JOIN_SECONDS))
-    if thread.is_alive():
-        notice(f"process {rank}: waiting for the others at {host}:{port}, up to {JOIN_SECONDS:.0f} s")
-        thread.join(JOIN_SECONDS + 5)
-    store = found[0] if found else None
-    if not isinstance(store, dist.Store):
-        why = "the port is taken" if "EADDRINUSE" in str(store) else "nothing answers there as it should"
+    try:  # torch itself waits without end for somebody who listens there but is no store
+        store = within(JOIN_SECONDS, f"the others at {host}:{port}", reach)
+    except (OSError, RuntimeError, ValueError) as error:
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         raise DistributedError(
-            f"process {rank} cannot meet the others at {host}:{port} ({why}); check MASTER_ADDR and MASTER_PORT, or "
-            f"choose another --master_port"
-        ) from store
+            f"process {rank} cannot meet the others at {host}:{port} "
+            f"({'the port is taken' if taken else 'nothing answers there as it should'}); check MASTER_ADDR and "
+            f"MASTER_PORT, or choose another --master_port"
+        ) from error
     store.set_timeout(PATIENCE)
     return store_of_one_start(store)
+
+
+def within(seconds: float, what: str, work: Callable[[], T]) -> T:
+    """What `work()` gives; after UNEASY_SECONDS a line says what is waited for.
+
+    Raises:
+        TimeoutError: it took longer than `seconds`; its thread is left behind.
+        Exception: whatever `work` raised.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([answer], min(UNEASY_SECONDS, seconds)).done and seconds > UNEASY_SECONDS:
+        notice(f"process {os.environ['RANK']}: waiting for {what}, up to {seconds:.0f} s")
+        wait([answer], seconds - UNEASY_SECONDS)
+    if not answer.done():
+        raise TimeoutError(f"{what}: nothing in {seconds:.0f} s")
+    return answer.result()
+
+
+def listen() -> socket.socket:
+    """A socket for the store of this machine's processes, at a port of the system's choice; no other reaches it.
+
+    Connections wait at it until `serve` opens the store.
+    """
+    return socket.create_server((LOCAL, 0))
+
+
+def serve(listening: socket.socket) -> dist.TCPStore:
+    """Open the store at a socket, which it takes over.
+
+    The socket is ours because torch's listens on IPv6, too: its server looks up the name of whoever connects, where
+    /etc/hosts does not know an IPv4 address in its IPv6 form, and a name server that does not answer stops the store
+    for seconds at each connection.
+    """
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": LOCAL, "::": "::1"}.get(host, host)
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def store_of_one_start(store: dist.Store) -> dist.Store:
@@ -78,14 +117,27 @@ def store_of_one_start(store: dist.Store) -> dist.Store:
 
 
 def join(store: dist.Store, on_gpu: bool) -> None:
-    """Make this process one of the group whose members exchange gradients."""
+    """Make this process one of the group whose members exchange gradients.
+
+    Raises:
+        DistributedError: the others have not joined it within JOIN_SECONDS.
+    """
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     group = dist.PrefixStore("group", store)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=group, rank=rank, world_size=world_size, timeout=PATIENCE
-    )
+    backend = "nccl" if on_gpu else "gloo"
+
+    def meet() -> None:  # its timeout is that of all later collectives, too
+        dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=PATIENCE)
+
+    try:
+        within(JOIN_SECONDS, f"the others to join the {backend} group", meet)
+    except TimeoutError as error:
+        raise DistributedError(
+            f"process {rank}: the others have not joined the {backend} group within {JOIN_SECONDS:.0f} s; see what "
+            f"they said, check that the machines reach each other, and start all of them again"
+        ) from error
 
 
 def agree(store: dist.Store, what: str, values: dict[str, Any]) -> None:
@@ -135,6 +187,11 @@ def tell(store: dist.Store, values: dict[str, Any] | None) -> dict[str, Any]:
     with lost_store():
         if values is not None:
             store.set("told", canonical_json(values))
+        else:
+            with suppress(dist.DistStoreError):
+                store.wait(["told"], timedelta(seconds=UNEASY_SECONDS))
+            if not store.check(["told"]):
+                notice(f"process {os.environ['RANK']}: waiting for process 0, which prepares the run")
         return json.loads(store.get("told"))
 
 

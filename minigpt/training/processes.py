@@ -15,16 +15,13 @@ import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
-import torch.distributed as dist
-
 from minigpt.durable import held
 from minigpt.errors import DistributedError
-from minigpt.training.join import store_of_one_start
+from minigpt.training.join import LOCAL, listen, serve, store_of_one_start
 from minigpt.training.watch import VERDICT
 
 LEAVE_SECONDS = 20.0  # that the others have, after one was lost, to finish a save and leave by themselves
 POLL_SECONDS = 0.05
-LOCAL = "127.0.0.1"
 
 
 def search_path() -> dict[str, str]:
@@ -49,8 +46,7 @@ class Processes:
     """
 
     def __init__(self, command: list[str], count: int, name: str) -> None:
-        server = dist.TCPStore(LOCAL, 0, is_master=True, wait_for_workers=False)
-        self._port, self.store = server.port, store_of_one_start(server)
+        self._listening = listen()
         self.received = 0
         self.failures: dict[int, int] = {}
         self._command, self._count, self._name = command, count, name
@@ -59,12 +55,13 @@ class Processes:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Processes:
+        port = self._listening.getsockname()[1]
         shared = {
             "WORLD_SIZE": str(self._count),
             "LOCAL_WORLD_SIZE": str(self._count),
             "GROUP_RANK": "0",
             "MASTER_ADDR": LOCAL,
-            "MASTER_PORT": str(self._port),
+            "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RUN_ID": self._name,
             "TORCHELASTIC_RESTART_COUNT": "0",
@@ -84,6 +81,7 @@ class Processes:
                 start_new_session=posix,
                 pass_fds=tuple(held) if posix else (),  # the lock on the run, for as long as one of them lives
             )
+        self.store = store_of_one_start(serve(self._listening))
         if self.received:  # while they were started
             self._send(signal.SIGTERM)
         if posix:

@@ -8,6 +8,7 @@ What is found, within hang_seconds:
 - A process whose beat stands still: stopped, swapped out, its machine gone, or its interpreter locked by native code.
   Whatever it is doing, a process that works shows its beat: nobody is too slow in compiling, validating, saving,
   preparing data.
+- The store itself, where it does not answer any more (whoever holds it is stopped): every process leaves by itself.
 - A process that beats but whose main thread stays in the forward or backward pass or the update of a step while others
   are further on and wait for it: an endless loop, a deadlock.
 
@@ -119,6 +120,7 @@ class Watch(pl.Callback):
         self.interval = min(2.0, hang_seconds / BEATS) if hang_seconds else 1.0
         self.place = (-1, BETWEEN)  # (micro-batch since the start, phase): grows, and is the same road for all
         self.where = "starting"
+        self._rounds = 0  # of the thread; each asks the store
         self._done = threading.Event()
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._deadline = math.inf  # once the launcher has gone
@@ -128,6 +130,7 @@ class Watch(pl.Callback):
         """For the length of a `with` block the thread runs."""
         thread = threading.Thread(target=self._run, name="watch", daemon=True)
         thread.start()
+        threading.Thread(target=self._guard, name="guard", daemon=True).start()
         try:
             yield
         finally:
@@ -155,11 +158,21 @@ class Watch(pl.Callback):
         try:
             self._watch(connect())
         except (RuntimeError, DistributedError) as error:  # the store has gone, and with it whoever held it
+            self._rounds = 0
             self._done.wait(self.interval)  # a process that dies loses its connections before its children
             self._look_for_launcher()
             left = self._deadline - time.monotonic()
             if not self._done.wait(left if math.isfinite(left) else self.hang_seconds or 60.0):
                 self._leave(f"has lost the store that all share ({str(error).splitlines()[0]})")
+
+    def _guard(self) -> None:
+        """Leave where the store keeps the thread waiting. Counts its own rounds: this process may have stood still."""
+        rounds = waited = 0
+        while self.hang_seconds and not self._done.wait(self.interval):
+            waited = waited + 1 if self._rounds == rounds and rounds else 0
+            rounds = self._rounds
+            if waited * self.interval > self.hang_seconds:
+                self._leave(f"the store that all share has not answered for {self.hang_seconds:.0f} s")
 
     def _look_for_launcher(self) -> None:
         if self._launcher is not None and os.getppid() != self._launcher:
@@ -181,6 +194,7 @@ class Watch(pl.Callback):
             self._look_for_launcher()
             if time.monotonic() > self._deadline:
                 self._leave("still not done without its launcher")
+            self._rounds += 1
             if not self.hang_seconds:
                 continue
             beat += 1
