@@ -1,7 +1,8 @@
 """Processes of the tests: forks of this one, which spare the seconds that imports take, and an end for whatever hangs.
 
-A fork has only the thread that forked, and a lock that another thread held stays locked in it for ever. So nothing here
-forks while a store of ours is open: its server is a thread, which may be looking up a name.
+A fork has only the thread that forked, and a lock that another thread held stays locked in it for ever. The server of a
+store is such a thread: it looks up the name of whoever connects, under a lock of the C library (resolv_conf.c) that a
+fork needs for its own connection. So everything is forked before the store of its processes is opened.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import in_forks
+from forks import Fork, in_forks
 from training_runs import (
     Started,
     StartedFork,
@@ -276,24 +276,25 @@ def test_losing_the_first_process_before_training_is_one_line(
 
 
 def test_a_port_that_is_taken_or_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fork, as a connection that is given up leaves its thread behind."""
     monkeypatch.setattr(join, "JOIN_SECONDS", 1.0)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        place(monkeypatch, 0, port)
+
+    def refused(rank: int, port: int, why: str) -> None:
+        place(monkeypatch, rank, port)
         with pytest.raises(
-            DistributedError, match=rf"process 0 cannot meet the others at 127\.0\.0\.1:{port} \(the port"
+            DistributedError, match=rf"process {rank} cannot meet the others at 127\.0\.0\.1:{port} \({why}"
         ):
             join.connect()
-        place(monkeypatch, 1, port)  # somebody listens, but holds no store
-        with pytest.raises(
-            DistributedError, match=rf"process 1 cannot meet the others at 127\.0\.0\.1:{port} \(nothing"
-        ):
-            join.connect()
-    place(monkeypatch, 1, port)
-    with pytest.raises(DistributedError, match=rf":{port} \(nothing answers there as it should\); check MASTER_ADDR"):
-        join.connect()
+
+    def tries() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            refused(0, port, "the port is taken")
+            refused(1, port, "nothing answers")  # somebody listens, but holds no store
+        refused(1, port, r"nothing answers there as it should\); check MASTER_ADDR")
+        return 0
+
+    assert Fork(tries).wait() == 0
 
 
 def test_a_process_that_does_not_join_the_group_is_not_waited_for_without_end(

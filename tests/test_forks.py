@@ -8,10 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 from forks import Fork, children_of, in_forks, limited
+
+from minigpt.training import processes
+from minigpt.training.processes import Processes
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are looked up as on Linux")
 
@@ -69,6 +74,24 @@ def test_the_limit_of_a_test_goes_on_after_one_within_it() -> None:
         assert signal.getitimer(signal.ITIMER_REAL)[0] > before
     assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= before
     assert signal.getsignal(signal.SIGALRM) is handler
+
+
+def test_nothing_is_forked_beside_the_server_of_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def noted(name: str, real: Callable) -> Callable:
+        def call(*arguments, **options):
+            done.append(name)
+            return real(*arguments, **options)
+
+        return call
+
+    for home, name in ((os, "fork"), (forks, "serve"), (processes.subprocess, "Popen"), (processes, "serve")):
+        monkeypatch.setattr(home, name, noted(name, getattr(home, name)))
+    assert in_forks(2, lambda rank: 0) == {0: 0, 1: 0}
+    with Processes([sys.executable, "-c", ""], 2, "test") as group:
+        group.wait()
+    assert done == ["fork", "fork", "serve", "Popen", "Popen", "serve"]
 
 
 def test_a_stopped_fork_is_ended_once_it_alone_is_left() -> None:

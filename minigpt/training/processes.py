@@ -81,6 +81,7 @@ class Processes:
                 start_new_session=posix,
                 pass_fds=tuple(held) if posix else (),  # the lock on the run, for as long as one of them lives
             )
+        # Not before: its server is a thread, which should not be there when a process is forked.
         self.store = store_of_one_start(serve(self._listening))
         if self.received:  # while they were started
             self._send(signal.SIGTERM)
