@@ -137,6 +137,7 @@ def _write(sampler: Sampler, prompts: list[Any], config: Any, values: Any) -> No
     for prompt, completions in zip(prompts, results, strict=True):
         for number, done in enumerate(completions, 1):
             of = f"{number} of {len(completions)}"
+            of += f" found, {config.num_return_sequences} asked for" if done.missing else ""
             told = f"seed {done.seed}" if done.seed is not None else ""
             told = ", ".join(filter(None, (told, "" if done.score is None else f"score {done.score:.4f}", done.error)))
             print(f"--- {of} ({told}) ---\n{_text(prompt, sampler)}{done.text}")

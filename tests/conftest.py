@@ -67,7 +67,7 @@ def random_ids(rows: int, length: int, vocab_size: int = 61, seed: int = 0) -> t
 
 
 def needs_transformers(versions: str, reason: str) -> pytest.MarkDecorator:
-    """Skip a test where the installed transformers is none of the versions (such as ">=5.24") whose rule it holds to."""
+    """Skip a test where the installed transformers is none of the versions, such as ">=5.24", that follow its rule."""
     installed = importlib.metadata.version("transformers")
     holds = SpecifierSet(versions).contains(installed, prereleases=True)
     return pytest.mark.skipif(not holds, reason=f"transformers {installed}, not {versions}: {reason}")

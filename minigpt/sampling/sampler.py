@@ -55,6 +55,8 @@ class Completion:
     """Of a search: what texts are ranked by; see `search.Hypothesis.score`."""
     complete: bool = True
     """Of a search: whether all of force_words appear."""
+    missing: int = 0
+    """Of a search: how many texts fewer than num_return_sequences it found for the prompt."""
     details: list[Details] | None = None
     """With top_logprobs: how each token stood among the others."""
     work: list[tuple[Stage, ...]] | None = None
@@ -273,6 +275,7 @@ class Sampler:
                     error=best.error,
                     score=best.score,
                     complete=best.complete,
+                    missing=int(common.num_return_sequences) - sum(not other.error for other in hypotheses),
                 )
                 for best in hypotheses
             ]

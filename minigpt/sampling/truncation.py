@@ -136,6 +136,11 @@ def _reached(falling: Tensor, ids: Tensor, p: Tensor, mass: Tensor) -> Tensor:
     return (p.cumsum(-1) - p >= mass) | (falling == NEVER)
 
 
+def _at_least(keep: int, left: Tensor, logits: Tensor) -> Tensor:
+    """What a filter left of the logits, and exactly the `keep` likeliest tokens besides; it leaves one by itself."""
+    return torch.maximum(left, keep_likeliest(logits, keep)) if keep > 1 else left
+
+
 @dataclass(frozen=True)
 class MinP(Filter):
     """Remove p < min_p * max p (Nguyen et al., 2024, arXiv:2407.01082); 0 is off."""
@@ -151,8 +156,7 @@ class MinP(Filter):
         """Logits with -inf for the tokens too far below the likeliest one."""
         share = context.column(self.min_p, logits.dtype)
         distance = share.log() if isinstance(share, Tensor) else math.log(share) if share else NEVER
-        left = cut(logits, logits, logits.amax(-1, keepdim=True) + distance)
-        return torch.maximum(left, keep_likeliest(logits, self.keep)) if self.keep > 1 else left
+        return _at_least(self.keep, cut(logits, logits, logits.amax(-1, keepdim=True) + distance), logits)
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ class TopA(Filter):
         """Logits with -inf for the tokens too far below the square of the likeliest one."""
         p = logits.softmax(-1)
         left = cut(logits, p, context.column(self.a, p.dtype) * p.amax(-1, keepdim=True) ** 2)
-        return torch.maximum(left, keep_likeliest(logits, self.keep)) if self.keep > 1 else left
+        return _at_least(self.keep, left, logits)
 
 
 @dataclass(frozen=True)
@@ -299,9 +303,11 @@ class TopNSigma(Filter):
     """
 
     n: Parameter
+    keep: int = 1
 
     def __post_init__(self) -> None:
         check_numbers(self, n=NOT_NEGATIVE)
+        check(self, keep=COUNT)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for the tokens too many deviations below the likeliest one."""
@@ -311,28 +317,29 @@ class TopNSigma(Filter):
         spread = (logits - mean.to(logits.dtype)).nan_to_num_(neginf=0).square_()
         sigma = (spread.sum(-1, keepdim=True, dtype=torch.float64) / count).sqrt()
         border = torch.where(n > 0, logits.amax(-1, keepdim=True) - n * sigma, NEVER)
-        return cut(logits, logits, border.to(logits.dtype))
+        return _at_least(self.keep, cut(logits, logits, border.to(logits.dtype)), logits)
 
 
 @dataclass(frozen=True)
 class TopH(Filter):
     """Keep the likeliest tokens while the sum of their -p ln p stays within h of the whole (arXiv:2509.02510).
 
-    As in transformers, the whole is the distribution of the `top_n` likeliest tokens, beyond which nothing is kept;
-    the likeliest one always is. 1 is off.
+    As in transformers, the whole is the distribution of the `top_n` likeliest tokens, beyond which nothing is kept but
+    what `keep` asks for. 1 is off.
     """
 
     h: Parameter
     top_n: int = 100
+    keep: int = 1
 
     def __post_init__(self) -> None:
         check_numbers(self, h=POSITIVE_FRACTION)
-        check(self, top_n=COUNT)
+        check(self, top_n=COUNT, keep=COUNT)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for all after the share h of the entropy."""
         h, width = context.column(self.h), max(FIRST, int(self.top_n) + 1)
-        return keep_first(logits, self._gone, h, keep=1, off=h >= 1, width=width)
+        return keep_first(logits, self._gone, h, keep=self.keep, off=h >= 1, width=width)
 
     def _gone(self, falling: Tensor, ids: Tensor, h: Tensor | float) -> Tensor:
         terms = torch.special.entr(falling[:, : int(self.top_n)].double().softmax(-1))
@@ -344,17 +351,22 @@ class TopH(Filter):
 
 @dataclass(frozen=True)
 class PLess(Filter):
-    """Remove p < the sum of all p^2, the chance that two draws agree (arXiv:2509.23234). No parameter.
+    """Remove p < the sum of all p^2, the chance that two draws agree (arXiv:2509.23234). It has no strength to set.
 
     Probabilities (.1, .15, .2, .25, .3) have the sum .225 and keep .25 and .3.
     """
+
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        check(self, keep=COUNT)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for the tokens less likely than an agreement."""
         p = logits.softmax(-1)
         agreement = p.square().sum(-1, keepdim=True, dtype=torch.float64).to(p.dtype)
         # The sum is at most max p; where all are equal it is that, but for rounding.
-        return cut(logits, p, torch.minimum(agreement, p.amax(-1, keepdim=True)))
+        return _at_least(self.keep, cut(logits, p, torch.minimum(agreement, p.amax(-1, keepdim=True))), logits)
 
 
 @dataclass(frozen=True)
