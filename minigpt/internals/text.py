@@ -14,6 +14,15 @@ from minigpt.tokenizer.base import Tokenizer
 Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
+def need_two(length: int) -> None:
+    """Raise DataError for texts of one token, which has no loss."""
+    if length < 2:
+        raise DataError(
+            "text: one token has no loss, as nothing stands before it; give two or more, to a model whose block_size "
+            "holds them"
+        )
+
+
 class Texts:
     """A model and its tokenizer, which may be missing: then texts are token ids."""
 
