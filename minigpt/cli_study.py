@@ -120,7 +120,7 @@ def heads(argv: list[str]) -> None:
     values = parse(parser, rest)
     settings = {"causal": values.causal, "offset": values.offset, "seed": values.seed}
     if values.kinds is not None:
-        settings["kinds"] = values.kinds.split(",")
+        settings["kinds"] = values.kinds
     found = open_study(path, values).heads(values.text, **settings)
     print(json.dumps(found.table().to_dict(), ensure_ascii=False) if values.json else found)
 
@@ -149,14 +149,11 @@ def patch(argv: list[str]) -> None:
         if getattr(values, name) is None:
             raise ConfigError(f"--{name}: not given; patch needs --clean TEXT --corrupted TEXT --answer TOKEN")
     from minigpt.internals.effect import logit_difference
-    from minigpt.internals.patching import STREAM
 
-    axes = (values.by or ("pos" if values.at in STREAM else "head")).split(",")
     study = open_study(path, values)
     metric = logit_difference(values.answer, values.versus, values.position)
     way = study.attribution_patch if values.guess else study.patch
-    by = ["layer", *(axis for axis in axes if axis != "layer")]
-    show(values, way(values.clean, values.corrupted, metric, values.at, by))
+    show(values, way(values.clean, values.corrupted, metric, values.at, values.by))
 
 
 __all__ = ["check_output", "open_study", "parse", "show", "split_positional", "study_parser"]

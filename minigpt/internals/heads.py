@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.ablation import ablate
+from minigpt.internals.names import listed
 from minigpt.internals.result import Axis, Result, Tabled
 from minigpt.internals.text import Text
 from minigpt.internals.weights import grid, ordinary_ids, read_out, write_weights
@@ -152,7 +153,7 @@ def heads(
     study: Study,
     text: Text | None = None,
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: str | Sequence[str] = KINDS,
     causal: bool = True,
     offset: int = 2,
     seed: int = 0,
@@ -162,13 +163,13 @@ def heads(
     Args:
         study: see `Study`.
         text: what the heads look at; None: random blocks that come twice, see `repeated_block`.
-        kinds: see `head_scores`.
+        kinds: see `head_scores`; "previous,induction" or a list of them.
         causal: measure too how the loss on that text changes when a head writes nothing (see `ablate`).
         offset: tokens back, for the kind offset.
         seed: of the random blocks.
     """
     text = repeated_block(study, seed=seed) if text is None else text
-    scores = _scores(study, kinds, text, offset, seed)
+    scores = _scores(study, listed(kinds), text, offset, seed)
     return Heads(scores, ablate(study, text, parts="head") if causal else None)
 
 
