@@ -18,6 +18,8 @@ from minigpt.sampling.noise import Purpose
 from minigpt.sampling.processors import NEVER, Context, Parameter
 from minigpt.sampling.ranking import (
     FIRST,
+    above,
+    at_least,
     count_possible,
     cut,
     keep_first,
@@ -136,11 +138,6 @@ def _reached(falling: Tensor, ids: Tensor, p: Tensor, mass: Tensor) -> Tensor:
     return (p.cumsum(-1) - p >= mass) | (falling == NEVER)
 
 
-def _at_least(keep: int, left: Tensor, logits: Tensor) -> Tensor:
-    """What a filter left of the logits, and exactly the `keep` likeliest tokens besides; it leaves one by itself."""
-    return torch.maximum(left, keep_likeliest(logits, keep)) if keep > 1 else left
-
-
 @dataclass(frozen=True)
 class MinP(Filter):
     """Remove p < min_p * max p (Nguyen et al., 2024, arXiv:2407.01082); 0 is off."""
@@ -156,7 +153,7 @@ class MinP(Filter):
         """Logits with -inf for the tokens too far below the likeliest one."""
         share = context.column(self.min_p, logits.dtype)
         distance = share.log() if isinstance(share, Tensor) else math.log(share) if share else NEVER
-        return _at_least(self.keep, cut(logits, logits, logits.amax(-1, keepdim=True) + distance), logits)
+        return at_least(self.keep, cut(logits, logits, logits.amax(-1, keepdim=True) + distance), logits)
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ class TopA(Filter):
         """Logits with -inf for the tokens too far below the square of the likeliest one."""
         p = logits.softmax(-1)
         left = cut(logits, p, context.column(self.a, p.dtype) * p.amax(-1, keepdim=True) ** 2)
-        return _at_least(self.keep, left, logits)
+        return at_least(self.keep, left, logits)
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ class Epsilon(Filter):
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for the tokens below a fixed probability."""
         p = logits.softmax(-1)
-        return _above(logits, p, context.column(self.epsilon, p.dtype), self.keep)
+        return above(logits, p, context.column(self.epsilon, p.dtype), self.keep)
 
 
 @dataclass(frozen=True)
@@ -210,16 +207,7 @@ class Eta(Filter):
         p = logits.softmax(-1)
         epsilon = torch.as_tensor(context.column(self.epsilon), dtype=p.dtype, device=p.device)
         certainty = mean_logit(logits, p).exp() * p.amax(-1, keepdim=True)  # exp(-H)
-        return _above(logits, p, torch.minimum(epsilon, epsilon.sqrt() * certainty), self.keep)
-
-
-def _above(logits: Tensor, p: Tensor, border: Tensor | float, keep: int) -> Tensor:
-    """Logits with -inf where p is below the border, but for the `keep` likeliest tokens and what ties with them."""
-    left = cut(logits, p, p.amax(-1, keepdim=True).clamp(max=border))
-    if keep == 1:
-        return left
-    falling = logits.topk(min(keep, logits.shape[-1]), dim=-1).values
-    return torch.maximum(left, cut(logits, logits, falling[:, -1:]))
+        return above(logits, p, torch.minimum(epsilon, epsilon.sqrt() * certainty), self.keep)
 
 
 @dataclass(frozen=True)
@@ -317,7 +305,7 @@ class TopNSigma(Filter):
         spread = (logits - mean.to(logits.dtype)).nan_to_num_(neginf=0).square_()
         sigma = (spread.sum(-1, keepdim=True, dtype=torch.float64) / count).sqrt()
         border = torch.where(n > 0, logits.amax(-1, keepdim=True) - n * sigma, NEVER)
-        return _at_least(self.keep, cut(logits, logits, border.to(logits.dtype)), logits)
+        return at_least(self.keep, cut(logits, logits, border.to(logits.dtype)), logits)
 
 
 @dataclass(frozen=True)
@@ -366,7 +354,7 @@ class PLess(Filter):
         p = logits.softmax(-1)
         agreement = p.square().sum(-1, keepdim=True, dtype=torch.float64).to(p.dtype)
         # The sum is at most max p; where all are equal it is that, but for rounding.
-        return _at_least(self.keep, cut(logits, p, torch.minimum(agreement, p.amax(-1, keepdim=True))), logits)
+        return at_least(self.keep, cut(logits, p, torch.minimum(agreement, p.amax(-1, keepdim=True))), logits)
 
 
 @dataclass(frozen=True)
