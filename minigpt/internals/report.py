@@ -127,7 +127,7 @@ def card(study: Study) -> dict[str, Any]:
     }
     if run is None:
         return made
-    made["tokenizer"] = run.tokenizer.kind
+    made["tokenizer"] = study.tokenizer.kind
     source = (run.config.get("data") or {}).get("source") if run.config else None
     if source:
         made["data"] = "/".join(Path(str(source)).parts[-2:])

@@ -10,6 +10,7 @@ from torch import Tensor
 from minigpt.errors import ConfigError, DataError
 from minigpt.model.gpt import GPT
 from minigpt.tokenizer.base import Tokenizer
+from minigpt.tokenizer.given import as_tokenizer
 
 Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -27,7 +28,7 @@ class Texts:
     """A model and its tokenizer, which may be missing: then texts are token ids."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer | None) -> None:
-        self.model, self._tokenizer = model, tokenizer
+        self.model, self._tokenizer = model, None if tokenizer is None else as_tokenizer(tokenizer)
         self.config = model.config
 
     @property

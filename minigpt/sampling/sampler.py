@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.batch import Row
@@ -20,9 +20,8 @@ from minigpt.sampling.scoring import Score, score_ids
 from minigpt.sampling.search import SearchSettings, search_rows
 from minigpt.sampling.stopping import Criterion
 from minigpt.sampling.turn import Details, Stage
-
-if TYPE_CHECKING:
-    from minigpt.tokenizer.base import Tokenizer
+from minigpt.tokenizer.base import Tokenizer
+from minigpt.tokenizer.given import as_tokenizer
 
 
 class Usage(NamedTuple):
@@ -76,7 +75,8 @@ class Sampler:
 
     Args:
         model: what predicts; its mode and its gradients are left as they were.
-        tokenizer: turns text into the model's tokens and back.
+        tokenizer: turns text into the model's tokens and back; one of minigpt's, or any object with encode, decode and
+            vocab_size.
         config: settings for every call; a call can override each of them.
         processors: the caller's own, applied where `config.order` has the step "processors".
         criteria: endings beyond those of the config.
@@ -94,7 +94,7 @@ class Sampler:
         criteria: Sequence[Criterion] = (),
     ) -> None:
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = as_tokenizer(tokenizer)
         self.config = config or SamplingConfig()
         self.config.validate()
         self.processors = tuple(processors)

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from minigpt.errors import DataError
-from minigpt.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, well_formed
+from minigpt.tokenizer.base import END_OF_TEXT, StreamDecoder, TextStreamDecoder, Tokenizer, well_formed
 from minigpt.tokenizer.bpe import BYTE_OF
 
 SPACE_MARK = "▁"  # U+2581, SentencePiece's space
@@ -93,7 +93,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
-        return super().stream_decoder() if self.decodes_bytes else _TextStreamDecoder(self)
+        return super().stream_decoder() if self.decodes_bytes else TextStreamDecoder(self)
 
     def _opening(self, id: int) -> bytes:
         return self._openings[id]
@@ -108,31 +108,6 @@ class HuggingFaceTokenizer(Tokenizer):
     def from_dict(cls, description: dict[str, Any]) -> HuggingFaceTokenizer:
         """The tokenizer that `to_dict` described."""
         return cls(description["tokenizer_json"], description["eot"])
-
-
-class _TextStreamDecoder(StreamDecoder):
-    """For decoders that look at a token's neighbour: what a token adds is the text with it less the text without it."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.shown: list[int] = []  # the last ids whose text is out
-        self.held: list[int] = []  # ids whose text may still change
-
-    def push(self, id: int) -> str:
-        self.held.append(id)
-        text = self._added()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self.shown, self.held = self.held, []
-        return text
-
-    def flush(self) -> str:
-        text = self._added()
-        self.shown, self.held = [], []
-        return text
-
-    def _added(self) -> str:
-        return self.tokenizer.decode(self.shown + self.held)[len(self.tokenizer.decode(self.shown)) :]
 
 
 def load_hugging_face(path: Path, content: str) -> HuggingFaceTokenizer:
