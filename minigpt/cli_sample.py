@@ -154,14 +154,9 @@ def _fail_if_any(results: list[list[Completion]]) -> None:
 
 def _score(sampler: Sampler, prompts: list[Any], values: Any) -> None:
     top = sampler.config.top_logprobs or 0
-    lengths = [len(piece) for piece in sampler.tokenizer.token_bytes()]
     for prompt, score in zip(prompts, sampler.score(prompts, stride=values.stride, top=top, show=True), strict=True):
-        # Of the scored tokens alone: without an end-of-text to begin with, nothing predicts the first one.
-        scored = [token for token, log_prob in zip(score.ids, score.log_probs, strict=True) if log_prob is not None]
-        size = sum(lengths[token] for token in scored)
-        per_byte = -score.total / size / math.log(2) if size else math.nan
         if values.json:
-            figures = {"perplexity": score.perplexity, "bits_per_byte": per_byte, "total": score.total}
+            figures = {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte, "total": score.total}
             _print_json(prompt, {**figures, **asdict(score)})
             continue
         for token, log_prob, rank in zip(score.ids, score.log_probs, score.ranks, strict=True):
@@ -169,7 +164,7 @@ def _score(sampler: Sampler, prompts: list[Any], values: Any) -> None:
                 print(f"{log_prob:9.4f}  rank {rank:<6} {sampler.tokenizer.decode([token])!r}")
         print(
             f"{score.count} tokens  {score.total:.4f} nats  perplexity {score.perplexity:.4f}  "
-            f"{per_byte:.4f} bits a byte"
+            f"{score.bits_per_byte:.4f} bits a byte"
         )
 
 

@@ -14,9 +14,18 @@ from minigpt.sampling.criteria import MaxTime, Repeats, StopSequences
 from minigpt.sampling.decodable import Decodable
 from minigpt.sampling.loop import Event, check_forced, check_prompts, divide, stream_rows
 from minigpt.sampling.orders import Order
-from minigpt.sampling.prompts import Prompt, encode_all, encode_prompts, holds_stop, plain, read_all, text_reader
+from minigpt.sampling.prompts import (
+    Prompt,
+    as_list,
+    encode_all,
+    encode_prompts,
+    holds_stop,
+    plain,
+    read_all,
+    text_reader,
+)
 from minigpt.sampling.recipe import cook, spellings
-from minigpt.sampling.scoring import Score, score_ids
+from minigpt.sampling.scoring import Score, score_ids, with_bytes
 from minigpt.sampling.search import SearchSettings, search_rows
 from minigpt.sampling.stopping import Criterion
 from minigpt.sampling.turn import Details, Stage
@@ -170,9 +179,10 @@ class Sampler:
         that predicts the first token. Otherwise nothing does.
         """
         start = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
+        texts = as_list(texts, "text")
         encoded = [[*start, *ids] for ids in encode_all(self.tokenizer, texts, "text")]
         check_prompts(encoded, min(self.model.vocab_size, self.tokenizer.vocab_size))
-        return score_ids(self.model, encoded, stride=stride, top=top, show=show)
+        return with_bytes(score_ids(self.model, encoded, stride=stride, top=top, show=show), texts, self.tokenizer)
 
     def processors_for(self, **overrides: Any) -> tuple[list[Any], Order]:
         """The processors of a call with these overrides, in their order, and the order itself."""

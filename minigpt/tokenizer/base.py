@@ -39,6 +39,8 @@ class Tokenizer(ABC):
             the whole; None where no such place is known.
         pieces: the bytes of each id, special tokens as their text, unused ids as b"".
         specials: text of each special token -> its id. That text inside a document is ordinary text.
+        verbatim: whether the bytes of a text's ids (`token_bytes`) are the bytes of the text itself. A tokenizer.json
+            may put a space in front, or change the text before it is cut.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Tokenizer(ABC):
     cut: re.Pattern[str] | None
     pieces: list[bytes]
     specials: dict[str, int]
+    verbatim: bool = True
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

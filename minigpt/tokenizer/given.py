@@ -43,6 +43,7 @@ class GivenTokenizer(Tokenizer):
         self.eot = getattr(own, "eot", None)
         self.cut = getattr(own, "cut", None)
         self.specials = getattr(own, "specials", {})
+        self.verbatim = getattr(own, "verbatim", False)
 
     def __getattr__(self, name: str) -> Any:
         if name == "own":  # a copy that is not filled yet

@@ -39,6 +39,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.kind = "file"
         self.cut = None
         self.eot = eot
+        self.verbatim = False
         spec = json.loads(content)
         spec.setdefault("added_tokens", [])
         spec["truncation"] = spec["padding"] = None
