@@ -31,6 +31,7 @@ from minigpt.durable import check_space, disk_errors, read_text, sync, to_json
 from minigpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from minigpt.formats import FORMAT, check_format, migrate_model
 from minigpt.model.config import GPTConfig
+from minigpt.model.device import pick_device
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import Rotary
 from minigpt.runs import MANIFEST, find_checkpoint, read_json, verify, verify_once, write_manifest
@@ -289,7 +290,8 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
 
     Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
     notice says so where that is not the newest. A folder with a manifest is verified first. Never touches the network,
-    never runs code from the folder. The model comes back in evaluation mode.
+    never runs code from the folder. The model comes back in evaluation mode, on `device`; "auto" is a GPU where there
+    is one (see `minigpt.model.device`).
 
     Raises CheckpointError for a folder that holds no model, a damaged one, or an unknown architecture.
     """
@@ -299,6 +301,7 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
     if (folder / MANIFEST).is_file():
         verify_once(folder)
     config, weights = read_weights(folder)
+    device = pick_device() if device == "auto" else device
     model = filled_model(config, weights, folder, dtype=dtype, device=device)
     generation = folder / "generation_config.json"
     return Run(

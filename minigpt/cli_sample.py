@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.arguments import latest_run, make_parser, parse, pick_device, split_positional
+from minigpt.arguments import add_device, latest_run, make_parser, parse, split_positional
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,16 +39,17 @@ def sample(argv: list[str]) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the model first: pays for many tokens")
     parser.add_argument("--steer", type=str, help="file with a steering vector, added wherever the model reads")
     parser.add_argument("--steer_scale", type=float, help="with --steer: how many times (default: as the file says)")
-    parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
     parser.add_class_arguments(SamplingConfig)
     parse(parser, rest)  # a mistake is told before anything is loaded
 
     from minigpt.checkpoint import load
+    from minigpt.model.device import pick_device
     from minigpt.model.fast import fast
     from minigpt.sampling.sampler import Sampler
 
-    run = load(path or latest_run(), device=pick_device("cpu"))
+    run = load(path or latest_run(), device="cpu")
     stored = SamplingConfig.from_dict(run.sampling)
     parser.set_defaults({field.name: getattr(stored, field.name) for field in fields(stored)})
     values = parse(parser, rest)
@@ -58,7 +59,7 @@ def sample(argv: list[str]) -> None:
     prompts = _prompts(values)
     together = len(prompts) * max(config.num_beams, config.num_return_sequences)
     rows = min(together, config.max_rows or together)
-    on_device = run.model.to(pick_device(values.device))
+    on_device = run.model.to(pick_device(values.device, float64=True))
     model: Any = _steered(on_device, values) if values.steer else fast(on_device, rows, compiled=values.compile)
     sampler = Sampler(model, run.tokenizer, config)
     if values.show_order:

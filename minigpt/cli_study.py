@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.arguments import latest_run, make_parser, parse, pick_device, split_positional
+from minigpt.arguments import add_device, latest_run, make_parser, parse, split_positional
 from minigpt.errors import ConfigError
 from minigpt.terminal import notice
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def study_parser(verb: str, function: Any, positional: str = "[RUN]") -> Any:
     """A parser with what all these verbs take."""
     parser = make_parser(f"minigpt {verb}", function.__doc__ or "", positional)
-    parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -28,8 +28,9 @@ def open_study(path: str | None, values: Any) -> Study:
     """The study of a run, or of the one trained last."""
     from minigpt.checkpoint import load
     from minigpt.internals.study import Study
+    from minigpt.model.device import pick_device
 
-    return Study(load(path or latest_run(), device=pick_device(values.device)))
+    return Study(load(path or latest_run(), device=pick_device(values.device, float64=True)))
 
 
 def show(values: Any, *results: Result) -> None:
@@ -94,9 +95,13 @@ def dynamics(argv: list[str]) -> None:
     from minigpt.durable import write_text
     from minigpt.internals.curves import page
     from minigpt.internals.series import lines, of_checkpoints, of_run, series
+    from minigpt.model.device import pick_device
 
     run = Path(path or latest_run())
-    found = series(list(of_checkpoints(run, pick_device(values.device)))) if values.checkpoints else of_run(run)
+    if values.checkpoints:
+        found = series(list(of_checkpoints(run, pick_device(values.device, float64=True))))
+    else:
+        found = of_run(run)
     if values.json:
         print(json.dumps({kind: result.to_dict() for kind, result in found.items()}, ensure_ascii=False))
     elif values.output is None:
