@@ -144,13 +144,8 @@ def split_positional(argv: list[str]) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def pick_device(name: str) -> str:
-    """The device of that name. Raises ConfigError where the machine has none."""
-    import torch
-
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name.partition(":")[0], False):
-        raise ConfigError(
-            f"--device {name}: not here; there is {', '.join(kind for kind, here in there.items() if here)}"
-        )
-    return name
+def add_device(parser: Any) -> None:
+    """The flag that `minigpt.model.device.pick_device` reads."""
+    parser.add_argument(
+        "--device", type=str, default="auto", help="where to run: cpu, cuda or mps; auto: a GPU where there is one"
+    )

@@ -36,6 +36,7 @@ from minigpt.filling import load_weights as load_weights
 from minigpt.foreign import reconciled, sampling_from_huggingface
 from minigpt.formats import FORMAT, check_format, migrate_model
 from minigpt.model.config import GPTConfig
+from minigpt.model.device import pick_device
 from minigpt.model.gpt import GPT
 from minigpt.runs import MANIFEST, read_checkpoint, read_json, verify, verify_once, write_manifest
 from minigpt.terminal import notice, notice_once
@@ -234,9 +235,9 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
     Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
     notice says so where that is not the newest. The run may be in training: see `minigpt.runs.read_checkpoint`. A
     folder with a manifest is verified first. Never touches the network, never runs code from the folder. The model
-    comes back in evaluation mode. On a CPU its weights are the file's pages, read when they are first used and private
-    to the process: training does not write to the file, but the file should not be overwritten in place meanwhile
-    (minigpt itself never does).
+    comes back in evaluation mode, on `device`; "auto" is a GPU where there is one (see `minigpt.model.device`). On a
+    CPU its weights are the file's pages, read when they are first used and private to the process: training does not
+    write to the file, but the file should not be overwritten in place meanwhile (minigpt itself never does).
 
     What a Hugging Face folder asks for is done, refused by name, or named in a notice: docs/interop.md.
 
@@ -251,6 +252,7 @@ def _load(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Run:
     if (folder / "adapter_config.json").is_file():
         notice_once(f"{folder}: holds an adapter (adapter_config.json), which is not applied; merge it first")
     config, weights = read_weights(folder)
+    device = pick_device() if device == "auto" else device
     model = filled_model(config, weights, folder, dtype=dtype, device=device)
     tokenizer = _read_tokenizer(folder)
     if tokenizer.vocab_size > model.vocab_size:

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minigpt.arguments import make_parser, parse, pick_device, print_json, run_or_latest, split_positional
+from minigpt.arguments import add_device, make_parser, parse, print_json, run_or_latest, split_positional
 from minigpt.cli_lens import lens
 from minigpt.cli_sae import sae
 from minigpt.cli_sample import sample
@@ -139,12 +139,13 @@ def evaluate(argv: list[str]) -> None:
     parser.set_defaults({"data.source": None, "data.folder": None})  # not given: the run's own
     parser.add_argument("--block_size", type=int, default=0, help="tokens a window; 0: the model's block_size")
     parser.add_argument("--tokens", type=int, default=0, help="evenly spaced tokens to measure on; 0: all")
-    parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, rest)
 
     from minigpt.checkpoint import load
     from minigpt.evaluation.text import evaluate_run
+    from minigpt.model.device import pick_device
 
     data, folder = values.data, values.data.folder
     if data.source is not None:
@@ -283,6 +284,14 @@ def main(argv: Iterable[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone (| head): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        from minigpt.model.device import told
+
+        found = None if debug or arguments[0] == "train" else told(error)
+        if found is None:
+            raise
+        print(f"{PROG}: {found[0]}", file=sys.stderr)
+        return found[1]
     return 0
 
 

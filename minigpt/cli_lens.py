@@ -44,14 +44,13 @@ def lens(argv: list[str]) -> None:
     if values.train:
         show(values, study.lens_quality(_made(study, values)))
         return
-    where = values.at.split(",")
     assert text is not None  # _check saw to it
     if values.kind == "tuned":
-        table = study.tuned_lens(text, where, values.stat, values.answer)
+        table = study.tuned_lens(text, values.at, values.stat, values.answer)
     elif values.kind == "jacobian":
-        table = study.jacobian_lens(text, where, values.stat, values.answer)
+        table = study.jacobian_lens(text, values.at, values.stat, values.answer)
     else:
-        table = study.logit_lens(text, where, values.stat, values.answer)
+        table = study.logit_lens(text, values.at, values.stat, values.answer)
     if values.output is not None:
         table.save(values.output)
     show(values, table)

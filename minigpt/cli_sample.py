@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from minigpt.arguments import make_parser, parse, pick_device, print_json, run_or_latest, split_positional
+from minigpt.arguments import add_device, make_parser, parse, print_json, run_or_latest, split_positional
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,16 +36,17 @@ def sample(argv: list[str]) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the model first: pays for many tokens")
     parser.add_argument("--steer", type=str, help="file with a steering vector, added wherever the model reads")
     parser.add_argument("--steer_scale", type=float, help="with --steer: how many times (default: as the file says)")
-    parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
     parser.add_class_arguments(SamplingConfig)
     parse(parser, rest)  # a mistake is told before anything is loaded
 
     from minigpt.checkpoint import load
+    from minigpt.model.device import pick_device
     from minigpt.model.fast import fast
     from minigpt.sampling.sampler import Sampler
 
-    run = load(run_or_latest(path), device=pick_device("cpu"))
+    run = load(run_or_latest(path), device="cpu")
     stored = SamplingConfig.from_dict(run.sampling)
     parser.set_defaults({field.name: getattr(stored, field.name) for field in fields(stored)})
     values = parse(parser, rest)
@@ -55,9 +56,8 @@ def sample(argv: list[str]) -> None:
     prompts = _prompts(values)
     together = len(prompts) * max(config.num_beams, config.num_return_sequences)
     rows = min(together, config.max_rows or together)
-    on_device = run.model.to(pick_device(values.device))
-    plain = values.steer is None
-    model: Any = fast(on_device, rows, compiled=values.compile) if plain else _steered(on_device, values)
+    on_device = run.model.to(pick_device(values.device, float64=True))
+    model: Any = _steered(on_device, values) if values.steer else fast(on_device, rows, compiled=values.compile)
     sampler = Sampler(model, run.tokenizer, config)
     if values.show_order:
         _print_order(sampler)
@@ -135,6 +135,7 @@ def _write(sampler: Sampler, prompts: list[Any], config: Any, values: Any) -> No
     for prompt, completions in zip(prompts, results, strict=True):
         for number, done in enumerate(completions, 1):
             of = f"{number} of {len(completions)}"
+            of += f" found, {config.num_return_sequences} asked for" if done.missing else ""
             told = f"seed {done.seed}" if done.seed is not None else ""
             told = ", ".join(filter(None, (told, "" if done.score is None else f"score {done.score:.4f}", done.error)))
             print(f"--- {of} ({told}) ---\n{_text(prompt, sampler)}{done.text}")
@@ -151,14 +152,9 @@ def _fail_if_any(results: list[list[Completion]]) -> None:
 
 def _score(sampler: Sampler, prompts: list[Any], values: Any) -> None:
     top = sampler.config.top_logprobs or 0
-    lengths = [len(piece) for piece in sampler.tokenizer.token_bytes()]
     for prompt, score in zip(prompts, sampler.score(prompts, stride=values.stride, top=top, show=True), strict=True):
-        # Of the scored tokens alone: without an end-of-text to begin with, nothing predicts the first one.
-        scored = [token for token, log_prob in zip(score.ids, score.log_probs, strict=True) if log_prob is not None]
-        size = sum(lengths[token] for token in scored)
-        per_byte = -score.total / size / math.log(2) if size else math.nan
         if values.json:
-            figures = {"perplexity": score.perplexity, "bits_per_byte": per_byte, "total": score.total}
+            figures = {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte, "total": score.total}
             _print_json(prompt, {**figures, **asdict(score)})
             continue
         for token, log_prob, rank in zip(score.ids, score.log_probs, score.ranks, strict=True):
@@ -166,7 +162,7 @@ def _score(sampler: Sampler, prompts: list[Any], values: Any) -> None:
                 print(f"{log_prob:9.4f}  rank {rank:<6} {sampler.tokenizer.decode([token])!r}")
         print(
             f"{score.count} tokens  {score.total:.4f} nats  perplexity {score.perplexity:.4f}  "
-            f"{per_byte:.4f} bits a byte"
+            f"{score.bits_per_byte:.4f} bits a byte"
         )
 
 

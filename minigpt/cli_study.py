@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.arguments import make_parser, parse, pick_device, print_json, run_or_latest, split_positional
+from minigpt.arguments import add_device, make_parser, parse, print_json, run_or_latest, split_positional
 from minigpt.errors import ConfigError
 from minigpt.terminal import notice
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def study_parser(verb: str, function: Any, positional: str = "[RUN]") -> Any:
     """A parser with what all these verbs take."""
     parser = make_parser(f"minigpt {verb}", function.__doc__ or "", positional)
-    parser.add_argument("--device", type=str, default="cpu", help="where to run: cpu, cuda or mps")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -27,8 +27,9 @@ def open_study(path: str | None, values: Any) -> Study:
     """The study of a run, or of the one trained last."""
     from minigpt.checkpoint import load
     from minigpt.internals.study import Study
+    from minigpt.model.device import pick_device
 
-    return Study(load(run_or_latest(path), device=pick_device(values.device)))
+    return Study(load(run_or_latest(path), device=pick_device(values.device, float64=True)))
 
 
 def show(values: Any, *results: Result) -> None:
@@ -93,9 +94,13 @@ def dynamics(argv: list[str]) -> None:
     from minigpt.durable import write_text
     from minigpt.internals.curves import page
     from minigpt.internals.series import lines, of_checkpoints, of_run, series
+    from minigpt.model.device import pick_device
 
     run = run_or_latest(path)
-    found = series(list(of_checkpoints(run, pick_device(values.device)))) if values.checkpoints else of_run(run)
+    if values.checkpoints:
+        found = series(list(of_checkpoints(run, pick_device(values.device, float64=True))))
+    else:
+        found = of_run(run)
     if values.json:
         print_json({kind: result.to_dict() for kind, result in found.items()})
     elif values.output is None:
@@ -119,7 +124,7 @@ def heads(argv: list[str]) -> None:
     values = parse(parser, rest)
     settings = {"causal": values.causal, "offset": values.offset, "seed": values.seed}
     if values.kinds is not None:
-        settings["kinds"] = values.kinds.split(",")
+        settings["kinds"] = values.kinds
     found = open_study(path, values).heads(values.text, **settings)
     if values.json:
         print_json(found.table().to_dict())
@@ -151,14 +156,11 @@ def patch(argv: list[str]) -> None:
         if getattr(values, name) is None:
             raise ConfigError(f"--{name}: not given; patch needs --clean TEXT --corrupted TEXT --answer TOKEN")
     from minigpt.internals.effect import logit_difference
-    from minigpt.internals.patching import STREAM
 
-    axes = (values.by or ("pos" if values.at in STREAM else "head")).split(",")
     study = open_study(path, values)
     metric = logit_difference(values.answer, values.versus, values.position)
     way = study.attribution_patch if values.guess else study.patch
-    by = ["layer", *(axis for axis in axes if axis != "layer")]
-    show(values, way(values.clean, values.corrupted, metric, values.at, by))
+    show(values, way(values.clean, values.corrupted, metric, values.at, values.by))
 
 
 __all__ = ["check_output", "open_study", "parse", "show", "split_positional", "study_parser"]

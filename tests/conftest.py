@@ -8,6 +8,7 @@ without one.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import socket
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import pytest
 import torch
 from forks import limited
+from packaging.specifiers import SpecifierSet
 
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
@@ -109,6 +111,13 @@ def random_model(config: GPTConfig, seed: int = 0, scale: float = 0.3) -> GPT:
 def random_ids(rows: int, length: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:
     """Token ids (rows, length)."""
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def needs_transformers(versions: str, reason: str) -> pytest.MarkDecorator:
+    """Skip a test where the installed transformers is none of the versions, such as ">=5.24", that follow its rule."""
+    installed = importlib.metadata.version("transformers")
+    holds = SpecifierSet(versions).contains(installed, prereleases=True)
+    return pytest.mark.skipif(not holds, reason=f"transformers {installed}, not {versions}: {reason}")
 
 
 def transformers_twin(model: GPT) -> torch.nn.Module:

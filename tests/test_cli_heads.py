@@ -57,7 +57,7 @@ def test_patch_prints_the_change_at_each_site(run: str, capsys: pytest.CaptureFi
         (["patch", *TEXTS[:3], "abc", "--answer", "c"], 4, "1 x 6 tokens and 1 x 3 tokens"),
         (["patch", *TEXTS, "--answer", "cd"], 4, "'cd': is 2 tokens"),
         (["patch", *TEXTS, "--answer", "c", "--at", "zz"], 2, "at: 'zz'; expected one of resid_pre"),
-        (["patch", *TEXTS, "--answer", "c", "--by", "head"], 2, "expected layer first, then any of pos"),
+        (["patch", *TEXTS, "--answer", "c", "--by", "head"], 2, "expected any of pos, beside the layer"),
         (["patch", *TEXTS, "--answer", "c", "--position", "9"], 2, "position: 9 is none of the text's 6"),
     ],
 )

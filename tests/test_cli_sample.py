@@ -103,6 +103,16 @@ def test_beams_print_the_best_with_their_scores(halves: str, printed) -> None:
     assert [row["seed"] for row in rows] == [None] * 3
 
 
+def test_a_search_that_finds_fewer_texts_than_asked_for_says_so(halves: str, printed) -> None:
+    flags = ("--config", "beam", "--num_return_sequences", "3", "--max_new_tokens", "1", "--prompt", "e")
+    flags = (*flags, "--allowed_token_ids", "[0, 1]")
+    assert printed(halves, *flags).splitlines() == [
+        *("--- 1 of 2 found, 3 asked for (score -0.6931) ---", "ea"),
+        *("--- 2 of 2 found, 3 asked for (score -1.3863) ---", "eb"),
+    ]
+    assert [json.loads(line)["missing"] for line in printed(halves, *flags, "--json").splitlines()] == [1, 1]
+
+
 TABLE = [
     ["model", "TopK", "MinP"],
     ["'a'", "0.5000", "0.5714", "0.6667"],

@@ -13,6 +13,7 @@ from minigpt.internals.effect import kl, logit_difference, loss
 from minigpt.internals.patching import HEADS, SITES, STREAM, attribution_patch, patch, rank_correlation
 from minigpt.internals.study import Study
 
+KINDS = ["resid_mid", "resid_post"]
 ANSWER = logit_difference(3, 5)
 
 
@@ -129,7 +130,7 @@ def test_what_cannot_be_patched_is_refused() -> None:
         patch(study, CLEAN[:1], CORRUPTED[:1, :4], ANSWER)
     with pytest.raises(ConfigError, match="at: 'zz'; expected one of"):
         patch(study, CLEAN, CORRUPTED, ANSWER, "zz")
-    for by in (("head",), ("layer", "head"), ("layer", "slot"), "layer", ("layer", "pos", "pos")):
+    for by in (("head",), ("layer", "head"), ("layer", "slot"), "slot", "", ("layer", "pos", "pos")):
         with pytest.raises(ConfigError, match="by: "):
             patch(study, CLEAN, CORRUPTED, ANSWER, "resid_pre", by)
     with pytest.raises(ConfigError, match="position: 5"):
@@ -139,3 +140,35 @@ def test_what_cannot_be_patched_is_refused() -> None:
     with pytest.raises(ConfigError, match="metric: 3"):
         patch(study, CLEAN, CORRUPTED, 3)  # type: ignore[arg-type]
     assert set(SITES) == set(STREAM) | set(HEADS)
+
+
+@pytest.mark.parametrize(
+    ("at", "spellings"),
+    [
+        ("z", ["head", ["head"], ("layer", "head"), "layer,head", "head,layer", None]),
+        ("resid_pre", ["pos", ("pos",), ("layer", "pos"), None]),
+        ("v", ["head,pos", "head, pos", ["head", "pos"], ("layer", "head", "pos")]),
+    ],
+)
+def test_axes_are_named_in_python_as_on_the_command_line(at: str, spellings: list) -> None:
+    study = study_of("llama")
+    first, *others = [patch(study, CLEAN, CORRUPTED, ANSWER, at, by) for by in spellings]
+    guesses = [attribution_patch(study, CLEAN, CORRUPTED, ANSWER, at, by, exact=False) for by in spellings]
+    assert first.axes[0].name == "layer"
+    for other in others:
+        assert other.axes == first.axes
+        np.testing.assert_array_equal(other.values, first.values)
+    for guess in guesses:
+        assert guess.axes == first.axes
+        np.testing.assert_array_equal(guess.values, guesses[0].values)
+    with pytest.raises(ConfigError, match=f"beside the layer .at {at}."):
+        patch(study, CLEAN, CORRUPTED, ANSWER, at, "token")
+
+
+def test_kinds_of_heads_and_places_of_the_stream_are_named_as_on_the_command_line() -> None:
+    study = study_of("modern")
+    heads = study.heads(CLEAN.repeat(1, 2), kinds="previous, first", causal=False)
+    assert list(heads.scores) == ["previous", "first"]
+    one, other = (study.logit_lens(CLEAN[:1], at) for at in ("resid_mid,resid_post", KINDS))
+    assert one.axes == other.axes
+    assert study.accumulated(CLEAN[:1], "resid_mid,resid_post").axes == study.accumulated(CLEAN[:1], KINDS).axes

@@ -141,13 +141,24 @@ def test_drawn_beams_are_drawn_without_replacement_from_all_continuations():
         for token in order:
             chance *= p[token] / rest
             rest -= p[token]
-        # At its last token a text ends, if it is among the first two drawn.
-        pair = tuple(sorted(order[:2], reverse=True))
+        # At its last token a text ends, if it is among the best two of those drawn.
+        pair = tuple(sorted(order, reverse=True)[:2])
         expected[pair] = expected.get(pair, 0.0) + chance
     count = 1200
     options = {"num_beams": 2, "method": "sample", "seeds": range(count)}
     found = search(FixedLM(logits, dtype=torch.float64), [[1]] * count, 1, **options)
     assert_drawn([tuple(best.tokens[0] for best in own) for own in found], expected)
+
+
+def test_the_best_of_the_drawn_may_end_not_the_first_drawn():
+    """One beam, two draws a step: the end (0) is drawn first, but token 1 is likelier, and the text goes on."""
+    options = {"num_beams": 1, "method": "sample", "end_ids": [0]}
+    model = FixedLM([0.0, 1.0, 2.0], dtype=torch.float64)
+    (found,) = search(model, [[2]], 3, draw=lambda totals, count: torch.tensor([0, 1]), **options)
+    assert [(best.tokens, best.finish_reason) for best in found] == [([1, 1, 1], "length")]
+    model = FixedLM([1.0, 0.0, 2.0], dtype=torch.float64)
+    (found,) = search(model, [[2]], 3, draw=lambda totals, count: torch.tensor([1, 0]), early_stopping=True, **options)
+    assert [(best.tokens, best.finish_reason) for best in found] == [([0], "end")]
 
 
 def test_temperature_zero_leaves_nothing_to_draw():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, tiny_config, transformers_twin
+from conftest import needs_transformers, random_model, tiny_config, transformers_twin
 from table_model import FixedLM, LetterTokenizer, ScriptLM, TableLM
 
 from minigpt.errors import ConfigError
@@ -154,7 +154,14 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("names", [*[[name] for name in FILTERS], list(FILTERS)], ids="+".join)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(names, marks=needs_transformers(">=5", "before, it has no top-h") if "top_h" in names else ())
+        for names in [*[[name] for name in FILTERS], list(FILTERS)]
+    ],
+    ids="+".join,
+)
 def test_drawing_is_from_the_distribution_of_transformers(pair, names):
     given = {"temperature": 1.0, **{name: FILTERS[name] for name in names}}
     sampler = Sampler(pair.model, LetterTokenizer(PAD), SamplingConfig(max_new_tokens=6, seed=3, ignore_eos=True))
@@ -393,3 +400,41 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(order, temperature):
     if temperature:
         ((searched,),) = sampler.generate("a", num_beams=2, max_new_tokens=5, top_logprobs=None)
         assert set(searched.ids) <= {0, 1, 2}
+
+
+# Drawing beams need tokens to draw from.
+
+STRICT = {
+    **{"top_k": 1, "top_p": 0.0, "min_p": 1.0, "top_a": 1.0, "epsilon_cutoff": 0.99, "eta_cutoff": 0.99},
+    **{"typical_p": 1e-3, "tail_free": 0.0, "top_n_sigma": 1e-6, "top_h": 1e-3, "p_less": True},
+    **{"xtc_probability": 1.0, "exact_top_k": True},
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("method", ["sample", "stochastic"])
+def test_every_filter_leaves_drawing_beams_as_many_texts_as_they_are_asked_for(name, method):
+    """The end has nearly all of the probability: what leaves the end alone leaves one text."""
+    settings = {"num_beams": 3, "beam_method": method, "num_return_sequences": 3, "temperature": 1.0, "seed": 1}
+    strict = {"exact_top_k": {"top_k": 1}, "xtc_probability": {"xtc_threshold": 0.01}}.get(name, {})
+    sampler = Sampler(FixedLM([30.0, 22.0, 20.0, 1.0]), LetterTokenizer(4))
+    (found,) = sampler.generate("a", max_new_tokens=4, **settings, **strict, **{name: STRICT[name]})
+    assert len({tuple(done.ids) for done in found}) == 3
+    assert [done.missing for done in found] == [0] * 3
+
+
+def test_the_settings_above_are_those_of_every_filter():
+    sampler = Sampler(TableLM(), LetterTokenizer(6), SamplingConfig(temperature=1))
+    made = [type(p) for name, value in STRICT.items() for p in sampler.processors_for(**{"top_k": 1, name: value})[0]]
+    assert set(made) == set(truncation.Filter.__subclasses__())
+
+
+def test_a_search_that_finds_fewer_texts_than_asked_for_says_so():
+    sampler = Sampler(FixedLM([1.0, 2.0, 3.0, 4.0]), LetterTokenizer(4))
+    beams = {"num_beams": 3, "num_return_sequences": 3}
+    (found,) = sampler.generate("a", max_new_tokens=1, allowed_token_ids=[1, 2], **beams)
+    assert [(done.text, done.missing) for done in found] == [("b", 1), ("a", 1)]
+    (nothing,) = sampler.generate("a", max_new_tokens=0, **beams)
+    assert [(done.text, done.missing) for done in nothing] == [("", 2)]
+    (failed,) = sampler.generate("a", max_new_tokens=2, suppress_tokens=[0, 1, 2, 3], **beams)
+    assert [(done.finish_reason, done.missing) for done in failed] == [("error", 3)]

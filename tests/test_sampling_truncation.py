@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import needs_transformers
 from processor_cases import (
     INF,
     assert_distribution,
@@ -28,12 +29,15 @@ from minigpt.sampling.truncation import (
     Epsilon,
     Eta,
     ExactTopK,
+    Filter,
     MinP,
     PLess,
     TailFree,
     TopA,
     TopH,
+    TopK,
     TopNSigma,
+    TopP,
     Typical,
 )
 
@@ -129,6 +133,7 @@ def test_typical_equals_transformers(mass, keep):
         assert torch.equal(ours, expected)
 
 
+@needs_transformers(">=5", "before, it has no top-h")
 @pytest.mark.parametrize("h", [0.043, 0.333, 0.515, 0.91, 0.991])
 @pytest.mark.parametrize("vocab", [50, 130])
 def test_top_h_equals_transformers(h, vocab):
@@ -342,3 +347,25 @@ def test_exactly_k_leaves_as_many_as_it_is_told_to_keep():
     for k in (1, (1, 5)):
         kept = (ExactTopK(k, keep=3)(context_of([[1], [1]]), logits) > -INF).sum(-1).tolist()
         assert kept == ([3, 3] if k == 1 else [3, 5])
+
+
+STRICT: dict[type, tuple] = {  # each as strict as it can be: alone it leaves very little
+    **{TopK: (1,), ExactTopK: (1,), TopP: (0.0,), MinP: (1.0,), TopA: (1.0,), Epsilon: (0.999,), Eta: (0.999,)},
+    **{Typical: (1e-3,), TailFree: (0.0,), TopNSigma: (1e-6,), TopH: (1e-3,), PLess: (), XTC: (1.0, 0.01)},
+}
+
+
+@pytest.mark.parametrize("kind", Filter.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_every_filter_leaves_as_many_as_it_is_told_to_keep(kind):
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(3)) * torch.tensor([[1.0], [5.0], [20.0]])
+    logits[:, 250:] = -INF
+    context = context_of([[1], [1], [1]])
+    alone = call(kind(*STRICT[kind]), context, logits)
+    for keep in (2, 3, 200, 1000):
+        left = call(kind(*STRICT[kind], keep=keep), context, logits)
+        assert ((left > -INF).sum(-1) >= min(keep, 250)).all()
+        if kind not in (XTC, Typical):  # one removes the top, the other ranks by surprise
+            border = logits.sort(-1, descending=True).values[:, min(keep, 250) - 1 : min(keep, 250)]
+            assert torch.equal(left, torch.where((logits >= border) | (alone > -INF), logits, -INF))
+    with pytest.raises(ConfigError, match=f"{kind.__name__}'s keep is 0"):
+        kind(*STRICT[kind], keep=0)

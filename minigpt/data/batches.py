@@ -96,9 +96,10 @@ class Batches:
         if order not in ("shuffled", "random"):
             raise ConfigError(f"data.order is {order!r}; choose shuffled or random")
         if len(stream) < block_size + 1:
+            shorter = f" or a block_size of at most {len(stream) - 1}" if len(stream) > 1 else ""
             raise DataError(
                 f"{stream.name} has {len(stream)} tokens, but one row needs block_size + 1 = {block_size} + 1 = "
-                f"{block_size + 1}; use a longer text or a block_size of at most {max(len(stream) - 1, 0)}"
+                f"{block_size + 1}; use a longer text{shorter}"
             )
         self.stream, self.block_size, self.batch_size = stream, block_size, batch_size
         self.seed, self.order = seed, order

@@ -9,7 +9,7 @@ from minigpt.data.batches import ValidationWindows, validation_windows
 from minigpt.data.config import CleanConfig, DataConfig
 from minigpt.data.shards import Corpus, prepare
 from minigpt.errors import ConfigError, DataError
-from minigpt.evaluation.loss import Evaluation, bytes_per_token, evaluate
+from minigpt.evaluation.loss import Evaluation, byte_lengths, evaluate
 from minigpt.terminal import progress
 from minigpt.tokenizer.config import TokenizerConfig
 
@@ -72,11 +72,13 @@ def evaluate_run(
         raise ConfigError(f"--block_size {window}, --tokens {limit_tokens}: expected positive numbers")
     if data is not None:
         corpus = prepare(replace(data, val_fraction=0.0), run.tokenizer)
-        stream, what = corpus.train, data.source
+        split, what = "train", data.source
     else:
-        stream, what = corpus_of(run, folder).val, f"the validation split of {run.config['data']['source']}"
+        corpus = corpus_of(run, folder)
+        split, what = "val", f"the validation split of {run.config['data']['source']}"
+    stream = corpus.train if split == "train" else corpus.val
     windows: ValidationWindows = validation_windows(stream, window, limit_tokens, run.tokenizer.given_ids)
-    lengths = bytes_per_token(run.tokenizer.token_bytes(), run.model.vocab_size)
+    lengths = byte_lengths(corpus, split, run.tokenizer, run.model.vocab_size)
     with progress("evaluating", len(windows), "windows") as bar:
         result = evaluate(run.model, windows, lengths, on_rows=bar.update)
     return result, what

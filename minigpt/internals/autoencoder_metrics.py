@@ -42,8 +42,9 @@ def judge_autoencoder(
         limit: tokens, at most.
 
     Returns:
-        The figures (axis figure): features a token (L0), the shares above, losses and KL in nats a token, the share of
-        features that never fired; and the share of tokens at which each feature fires (axis feature).
+        The figures (axis figure): features a token (L0), the shares above, losses and KL in nats a token (a block_size
+        of 1 has none), the share of features that never fired; and the share of tokens at which each feature fires
+        (axis feature).
     """
     tokens, width = tokens_of(study, text), study.config.block_size
     rows = max(1, min(AT_ONCE // width, LOGITS_AT_ONCE // (width * study.model.vocab_size)))
@@ -77,20 +78,23 @@ def judge_autoencoder(
             bar.update(begin + ids.numel())
     mean = torch.as_tensor(first_moment) / seen
     variance = square - seen * float(mean.square().sum())
-    clean, reconstructed, ablated = (nats / predicted).tolist()
-    far, further = (kl / predicted).tolist()
     figures = {
         "features a token (L0)": float(fired.sum()) / seen,
         "explained variance": 1 - _share(missed, variance),
-        "loss recovered": _share(ablated - reconstructed, ablated - clean),
-        "KL recovered": _share(further - far, further),
         "dead features": float((fired == 0).double().mean()),
-        "loss clean": clean,
-        "loss reconstructed": reconstructed,
-        "loss ablated": ablated,
-        "KL reconstructed": far,
-        "KL ablated": further,
     }
+    if predicted:  # not in a context of one token
+        clean, reconstructed, ablated = (nats / predicted).tolist()
+        far, further = (kl / predicted).tolist()
+        figures |= {
+            "loss recovered": _share(ablated - reconstructed, ablated - clean),
+            "KL recovered": _share(further - far, further),
+            "loss clean": clean,
+            "loss reconstructed": reconstructed,
+            "loss ablated": ablated,
+            "KL reconstructed": far,
+            "KL ablated": further,
+        }
     title = f"{autoencoder.kind} {'transcoder' if autoencoder.transcodes else 'autoencoder'} at {autoencoder.target}"
     density = fired / seen
     quarters = torch.quantile(density, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()

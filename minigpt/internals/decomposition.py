@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.activations import Activations
-from minigpt.internals.names import Names, select
+from minigpt.internals.names import Names, listed, select
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.text import Text
 from minigpt.model.config import GPTConfig
@@ -88,7 +88,7 @@ def points(config: GPTConfig, at: str | Iterable[str] = KINDS) -> list[Point]:
 
     Raises ConfigError for a kind that is none of resid_pre, resid_mid, resid_post.
     """
-    kinds = [kind.removeprefix("hook_") for kind in ([at] if isinstance(at, str) else at)]
+    kinds = [kind.removeprefix("hook_") for kind in listed(at)]
     if not kinds or set(kinds) - set(KINDS):
         raise ConfigError(f"at: {', '.join(kinds) or 'nothing'}; expected some of {', '.join(KINDS)}")
     there = [Point(layer, kind) for layer in range(config.n_layer) for kind in KINDS if kind in kinds]

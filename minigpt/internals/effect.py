@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.errors import ConfigError, DataError
+from minigpt.errors import ConfigError
 from minigpt.internals.result import Axis, Result
-from minigpt.internals.text import Text
+from minigpt.internals.text import Text, need_two
 from minigpt.model.layers import widen
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def changes(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
         after: logits (..., B, T, V).
         ids: (B, T).
     """
-    if ids.shape[1] < 2:
-        raise DataError("text: one token has no loss, as nothing stands before it; give two or more")
+    need_two(ids.shape[1])
     then, now = widen(before).log_softmax(-1), widen(after).log_softmax(-1)
     following = ids[:, 1:, None]  # (B, T - 1, 1)
     cost = then[:, :-1].gather(-1, following) - now[..., :-1, :].gather(
@@ -132,9 +131,8 @@ def loss() -> Metric:
     """The mean nats that the clean text's tokens cost, each after those before it."""
 
     def bind(study: Study, clean: Tensor) -> Bound:
+        need_two(clean.shape[1])
         following = clean[:, 1:]
-        if not following.numel():
-            raise DataError("text: one token has no loss, as nothing stands before it; give two or more")
 
         def of(logits: Tensor) -> Tensor:  # (..., B, T - 1, V) -> (...)
             costs = -widen(logits).log_softmax(-1).gather(-1, following[..., None].expand(*logits.shape[:-1], 1))

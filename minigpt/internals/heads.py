@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.ablation import ablate
+from minigpt.internals.names import listed
 from minigpt.internals.result import Axis, Result, Tabled
 from minigpt.internals.text import Text
 from minigpt.internals.weights import grid, ordinary_ids, read_out, write_weights
@@ -62,6 +63,15 @@ LOOKS: dict[str, Looks] = {
 KINDS = (*LOOKS, "copying")
 
 
+def repeats_fit(study: Study) -> bool:
+    """Whether the model holds two tokens that come twice."""
+    return _most(study) >= 2
+
+
+def _most(study: Study) -> int:  # tokens of a block that comes twice
+    return min(study.config.block_size // 2, len(ordinary_ids(study)))
+
+
 def repeated_block(study: Study, rows: int = 8, length: int | None = None, seed: int = 0) -> Tensor:
     """Ids (rows, 2 length) of random blocks that come twice, no token twice within a block.
 
@@ -72,7 +82,12 @@ def repeated_block(study: Study, rows: int = 8, length: int | None = None, seed:
         seed: another draws others.
     """
     ids = ordinary_ids(study)
-    most = min(study.config.block_size // 2, len(ids))
+    most = _most(study)
+    if most < 2:
+        raise ConfigError(
+            "heads: a random block of 2 tokens or more that comes twice needs a block_size of 4 and two different "
+            f"tokens; this model has block_size {study.config.block_size} and {len(ids)} of them; give a text (--text)"
+        )
     length = min(most, LONGEST) if length is None else length
     if not 2 <= length <= most:
         raise ConfigError(
@@ -138,7 +153,7 @@ def heads(
     study: Study,
     text: Text | None = None,
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: str | Sequence[str] = KINDS,
     causal: bool = True,
     offset: int = 2,
     seed: int = 0,
@@ -148,13 +163,13 @@ def heads(
     Args:
         study: see `Study`.
         text: what the heads look at; None: random blocks that come twice, see `repeated_block`.
-        kinds: see `head_scores`.
+        kinds: see `head_scores`; "previous,induction" or a list of them.
         causal: measure too how the loss on that text changes when a head writes nothing (see `ablate`).
         offset: tokens back, for the kind offset.
         seed: of the random blocks.
     """
     text = repeated_block(study, seed=seed) if text is None else text
-    scores = _scores(study, kinds, text, offset, seed)
+    scores = _scores(study, listed(kinds), text, offset, seed)
     return Heads(scores, ablate(study, text, parts="head") if causal else None)
 
 
@@ -163,9 +178,10 @@ def _scores(study: Study, kinds: Sequence[str], text: Text | None, offset: int, 
         if kind not in KINDS:
             raise ConfigError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
     ids = repeated_block(study, seed=seed) if text is None else study.ids(text)
-    if not 0 <= offset < ids.shape[1]:
+    if "offset" in kinds and not 0 <= offset < ids.shape[1]:
         raise ConfigError(
-            f"offset: {offset}, but the text is {ids.shape[1]} tokens long; expected 0 to fewer than that"
+            f"offset: {offset} tokens back, and the text has {ids.shape[1]}; expected 0 or more and less than the text "
+            "has, or --kinds (kinds=) without offset"
         )
     _, cache = study.run_with_cache(ids, ["pattern", "z"] if "copying" in kinds else "pattern")
     layers, counted = range(study.config.n_layer), torch.arange(1, ids.shape[1] + 1, device=ids.device)
@@ -181,6 +197,11 @@ def _scores(study: Study, kinds: Sequence[str], text: Text | None, offset: int, 
             even = 0.5
         else:
             looks = LOOKS[kind](ids, offset)
+            if not looks.any():
+                raise DataError(
+                    f"text: {ids.shape[1]} tokens have none that a head of the kind {kind} looks at; give a longer "
+                    "text, or one that repeats, or leave the kind out of --kinds (kinds=)"
+                )
             values = [pattern_score(cache["pattern", layer], looks) for layer in layers]
             share = looks.sum(-1) / counted  # (B or 1, T)
             even = float(share[looks.any(-1)].mean())

@@ -108,6 +108,11 @@ def full_name(config: GPTConfig, name: str, layer: int) -> str:
     return _find(config, name, [key for key in activations(config) if key.startswith(prefix)])[0]
 
 
+def listed(words: str | Iterable[str]) -> list[str]:
+    """Several words, as the command line has them ("head,pos") or one by one."""
+    return [word.strip() for word in words.split(",")] if isinstance(words, str) else list(words)
+
+
 def select(config: GPTConfig, names: Names | None) -> list[str]:
     """The full names that are meant, in the order of computation.
 

@@ -27,6 +27,7 @@ from minigpt.errors import ConfigError, DataError
 from minigpt.internals.activations import Activations
 from minigpt.internals.decomposition import precise
 from minigpt.internals.effect import Bound, Metric, as_metric
+from minigpt.internals.names import listed
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.resume import Base, Change
 from minigpt.internals.text import Text
@@ -72,7 +73,7 @@ def patch(
     corrupted: Text,
     metric: AnyMetric,
     at: str = "resid_pre",
-    by: Sequence[str] = ("layer", "pos"),
+    by: str | Sequence[str] | None = None,
     *,
     slow: bool = False,
 ) -> Result:
@@ -84,8 +85,9 @@ def patch(
         corrupted: as many, of the same length.
         metric: logit_difference(...), loss(), kl(), or a function of logits (B, T, V).
         at: resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v or pattern.
-        by: the axes of the result: layer, with head or pos or both; what is left out is patched all at once. Heads of
-            k and v are the key/value heads; positions of a pattern are the queries'.
+        by: the axes of the result beside the layer, which comes first: "head", "pos", "head,pos" or a list of them;
+            what is left out is patched all at once. None: pos in the stream, head elsewhere. Heads of k and v are the
+            key/value heads; positions of a pattern are the queries'.
         slow: one whole forward a site, by edits: the definition. So it is done anyway while edits are open.
 
     Returns:
@@ -114,7 +116,7 @@ def attribution_patch(
     corrupted: Text,
     metric: AnyMetric,
     at: str = "resid_pre",
-    by: Sequence[str] = ("layer", "pos"),
+    by: str | Sequence[str] | None = None,
     *,
     exact: bool = True,
 ) -> Result:
@@ -136,6 +138,7 @@ def attribution_patch(
     """
     ids, other, bound, metric = bind_pair(study, clean, corrupted, metric)
     _, axes = _places(study, ids, other, at, by)
+    by = [axis.name for axis in axes]
     names = [(at, layer) for layer in range(study.config.n_layer)]
     _, target = study.run_with_cache(ids, names)
     _, here, gradients = study.gradients(other, lambda logits: bound.of(logits[:, bound.positions]), names)
@@ -182,14 +185,16 @@ def bind_pair(study: Study, clean: Text, corrupted: Text, metric: AnyMetric) -> 
 
 
 def _places(
-    study: Study, ids: Tensor, other: Tensor, at: str, by: Sequence[str]
+    study: Study, ids: Tensor, other: Tensor, at: str, by: str | Sequence[str] | None
 ) -> tuple[list[Place], tuple[Axis, ...]]:
     """What is patched, in the order of the result's values, and the result's axes."""
     if at not in SITES:
         raise ConfigError(f"at: {at!r}; expected one of {', '.join(SITES)}")
     allowed = ("layer", "pos") if at in STREAM else ("layer", "head", "pos")
-    if isinstance(by, str) or list(by[:1]) != ["layer"] or len({*by}) < len(by) or not {*by} <= {*allowed}:
-        raise ConfigError(f"by: {by!r}; expected layer first, then any of {', '.join(allowed[1:])} (at {at})")
+    given = listed(("pos" if at in STREAM else "head") if by is None else by)
+    axes = ["layer", *(axis for axis in given if axis != "layer")]
+    if len({*axes}) < len(axes) or not {*axes} <= {*allowed}:
+        raise ConfigError(f"by: {by!r}; expected any of {', '.join(allowed[1:])}, beside the layer (at {at})")
     config = study.config
     heads = config.n_kv_head if at in ("k", "v") else config.n_head
     counts = {"layer": config.n_layer, "head": heads, "pos": ids.shape[1]}
@@ -199,10 +204,10 @@ def _places(
         "pos": _positions(study, ids, other),
     }
     places = []
-    for indices in product(*(range(counts[axis] or 0) for axis in by)):
-        where: dict[str, Any] = {"head": None, "pos": None, **dict(zip(by, indices, strict=True))}
+    for indices in product(*(range(counts[axis] or 0) for axis in axes)):
+        where: dict[str, Any] = {"head": None, "pos": None, **dict(zip(axes, indices, strict=True))}
         places.append(Place(**where))
-    return places, tuple(Axis(axis, labels[axis]) for axis in by)
+    return places, tuple(Axis(axis, labels[axis]) for axis in axes)
 
 
 def _positions(study: Study, ids: Tensor, other: Tensor) -> list[str]:

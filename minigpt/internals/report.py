@@ -22,7 +22,7 @@ from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals import views
 from minigpt.internals.ablation import ablate
 from minigpt.internals.effect import MEASURES
-from minigpt.internals.heads import heads, repeated_block
+from minigpt.internals.heads import heads, repeated_block, repeats_fit
 from minigpt.internals.render import as_json, render, unpacked
 from minigpt.internals.result import Result
 from minigpt.internals.snapshot import KINDS
@@ -127,7 +127,7 @@ def card(study: Study) -> dict[str, Any]:
     }
     if run is None:
         return made
-    made["tokenizer"] = run.tokenizer.kind
+    made["tokenizer"] = study.tokenizer.kind
     source = (run.config.get("data") or {}).get("source") if run.config else None
     if source:
         made["data"] = "/".join(Path(str(source)).parts[-2:])
@@ -173,12 +173,14 @@ def _thinned(values: list[float]) -> list[float]:
 
 
 def badges(study: Study, ids: Tensor) -> dict[str, dict[str, float]]:
-    """Of each head what it looks at in a random text that repeats, from 0 to 1, and, where no edits are open, what its
-    absence costs on this text, in nats a token.
+    """Of each head what it looks at in a random text that repeats, from 0 to 1, if the model holds one, and, where no
+    edits are open, what its absence costs on this text, in nats a token.
     """
-    scores = heads(study, repeated_block(study, rows=ROWS), kinds=SCORES, causal=False).scores
     names = head_labels(study.config)
-    values = {kind: result.values.reshape(-1).tolist() for kind, result in scores.items()}
+    values: dict[str, list[float]] = {}
+    if repeats_fit(study):
+        scores = heads(study, repeated_block(study, rows=ROWS), kinds=SCORES, causal=False).scores
+        values = {kind: result.values.reshape(-1).tolist() for kind, result in scores.items()}
     if len(ids) > 1 and not study.watch().edits:
         values["effect"] = ablate(study, ids, parts="head").values[:, MEASURES.index("loss")].tolist()
     return {name: {kind: round(each[i], 6) for kind, each in values.items()} for i, name in enumerate(names)}

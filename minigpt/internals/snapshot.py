@@ -17,7 +17,7 @@ from minigpt.internals.context import held_out, in_parts, score_of
 from minigpt.internals.effect import MEASURES
 from minigpt.internals.heads import LONGEST, heads
 from minigpt.internals.result import Axis, Result
-from minigpt.internals.text import Text
+from minigpt.internals.text import Text, need_two
 from minigpt.internals.weights import head_labels
 from minigpt.model.layers import widen
 
@@ -57,22 +57,24 @@ REPEATS = 8  # random sequences
 
 
 def snapshot(study: Study, text: Text | None = None) -> dict[str, Result]:
-    """All of the module's figures, by kind.
+    """All of the module's figures, by kind; those on random blocks that come twice where blocks of two tokens fit.
 
     Args:
         study: of the model.
         text: rows of equal length; None: windows of the run's own validation split.
     """
     ids = study.ids(held_out(study) if text is None else text)
-    scores = heads(study, repeats(ids), kinds=("previous", "induction"), causal=False).scores
+    need_two(ids.shape[1])
+    repeated = repeats(ids)
+    kinds = ("induction", "previous") if repeated.shape[1] >= 4 else ()
+    scores = heads(study, repeated, kinds=kinds, causal=False).scores if kinds else {}
     without = ablate(study, ids[: max(1, ABLATED // ids.shape[1])], parts="head").values
     losses, entropy, stream = _on_text(study, ids)
     names, layers = head_labels(study.config), ["embed", *map(str, range(study.config.n_layer))]
     by_position, weights = in_doublings(losses), weight_norms(study)
     found: dict[str, tuple[list[str], Any]] = {
         "in_context": (["score"], [score_of(losses)["score"]]),
-        "induction": (names, scores["induction"].values.flatten()),
-        "previous": (names, scores["previous"].values.flatten()),
+        **{kind: (names, scores[kind].values.flatten()) for kind in kinds},
         "ablation": (names, without[:, MEASURES.index("loss")]),
         "entropy": (names, entropy.flatten()),
         "loss_by_position": (list(by_position), list(by_position.values())),
@@ -130,7 +132,8 @@ def attention_entropy(pattern: Tensor) -> Tensor:  # (B, H, T, S = T) -> (H)
 def repeats(ids: Tensor) -> Tensor:
     """Random blocks that come twice, (8, 2 n), of tokens that occur in ids (B, T), none of them twice in a block.
 
-    A vocabulary may hold tokens that were never trained; what heads make of these tells nothing.
+    n is what T and the tokens allow. A vocabulary may hold tokens that were never trained; what heads make of these
+    tells nothing.
     """
     known, generator = ids.unique(), torch.Generator().manual_seed(0)
     length = min(ids.shape[1] // 2, LONGEST, len(known))

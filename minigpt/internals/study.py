@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.checkpoint import Run, load
-from minigpt.errors import ConfigError, DataError
+from minigpt.errors import ConfigError
 from minigpt.internals.ablation import ablate
 from minigpt.internals.activations import Activations
 from minigpt.internals.attribution import attribute_logit
@@ -49,7 +49,7 @@ from minigpt.internals.report import report
 from minigpt.internals.saliency import saliency
 from minigpt.internals.snapshot import snapshot
 from minigpt.internals.steering import steering_vector
-from minigpt.internals.text import Text, Texts
+from minigpt.internals.text import Text, Texts, need_two
 from minigpt.internals.translators import jacobian_lens, lens_quality, tuned_lens
 from minigpt.internals.tuned import train_tuned_lens
 from minigpt.internals.weights import composition, copying_from_weights, ov_circuit, qk_circuit
@@ -261,8 +261,7 @@ class Study(Texts):
     def losses(self, text: Text, *, grad: bool = False) -> Tensor:
         """Nats that each token but the first costs after those before it, (B, T - 1)."""
         ids = self.ids(text)
-        if ids.shape[1] < 2:
-            raise DataError("text: one token has no loss, as nothing stands before it; give two or more")
+        need_two(ids.shape[1])
         return token_losses(self.logits(ids, grad=grad), ids)
 
     def loss(self, text: Text) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from minigpt.errors import ConfigError, DataError
 from minigpt.model.gpt import GPT
 from minigpt.tokenizer.base import Tokenizer
+from minigpt.tokenizer.given import as_tokenizer
 
 Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -20,11 +21,20 @@ def refuse_other_than_ids(ids: Tensor) -> None:
         raise DataError(f"token ids: are of type {ids.dtype}; expected whole numbers, such as torch.int64")
 
 
+def need_two(length: int) -> None:
+    """Raise DataError for texts of one token, which has no loss."""
+    if length < 2:
+        raise DataError(
+            "text: one token has no loss, as nothing stands before it; give two or more, to a model whose block_size "
+            "holds them"
+        )
+
+
 class Texts:
     """A model and its tokenizer, which may be missing: then texts are token ids."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer | None) -> None:
-        self.model, self._tokenizer = model, tokenizer
+        self.model, self._tokenizer = model, None if tokenizer is None else as_tokenizer(tokenizer)
         self.config = model.config
 
     @property

@@ -25,7 +25,7 @@ from minigpt.internals.corpus import Tokens, tokens_of, windows
 from minigpt.internals.decomposition import KINDS, Point, points
 from minigpt.internals.lens import Lens, Reader, Stat, lens_logits, logit_lens, statistic
 from minigpt.internals.result import Axis, Result
-from minigpt.internals.text import Text
+from minigpt.internals.text import Text, need_two
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import widen
 from minigpt.terminal import notice
@@ -212,6 +212,7 @@ def lens_quality(
     sums = torch.zeros(len(where), len(readers), 2, dtype=torch.float64)
     count = 0
     width = min(study.config.block_size, len(corpus))
+    need_two(width)
     rows = max(1, LOGITS_AT_ONCE // (width * study.model.vocab_size))
     for _, ids in windows(corpus, width, rows, limit=tokens):
         ids = study.ids(ids)

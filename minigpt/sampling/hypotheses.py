@@ -170,8 +170,9 @@ class Group:
         Args:
             candidates: in order; for each beam at least its best `looked_at`.
         """
-        children = [self.child(candidate) for candidate in candidates[: self.looked_at]]
-        self._settle(children)
+        # Drawn ones come in the order of the draw: the best of them may end, not the first.
+        picked = sorted(candidates[: self.looked_at], key=lambda candidate: -candidate.total)
+        self._settle([self.child(candidate) for candidate in picked])
         self.beams.sort(key=lambda beam: -beam.total)
         self._close()
 

@@ -26,6 +26,16 @@ def is_id(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def as_list(prompts: Any, what: str = "prompt") -> list[Any]:
+    """One text or list of ids, or several, as a list of them. Raises ConfigError for something that is neither."""
+    prompts = plain(prompts)
+    if not isinstance(prompts, (str, Sequence)) or isinstance(prompts, (bytes, bytearray)):
+        raise ConfigError(f"the {what} is {str(prompts)[:80]}; expected a text, a list of token ids, or a list of such")
+    if isinstance(prompts, str) or (len(prompts) and is_id(prompts[0])):
+        prompts = [prompts]
+    return [plain(prompt) for prompt in prompts]
+
+
 def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt", bare: bool = False) -> list[list[int]]:
     """The ids of one text or list of ids, or of several: a text's as a model reads it from its beginning.
 
@@ -38,13 +48,8 @@ def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt", bare: b
     Raises:
         ConfigError: something that is neither.
     """
-    prompts = plain(prompts)
-    if not isinstance(prompts, (str, Sequence)) or isinstance(prompts, (bytes, bytearray)):
-        raise ConfigError(f"the {what} is {str(prompts)[:80]}; expected a text, a list of token ids, or a list of such")
-    if isinstance(prompts, str) or (len(prompts) and is_id(prompts[0])):
-        prompts = [prompts]
     encoded = []
-    for number, prompt in enumerate(map(plain, prompts)):
+    for number, prompt in enumerate(as_list(prompts, what)):
         if isinstance(prompt, str):
             encoded.append(list(tokenizer.encode(prompt) if bare else tokenizer.prompt_ids(prompt)))
         elif isinstance(prompt, (list, tuple)) and all(map(is_id, prompt)):

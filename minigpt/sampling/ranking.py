@@ -163,3 +163,17 @@ def from_place(falling: Tensor, ids: Tensor, k: Tensor | float) -> Tensor:
 def keep_likeliest(logits: Tensor, k: Tensor | float) -> Tensor:
     """Logits with -inf for all but exactly k tokens, of equals the first: (B, V), a number or (B, 1) of 1 or more."""
     return keep_first(logits, from_place, k, off=k >= logits.shape[-1])
+
+
+def at_least(keep: int, left: Tensor, logits: Tensor) -> Tensor:
+    """What a filter left of the logits, and exactly the `keep` likeliest tokens besides; it leaves one by itself."""
+    return torch.maximum(left, keep_likeliest(logits, keep)) if keep > 1 else left
+
+
+def above(logits: Tensor, p: Tensor, border: Tensor | float, keep: int) -> Tensor:
+    """Logits with -inf where p is below the border, but for the `keep` likeliest tokens and what ties with them."""
+    left = cut(logits, p, p.amax(-1, keepdim=True).clamp(max=border))
+    if keep == 1:
+        return left
+    falling = logits.topk(min(keep, logits.shape[-1]), dim=-1).values
+    return torch.maximum(left, cut(logits, logits, falling[:, -1:]))

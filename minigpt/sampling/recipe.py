@@ -24,7 +24,7 @@ class Settings:
         self.configs = configs
         self.tokenizer = tokenizer
         self.keep = keep
-        """Tokens to be left at least by each filter that can be told so."""
+        """Tokens to be left at least by each filter."""
 
     def __getattr__(self, name: str) -> Any:
         off = FIELDS[name].metadata["off"]
@@ -134,7 +134,7 @@ MAKERS: dict[str, Callable[[Settings], Any]] = {  # a step's processor, or sever
     "begin_suppress_tokens": _ids(bans.BeginSuppress, "begin_suppress_tokens"),
     "smoothing_factor": lambda given: scaling.QuadraticSmoothing(given.smoothing_factor, given.smoothing_curve),
     "temperature": _temperature,
-    "top_h": lambda given: truncation.TopH(given.top_h),
+    "top_h": lambda given: truncation.TopH(given.top_h, keep=given.keep),
     "top_k": _top_k,
     "top_p": lambda given: truncation.TopP(given.top_p, keep=given.keep),
     "min_p": lambda given: truncation.MinP(given.min_p, given.keep),
@@ -143,8 +143,8 @@ MAKERS: dict[str, Callable[[Settings], Any]] = {  # a step's processor, or sever
     "eta_cutoff": lambda given: truncation.Eta(given.eta_cutoff, given.keep),
     "top_a": lambda given: truncation.TopA(given.top_a, given.keep),
     "tail_free": lambda given: truncation.TailFree(given.tail_free, given.keep),
-    "top_n_sigma": lambda given: truncation.TopNSigma(given.top_n_sigma),
-    "p_less": lambda given: truncation.PLess(),
+    "top_n_sigma": lambda given: truncation.TopNSigma(given.top_n_sigma, given.keep),
+    "p_less": lambda given: truncation.PLess(given.keep),
     "xtc_probability": lambda given: truncation.XTC(given.xtc_probability, given.xtc_threshold, keep=given.keep),
     "adaptive_target": lambda given: adaptive.AdaptiveP(given.adaptive_target, given.adaptive_decay),
     "mirostat": _mirostat,
@@ -162,7 +162,7 @@ def cook(
         tokenizer: spells texts, and says how many ids have a meaning.
         model_size: V of the model; ids from the tokenizer's size on are never written.
         custom: the caller's own processors.
-        keep: tokens to be left at least by each filter that can be told so.
+        keep: tokens to be left at least by each filter; what the settings forbid goes whatever is left.
     """
     order = resolve(configs[0].order)
     on = {step for config in configs for step in switched_on(config)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.batch import Row
@@ -14,15 +14,23 @@ from minigpt.sampling.criteria import MaxTime, Repeats, StopSequences
 from minigpt.sampling.decodable import Decodable
 from minigpt.sampling.loop import Event, check_forced, check_prompts, divide, stream_rows
 from minigpt.sampling.orders import Order
-from minigpt.sampling.prompts import Prompt, encode_all, encode_prompts, holds_stop, plain, read_all, text_reader
+from minigpt.sampling.prompts import (
+    Prompt,
+    as_list,
+    encode_all,
+    encode_prompts,
+    holds_stop,
+    plain,
+    read_all,
+    text_reader,
+)
 from minigpt.sampling.recipe import cook, spellings
-from minigpt.sampling.scoring import Score, score_ids
+from minigpt.sampling.scoring import Score, score_ids, with_bytes
 from minigpt.sampling.search import SearchSettings, search_rows
 from minigpt.sampling.stopping import Criterion
 from minigpt.sampling.turn import Details, Stage
-
-if TYPE_CHECKING:
-    from minigpt.tokenizer.base import Tokenizer
+from minigpt.tokenizer.base import Tokenizer
+from minigpt.tokenizer.given import as_tokenizer
 
 
 class Usage(NamedTuple):
@@ -55,6 +63,8 @@ class Completion:
     """Of a search: what texts are ranked by; see `search.Hypothesis.score`."""
     complete: bool = True
     """Of a search: whether all of force_words appear."""
+    missing: int = 0
+    """Of a search: how many texts fewer than num_return_sequences it found for the prompt."""
     details: list[Details] | None = None
     """With top_logprobs: how each token stood among the others."""
     work: list[tuple[Stage, ...]] | None = None
@@ -75,7 +85,8 @@ class Sampler:
 
     Args:
         model: what predicts; its mode and its gradients are left as they were.
-        tokenizer: turns text into the model's tokens and back.
+        tokenizer: turns text into the model's tokens and back; one of minigpt's, or any object with encode, decode and
+            vocab_size.
         config: settings for every call; a call can override each of them.
         processors: the caller's own, applied where `config.order` has the step "processors".
         criteria: endings beyond those of the config.
@@ -93,7 +104,7 @@ class Sampler:
         criteria: Sequence[Criterion] = (),
     ) -> None:
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = as_tokenizer(tokenizer)
         self.config = config or SamplingConfig()
         self.config.validate()
         self.processors = tuple(processors)
@@ -171,10 +182,11 @@ class Sampler:
         """
         prefix = list(self.tokenizer.prefix_ids)
         start = prefix if prefix or self.tokenizer.eot is None else [self.tokenizer.eot]
+        texts = as_list(texts, "text")
         encoded = encode_all(self.tokenizer, texts, "text")
         encoded = [ids if prefix and ids[: len(prefix)] == prefix else [*start, *ids] for ids in encoded]
         check_prompts(encoded, min(self.model.vocab_size, self.tokenizer.vocab_size))
-        return score_ids(self.model, encoded, stride=stride, top=top, show=show)
+        return with_bytes(score_ids(self.model, encoded, stride=stride, top=top, show=show), texts, self.tokenizer)
 
     def processors_for(self, **overrides: Any) -> tuple[list[Any], Order]:
         """The processors of a call with these overrides, in their order, and the order itself."""
@@ -277,6 +289,7 @@ class Sampler:
                     error=best.error,
                     score=best.score,
                     complete=best.complete,
+                    missing=int(common.num_return_sequences) - sum(not other.error for other in hypotheses),
                 )
                 for best in hypotheses
             ]

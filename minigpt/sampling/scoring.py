@@ -25,8 +25,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ from minigpt.sampling.decodable import Decodable, device_of
 from minigpt.sampling.loop import check_prompts, evaluating
 from minigpt.sampling.processors import NEVER
 from minigpt.terminal import progress
+from minigpt.tokenizer.base import well_formed
+
+if TYPE_CHECKING:
+    from minigpt.tokenizer.base import Tokenizer
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB of float32; a few times that while they are worked on
 
@@ -53,6 +57,8 @@ class Score:
     top: list[list[tuple[int, float]]]
     """The likeliest tokens at each place and their log-probabilities, falling, as many as were asked for and are
     possible; without any entry if none were asked for."""
+    bytes: float | None = None
+    """Bytes of the text as given that the scored tokens stand for; None where ids were scored without a tokenizer."""
 
     @property
     def total(self) -> float:
@@ -71,6 +77,31 @@ class Score:
             return math.nan
         nats = -self.total / self.count
         return math.exp(nats) if nats < 709 else math.inf  # e^709 is about the largest float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte of the text, comparable between tokenizers; not a number where `bytes` is None or 0."""
+        return -self.total / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+def with_bytes(scores: Sequence[Score], texts: Sequence[str | Sequence[int]], tokenizer: Tokenizer) -> list[Score]:
+    """Scores that tell how many bytes of their texts, as these were given, the scored tokens stand for.
+
+    All bytes of the text, less the share that tokens which nothing predicts (the first one, where there is no
+    end-of-text) have in the bytes of all tokens' pieces. Special tokens stand for none.
+    """
+    lengths = [len(piece) for piece in tokenizer.token_bytes()]
+    told = []
+    for score, text in zip(scores, texts, strict=True):
+        scored: float = sum(
+            lengths[id] for id, value in zip(score.ids, score.log_probs, strict=True) if value is not None
+        )
+        if not tokenizer.verbatim and scored:
+            spelled = [id for id in score.ids if lengths[id]]
+            given = well_formed(text).encode() if isinstance(text, str) else tokenizer.decode_bytes(spelled)
+            scored = scored * len(given) / sum(lengths[id] for id in spelled)
+        told.append(replace(score, bytes=float(scored)))
+    return told
 
 
 class Window(NamedTuple):

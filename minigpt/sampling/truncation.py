@@ -18,6 +18,8 @@ from minigpt.sampling.noise import Purpose
 from minigpt.sampling.processors import NEVER, Context, Parameter
 from minigpt.sampling.ranking import (
     FIRST,
+    above,
+    at_least,
     count_possible,
     cut,
     keep_first,
@@ -151,8 +153,7 @@ class MinP(Filter):
         """Logits with -inf for the tokens too far below the likeliest one."""
         share = context.column(self.min_p, logits.dtype)
         distance = share.log() if isinstance(share, Tensor) else math.log(share) if share else NEVER
-        left = cut(logits, logits, logits.amax(-1, keepdim=True) + distance)
-        return torch.maximum(left, keep_likeliest(logits, self.keep)) if self.keep > 1 else left
+        return at_least(self.keep, cut(logits, logits, logits.amax(-1, keepdim=True) + distance), logits)
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class TopA(Filter):
         """Logits with -inf for the tokens too far below the square of the likeliest one."""
         p = logits.softmax(-1)
         left = cut(logits, p, context.column(self.a, p.dtype) * p.amax(-1, keepdim=True) ** 2)
-        return torch.maximum(left, keep_likeliest(logits, self.keep)) if self.keep > 1 else left
+        return at_least(self.keep, left, logits)
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Epsilon(Filter):
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for the tokens below a fixed probability."""
         p = logits.softmax(-1)
-        return _above(logits, p, context.column(self.epsilon, p.dtype), self.keep)
+        return above(logits, p, context.column(self.epsilon, p.dtype), self.keep)
 
 
 @dataclass(frozen=True)
@@ -206,16 +207,7 @@ class Eta(Filter):
         p = logits.softmax(-1)
         epsilon = torch.as_tensor(context.column(self.epsilon), dtype=p.dtype, device=p.device)
         certainty = mean_logit(logits, p).exp() * p.amax(-1, keepdim=True)  # exp(-H)
-        return _above(logits, p, torch.minimum(epsilon, epsilon.sqrt() * certainty), self.keep)
-
-
-def _above(logits: Tensor, p: Tensor, border: Tensor | float, keep: int) -> Tensor:
-    """Logits with -inf where p is below the border, but for the `keep` likeliest tokens and what ties with them."""
-    left = cut(logits, p, p.amax(-1, keepdim=True).clamp(max=border))
-    if keep == 1:
-        return left
-    falling = logits.topk(min(keep, logits.shape[-1]), dim=-1).values
-    return torch.maximum(left, cut(logits, logits, falling[:, -1:]))
+        return above(logits, p, torch.minimum(epsilon, epsilon.sqrt() * certainty), self.keep)
 
 
 @dataclass(frozen=True)
@@ -299,9 +291,11 @@ class TopNSigma(Filter):
     """
 
     n: Parameter
+    keep: int = 1
 
     def __post_init__(self) -> None:
         check_numbers(self, n=NOT_NEGATIVE)
+        check(self, keep=COUNT)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for the tokens too many deviations below the likeliest one."""
@@ -311,28 +305,29 @@ class TopNSigma(Filter):
         spread = (logits - mean.to(logits.dtype)).nan_to_num_(neginf=0).square_()
         sigma = (spread.sum(-1, keepdim=True, dtype=torch.float64) / count).sqrt()
         border = torch.where(n > 0, logits.amax(-1, keepdim=True) - n * sigma, NEVER)
-        return cut(logits, logits, border.to(logits.dtype))
+        return at_least(self.keep, cut(logits, logits, border.to(logits.dtype)), logits)
 
 
 @dataclass(frozen=True)
 class TopH(Filter):
     """Keep the likeliest tokens while the sum of their -p ln p stays within h of the whole (arXiv:2509.02510).
 
-    As in transformers, the whole is the distribution of the `top_n` likeliest tokens, beyond which nothing is kept;
-    the likeliest one always is. 1 is off.
+    As in transformers, the whole is the distribution of the `top_n` likeliest tokens, beyond which nothing is kept but
+    what `keep` asks for. 1 is off.
     """
 
     h: Parameter
     top_n: int = 100
+    keep: int = 1
 
     def __post_init__(self) -> None:
         check_numbers(self, h=POSITIVE_FRACTION)
-        check(self, top_n=COUNT)
+        check(self, top_n=COUNT, keep=COUNT)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for all after the share h of the entropy."""
         h, width = context.column(self.h), max(FIRST, int(self.top_n) + 1)
-        return keep_first(logits, self._gone, h, keep=1, off=h >= 1, width=width)
+        return keep_first(logits, self._gone, h, keep=self.keep, off=h >= 1, width=width)
 
     def _gone(self, falling: Tensor, ids: Tensor, h: Tensor | float) -> Tensor:
         terms = torch.special.entr(falling[:, : int(self.top_n)].double().softmax(-1))
@@ -344,17 +339,22 @@ class TopH(Filter):
 
 @dataclass(frozen=True)
 class PLess(Filter):
-    """Remove p < the sum of all p^2, the chance that two draws agree (arXiv:2509.23234). No parameter.
+    """Remove p < the sum of all p^2, the chance that two draws agree (arXiv:2509.23234). It has no strength to set.
 
     Probabilities (.1, .15, .2, .25, .3) have the sum .225 and keep .25 and .3.
     """
+
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        check(self, keep=COUNT)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with -inf for the tokens less likely than an agreement."""
         p = logits.softmax(-1)
         agreement = p.square().sum(-1, keepdim=True, dtype=torch.float64).to(p.dtype)
         # The sum is at most max p; where all are equal it is that, but for rounding.
-        return cut(logits, p, torch.minimum(agreement, p.amax(-1, keepdim=True)))
+        return at_least(self.keep, cut(logits, p, torch.minimum(agreement, p.amax(-1, keepdim=True))), logits)
 
 
 @dataclass(frozen=True)

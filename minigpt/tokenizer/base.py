@@ -29,6 +29,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Tokenizer(ABC):
     """Text <-> ids. Subclasses set the attributes below and say how to encode; decoding is the same for all.
 
+    A caller's own object need not be one: with encode, decode and vocab_size it is taken, see `given.as_tokenizer`.
+
     Attributes:
         kind: the name of the kind, as in `TokenizerConfig.kind`.
         vocab_size: ids are 0 .. vocab_size-1, special tokens included; a published vocabulary may leave some unused.
@@ -38,6 +40,8 @@ class Tokenizer(ABC):
             the whole; None where no such place is known.
         pieces: the bytes of each id, special tokens as their text, unused ids as b"".
         specials: text of each special token -> its id. That text inside a document is ordinary text.
+        verbatim: whether the bytes of a text's ids (`token_bytes`) are the bytes of the text itself. A tokenizer.json
+            may put a space in front, or change the text before it is cut.
     """
 
     kind: str
@@ -47,6 +51,7 @@ class Tokenizer(ABC):
     cut: re.Pattern[str] | None
     pieces: list[bytes]
     specials: dict[str, int]
+    verbatim: bool = True
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -139,6 +144,31 @@ class ByteStreamDecoder(StreamDecoder):
     def flush(self) -> str:
         self.at_start = True
         return self.utf8.decode(b"", final=True)
+
+
+class TextStreamDecoder(StreamDecoder):
+    """For decoders that look at a token's neighbour: what a token adds is the text with it less the text without it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.shown: list[int] = []  # the last ids whose text is out
+        self.held: list[int] = []  # ids whose text may still change
+
+    def push(self, id: int) -> str:
+        self.held.append(id)
+        text = self._added()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self.shown, self.held = self.held, []
+        return text
+
+    def flush(self) -> str:
+        text = self._added()
+        self.shown, self.held = [], []
+        return text
+
+    def _added(self) -> str:
+        return self.tokenizer.decode(self.shown + self.held)[len(self.tokenizer.decode(self.shown)) :]
 
 
 def well_formed(text: str) -> str:

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from minigpt.errors import DataError
-from minigpt.tokenizer.base import StreamDecoder, Tokenizer, well_formed
+from minigpt.tokenizer.base import StreamDecoder, TextStreamDecoder, Tokenizer, well_formed
 from minigpt.tokenizer.bpe import BYTE_OF
 from minigpt.tokenizer.folder import SPACE_MARK, Around, Folder
 
@@ -41,6 +41,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.kind = "file"
         self.cut = None
         self.eot = eot
+        self.verbatim = False
         spec = json.loads(content)
         spec.setdefault("added_tokens", [])
         spec["truncation"] = spec["padding"] = None
@@ -95,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
-        return super().stream_decoder() if self.decodes_bytes else _TextStreamDecoder(self)
+        return super().stream_decoder() if self.decodes_bytes else TextStreamDecoder(self)
 
     def _opening(self, id: int) -> bytes:
         return self._openings[id]
@@ -112,31 +113,6 @@ class HuggingFaceTokenizer(Tokenizer):
     def from_dict(cls, description: dict[str, Any]) -> HuggingFaceTokenizer:
         """The tokenizer that `to_dict` described."""
         return cls(description["tokenizer_json"], description["eot"], description.get("prefix_ids", ()))
-
-
-class _TextStreamDecoder(StreamDecoder):
-    """For decoders that look at a token's neighbour: what a token adds is the text with it less the text without it."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.shown: list[int] = []  # the last ids whose text is out
-        self.held: list[int] = []  # ids whose text may still change
-
-    def push(self, id: int) -> str:
-        self.held.append(id)
-        text = self._added()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self.shown, self.held = self.held, []
-        return text
-
-    def flush(self) -> str:
-        text = self._added()
-        self.shown, self.held = [], []
-        return text
-
-    def _added(self) -> str:
-        return self.tokenizer.decode(self.shown + self.held)[len(self.tokenizer.decode(self.shown)) :]
 
 
 def load_hugging_face(path: Path, content: str) -> HuggingFaceTokenizer:

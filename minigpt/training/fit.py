@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from minigpt.data.batches import Batches, ValidationWindows, validation_windows
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, DistributedError, Interrupted
+from minigpt.evaluation.loss import byte_lengths
 from minigpt.internals.context import held_out_windows
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
@@ -86,8 +87,10 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
     sampling = SamplingConfig(temperature=config.sample.temperature).to_dict()
     checkpoints = Checkpoints(run, config, corpus.tokenizer, corpus.hash, job.start, agreement, metrics, sampling)
     owed_at = {what: job.first_step if what in job.owed else None for what in ("validation", "sample")}
+    assert config.model.vocab_size is not None
+    lengths = byte_lengths(corpus, "val", corpus.tokenizer, config.model.vocab_size)
     validation = Validation(
-        config, windows, corpus.tokenizer, agreement, metrics, checkpoints, job.standing, owed_at["validation"]
+        config, windows, lengths, agreement, metrics, checkpoints, job.standing, owed_at["validation"]
     )
     samples = Samples(run, config, corpus.tokenizer, agreement, metrics, owed_at["sample"])
 

@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from minigpt.data.batches import ValidationWindows
 from minigpt.durable import write_text
 from minigpt.errors import ConfigError, DataError
-from minigpt.evaluation.loss import bytes_per_token, evaluate
+from minigpt.evaluation.loss import evaluate
 from minigpt.model.gpt import GPT
 from minigpt.runs import Best
 from minigpt.sampling.config import SamplingConfig
@@ -43,7 +44,7 @@ class Validation(EachStep):
         self,
         config: TrainConfig,
         windows: ValidationWindows | None,
-        tokenizer: Tokenizer,
+        byte_lengths: Tensor,
         agreement: Agreement,
         metrics: Metrics,
         checkpoints: Checkpoints,
@@ -53,7 +54,7 @@ class Validation(EachStep):
         assert config.model.vocab_size is not None
         self.checkpoints, self.standing = checkpoints, standing
         self.config, self.windows, self.agreement, self.metrics = config, windows, agreement, metrics
-        self.byte_lengths = bytes_per_token(tokenizer.token_bytes(), config.model.vocab_size)
+        self.byte_lengths = byte_lengths
         self.owed_at = owed_at
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
