@@ -118,3 +118,33 @@ def test_a_stop_string_that_begins_with_a_space_is_found_at_once_behind_the_prom
     assert holds_stop(tokenizer, [2, 3], [3] * 40 + [1], [" X"])
     assert not holds_stop(tokenizer, [2, 1], [3], [" X"]), "the prompt does not count"
     assert not holds_stop(tokenizer, [2, 1], [3], [])
+
+
+def strong(name: str, value: float) -> dict:
+    """A setting of that strength."""
+    return {name: {"logit_bias": {1: value}, "sequence_bias": [[[1], value]]}.get(name, value)}
+
+
+ADDED = ("logit_bias", "sequence_bias", "presence_penalty", "frequency_penalty")
+MULTIPLIED = ("repetition_penalty", "encoder_repetition_penalty", "smoothing_factor")
+
+
+@pytest.mark.parametrize("name", [*ADDED, *MULTIPLIED])
+def test_a_strength_that_makes_logits_infinite_is_refused_when_it_is_checked_and_says_why(name):
+    sampler = Sampler(TableLM(), LetterTokenizer(6))
+    refused = [1e31, 3e38, 1e39, 1e308, *([-1e39] if name in ADDED else [1e-40] if "repetition" in name else [])]
+    for value in refused:
+        with pytest.raises(ConfigError, match=f"{name} is .*1e30 .*infinite in float32") as error:
+            sampler.generate("abab", max_new_tokens=4, **strong(name, value))
+        assert "\n" not in str(error.value)
+    taken = [1e30, *([-1e30] if name in ADDED else [1e-30])]
+    for value in taken:
+        (done,) = sampler.generate("abab", max_new_tokens=4, seed=1, **strong(name, value))[0]
+        assert done.error is None and len(done.ids) in range(1, 5)
+
+
+def test_minus_infinity_still_forbids():
+    (done,) = Sampler(TableLM(), LetterTokenizer(6)).generate(
+        "ab", max_new_tokens=30, seed=1, logit_bias={1: -math.inf}, ignore_eos=True
+    )[0]
+    assert len(done.ids) == 30 and 1 not in done.ids

@@ -83,7 +83,7 @@ class SamplingConfig:
     """The temperature moves this far up where the model is unsure, and down where it is sure."""
     dynatemp_exponent: Number = setting(None, rules.NOT_NEGATIVE, off=1)
     """How the temperature follows the unsureness between its ends."""
-    smoothing_factor: Number = setting(None, rules.NOT_NEGATIVE, off=0)
+    smoothing_factor: Number = setting(None, rules.FACTOR_OR_ZERO, off=0)
     """Quadratic smoothing of the logits: flattens the top and cuts the tail."""
     smoothing_curve: Number = setting(None, rules.ONE_TO_THREE, off=1)
     """1 .. 3: how much steeper the fall of smoothing_factor becomes."""
@@ -128,17 +128,17 @@ class SamplingConfig:
 
     # Penalties.
 
-    repetition_penalty: Number = setting(None, rules.POSITIVE, off=1)
+    repetition_penalty: Number = setting(None, rules.FACTOR, off=1)
     """Divides positive and multiplies negative logits of tokens seen; above 1 discourages."""
     repetition_scope: Literal["prompt", "output", "both"] = setting("both", rules.SCOPE)
     """Which tokens repetition_penalty counts."""
     repetition_normalised: bool = setting(False, rules.YES_OR_NO)
     """Multiply log-probabilities instead, so that the zero of the logits does not matter."""
-    encoder_repetition_penalty: Number = setting(None, rules.POSITIVE, off=1)
+    encoder_repetition_penalty: Number = setting(None, rules.FACTOR, off=1)
     """Above 1 encourages the prompt's tokens."""
-    presence_penalty: Number = setting(None, rules.NUMBER, off=0)
+    presence_penalty: Number = setting(None, rules.ADDED, off=0)
     """Lowers the logits of tokens seen."""
-    frequency_penalty: Number = setting(None, rules.NUMBER, off=0)
+    frequency_penalty: Number = setting(None, rules.ADDED, off=0)
     """Lowers the logits of tokens by how often they were seen."""
     penalty_scope: Literal["prompt", "output", "both"] = setting("output", rules.SCOPE)
     """Which tokens presence_penalty and frequency_penalty count."""

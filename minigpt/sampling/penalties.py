@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minigpt.sampling.processors import NEVER, Context, Parameter
-from minigpt.sampling.rules import COUNT_OR_NONE, NUMBER, POSITIVE, SCOPE, YES_OR_NO, check, check_numbers
+from minigpt.sampling.rules import ADDED, COUNT_OR_NONE, FACTOR, SCOPE, YES_OR_NO, check, check_numbers
 from minigpt.sampling.scope import occurrences, seen
 
 
@@ -32,7 +32,7 @@ class RepetitionPenalty:
     normalised: bool = False
 
     def __post_init__(self) -> None:
-        check_numbers(self, penalty=POSITIVE)
+        check_numbers(self, penalty=FACTOR)
         check(self, scope=SCOPE, window=COUNT_OR_NONE, normalised=YES_OR_NO)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
@@ -60,7 +60,7 @@ class PromptRepetitionPenalty:
     penalty: Parameter
 
     def __post_init__(self) -> None:
-        check_numbers(self, penalty=POSITIVE)
+        check_numbers(self, penalty=FACTOR)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """Logits with those of the prompt's tokens scaled."""
@@ -75,7 +75,7 @@ class _Subtracted:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self, penalty=NUMBER)
+        check_numbers(self, penalty=ADDED)
         check(self, scope=SCOPE, window=COUNT_OR_NONE)
 
 

@@ -67,6 +67,9 @@ def _is_sequence(value: Any) -> bool:
     return is_list(value) and len(value) > 0 and all(map(is_id, value))
 
 
+LARGEST = 1e30  # of what logits are made larger by: float32, in which they are, ends at 3.4e38
+_INFINITE = "(a logit made larger becomes infinite in float32)"
+
 NUMBER = Rule(is_number, "a number")
 POSITIVE = Rule(lambda v: is_number(v) and v > 0, "a number above 0")
 NOT_NEGATIVE = Rule(lambda v: is_number(v) and v >= 0, "a number, 0 or more")
@@ -87,7 +90,12 @@ ONE_TO_THREE = Rule(lambda v: is_number(v) and 1 <= v <= 3, "a number from 1 to 
 ZERO_TO_099 = Rule(lambda v: is_number(v) and 0 <= v <= 0.99, "a number from 0 to 0.99")
 SCOPE = Rule(lambda v: v in ("prompt", "output", "both"), "'prompt', 'output' or 'both'")
 YES_OR_NO = Rule(lambda v: isinstance(v, bool), "True or False")
-BIAS = Rule(lambda v: is_number(v) or v == -math.inf, "a number, or minus infinity to forbid")
+ADDED = Rule(lambda v: is_number(v) and abs(v) <= LARGEST, f"a number from -1e30 to 1e30 {_INFINITE}")
+FACTOR = Rule(
+    lambda v: is_number(v) and 1 / LARGEST <= v <= LARGEST, f"a number above 0, from 1e-30 to 1e30 {_INFINITE}"
+)
+FACTOR_OR_ZERO = Rule(lambda v: is_number(v) and 0 <= v <= LARGEST, f"a number, 0 or more, up to 1e30 {_INFINITE}")
+BIAS = Rule(lambda v: ADDED.accepts(v) or v == -math.inf, f"{ADDED.expected}, or minus infinity to forbid")
 FUNCTION = Rule(callable, "a function")
 TEMPERATURE = Rule(
     lambda v: is_number(v) and (v == 0 or v >= 1e-30),  # a smaller divisor overflows float32
@@ -102,14 +110,14 @@ IDS_OR_NONE = Rule(lambda v: v is None or is_id(v) or ID_LIST.accepts(v), "a tok
 ID_LISTS = Rule(lambda v: is_list(v) and all(map(_is_sequence, v)), "a list of lists of token ids, none empty")
 BIASES_OR_NONE = Rule(
     lambda v: v is None or (isinstance(v, dict) and all(map(is_id, v)) and all(map(BIAS.accepts, v.values()))),
-    "a bias for each token id, such as {50256: -5.0}",
+    f"a bias for each token id, such as {{50256: -5.0}}: {BIAS.expected}",
 )
 SEQUENCE_BIASES = Rule(
     lambda v: (
         is_list(v)
         and all(is_list(one) and len(one) == 2 and _is_sequence(one[0]) and BIAS.accepts(one[1]) for one in v)
     ),
-    "a list of pairs of token ids and a bias, such as [[[7, 8], -2.0]]",
+    f"a list of pairs of token ids and a bias, such as [[[7, 8], -2.0]]: {BIAS.expected}",
 )
 DECAY_OR_NONE = Rule(
     lambda v: v is None or (is_list(v) and len(v) == 2 and COUNT_OR_ZERO.accepts(v[0]) and POSITIVE.accepts(v[1])),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minigpt.sampling.processors import Context, Parameter
 from minigpt.sampling.ranking import count_possible, mean_logit, only_possible
-from minigpt.sampling.rules import NOT_NEGATIVE, POSITIVE, Rule, check_numbers, is_number
+from minigpt.sampling.rules import FACTOR_OR_ZERO, NOT_NEGATIVE, POSITIVE, Rule, check_numbers, is_number
 
 # The weights of d^2 and d^3 in `QuadraticSmoothing` have the signs that keep the order of the tokens only here.
 _CURVE = Rule(lambda v: is_number(v) and 1 <= v <= 3, "a number from 1 to 3")
@@ -59,7 +59,7 @@ class QuadraticSmoothing:
     shaping: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_numbers(self, factor=NOT_NEGATIVE, curve=_CURVE)
+        check_numbers(self, factor=FACTOR_OR_ZERO, curve=_CURVE)
 
     def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
         """The smoothed logits."""
