@@ -129,15 +129,20 @@ def in_forks(count: int, target: Callable[[int], int]) -> dict[int, int]:
     return codes  # type: ignore[return-value]
 
 
-def children_of(parent: int) -> list[int]:
-    """Process ids of the living children of a process (Linux; elsewhere none are found)."""
-    found = []
+def running() -> dict[int, int]:
+    """Process id -> its parent's, of all that have not ended (Linux; elsewhere none are found)."""
+    found = {}
     for status in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):
-            lines = status.read_text().splitlines()
-            if f"PPid:\t{parent}" in lines and not any(line.startswith("State:\tZ") for line in lines):
-                found.append(int(status.parent.name))
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            if not fields["State"].startswith("Z"):
+                found[int(status.parent.name)] = int(fields["PPid"])
     return found
+
+
+def children_of(parent: int) -> list[int]:
+    """Process ids of the living children of a process."""
+    return [pid for pid, its_parent in running().items() if its_parent == parent]
 
 
 def descendants_of(parent: int) -> list[int]:
@@ -170,7 +175,7 @@ def limited(what: str, seconds: float = LIMIT, last_words: int = 2) -> Iterator[
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, how)
             rounds = 100 * (how == signal.SIGCONT)
-            while rounds and left & set(descendants_of(os.getpid())):  # they write
+            while rounds and left & set(running()):  # they write
                 rounds -= 1
                 time.sleep(0.05)
         faulthandler.dump_traceback(2)
