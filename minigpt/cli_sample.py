@@ -57,7 +57,8 @@ def sample(argv: list[str]) -> None:
     together = len(prompts) * max(config.num_beams, config.num_return_sequences)
     rows = min(together, config.max_rows or together)
     on_device = run.model.to(pick_device(values.device, float64=True))
-    model: Any = _steered(on_device, values) if values.steer else fast(on_device, rows, compiled=values.compile)
+    plain = values.steer is None
+    model: Any = fast(on_device, rows, compiled=values.compile) if plain else _steered(on_device, values)
     sampler = Sampler(model, run.tokenizer, config)
     if values.show_order:
         _print_order(sampler)

@@ -9,6 +9,7 @@ import torch
 from conftest import random_model, tiny_config
 
 import minigpt
+from minigpt import checkpoint
 from minigpt.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError
@@ -85,10 +86,9 @@ def test_every_verb_goes_where_the_flag_says_and_by_itself_to_the_gpu(
         sent.append(str(device))
         raise ConfigError(f"sent to {device}")
 
-    monkeypatch.setattr(torch.nn.Module, "to", send) if verb == "sample" else monkeypatch.setattr(
-        torch.nn.Module, "to_empty", lambda self, *, device: send(self, device)
-    )
+    monkeypatch.setattr(checkpoint, "filled_model", lambda *a, device, **k: send(None, device))
     if verb == "sample":
+        monkeypatch.setattr(torch.nn.Module, "to", send)
         monkeypatch.setattr("minigpt.checkpoint.load", lambda *a, device: FakeRun(device))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the cat sat")
@@ -112,7 +112,7 @@ def test_loading_stays_on_the_processor_unless_asked(run, monkeypatch):
     assert minigpt.load(run).model.device.type == "cpu"
     asked = []
     monkeypatch.setattr(
-        "minigpt.checkpoint.filled_model", lambda *a, device, **k: asked.append(device) or torch.nn.Module()
+        checkpoint, "filled_model", lambda *a, device, **k: asked.append(device) or random_model(tiny_config("gpt2"))
     )
     minigpt.load(run, device="auto")
     minigpt.load(run, device=torch.device("cpu"))
