@@ -235,23 +235,26 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
     Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
     notice says so where that is not the newest. The run may be in training: see `minigpt.runs.read_checkpoint`. A
     folder with a manifest is verified first. Never touches the network, never runs code from the folder. The model
-    comes back in evaluation mode, on `device`; "auto" is a GPU where there is one (see `minigpt.model.device`). On a
-    CPU its weights are the file's pages, read when they are first used and private to the process: training does not
-    write to the file, but the file should not be overwritten in place meanwhile (minigpt itself never does).
+    comes back in evaluation mode, on `device`; "auto" is a GPU where there is one (see `minigpt.model.device`). The
+    weights of a run are read at once, as its checkpoints are pruned while it trains. Those of a folder named itself
+    are, on a CPU, the file's pages, read when they are first used and private to the process: training does not write
+    to the file, but the file should not be overwritten in place meanwhile.
 
     What a Hugging Face folder asks for is done, refused by name, or named in a notice: docs/interop.md.
 
     Raises CheckpointError for a folder that holds no model, a damaged one, or an unknown architecture.
     """
-    return read_checkpoint(path, lambda folder: _load(folder, device, dtype), notice)
+    return read_checkpoint(path, lambda folder: _load(folder, device, dtype, lazily=folder == Path(path)), notice)
 
 
-def _load(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Run:
+def _load(folder: Path, device: torch.device | str, dtype: torch.dtype, lazily: bool) -> Run:
     if (folder / MANIFEST).is_file():
         verify_once(folder)
     if (folder / "adapter_config.json").is_file():
         notice_once(f"{folder}: holds an adapter (adapter_config.json), which is not applied; merge it first")
     config, weights = read_weights(folder)
+    if not lazily:
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
     device = pick_device() if device == "auto" else device
     model = filled_model(config, weights, folder, dtype=dtype, device=device)
     tokenizer = _read_tokenizer(folder)
@@ -313,7 +316,7 @@ def read_config(folder: Path) -> GPTConfig:
             return config if values.get("model_type") == "minigpt" else reconciled(config, values, str(path))
         return config_from_huggingface(values, str(path))
     except (ConfigError, AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: describes no model that can be made ({error})") from error
+        raise CheckpointError(f"{path}: does not describe a valid model ({error})") from error
 
 
 def read_weights(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:

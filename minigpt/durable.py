@@ -27,7 +27,7 @@ def named_path(value: Any, what: str) -> Path:
     """
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         told = repr(value) if isinstance(value, (str, bool, int, float, type(None))) else type(value).__name__
-        raise ConfigError(f"{told}: names nothing; expected the path of {what}")
+        raise ConfigError(f"{told}: an empty path; expected the path of {what}")
     return Path(value)
 
 

@@ -69,10 +69,10 @@ def filled_model(
     try:
         model = outline(config)
     except RuntimeError as error:  # more numbers than can be counted
-        raise CheckpointError(f"{where}: describes no model that can be made ({error})") from error
+        raise CheckpointError(f"{where}: does not describe a valid model ({error})") from error
     check_weights(model, state, where)
     if any(module.cos.numel() > MOST_POSITIONS for module in model.modules() if isinstance(module, Rotary)):
-        raise CheckpointError(f"{where}: block_size {config.block_size} is more than can be meant; mend config.json")
+        raise CheckpointError(f"{where}: block_size {config.block_size} is implausibly large; fix config.json")
     _fill_tables(model, device)
     for name, parameter in list(model.named_parameters()):
         module = model.get_submodule(name.rpartition(".")[0])

@@ -235,6 +235,8 @@ def reconciled(ours: GPTConfig, values: Values, where: str) -> GPTConfig:
     unsaid = {"preset", "zero_init"}
     if values["model_type"] == "llama":
         unsaid |= {"dropout"} if "attention_dropout" in values else {"dropout", "attn_dropout"}
+    else:  # there is no other way than GPT-2's
+        unsaid |= {"rope_theta", "norm_weight"}
     said = {name: value for name, value in theirs.to_dict().items() if name not in unsaid}
     changed = {name: value for name, value in said.items() if value != getattr(ours, name)}
     if changed:

@@ -114,12 +114,13 @@ def verify(folder: Path) -> None:
 
 
 _verified: dict[str, tuple] = {}
+READ = (".json", ".safetensors", ".yaml")  # what a checkpoint is made of
 
 
 def _signature(folder: Path) -> tuple:
-    """What changes when a file does, as far as can be seen without reading it."""
+    """What changes when one of the files that are read does, as far as can be seen without reading it."""
     try:
-        files = [entry for entry in os.scandir(folder) if not entry.is_dir(follow_symlinks=False)]
+        files = [entry for entry in os.scandir(folder) if Path(entry.name).suffix in READ and not entry.is_dir()]
         found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in files]
     except OSError:  # it cannot be listed, or goes just now
         return ()

@@ -15,7 +15,7 @@ import torch
 import yaml
 from training_runs import losses, run_and_read, tiny_run
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, NotLearning
 from minigpt.training import budget, choose
 from minigpt.training.budget import Timing, measure, seconds_of, steps_within, times_due
 from minigpt.training.each_step import due
@@ -199,3 +199,19 @@ def test_on_a_gpu_the_cost_of_compiling_decides_too(
         assert budget.decide_compilation(given, lambda job: None).trainer.compile is expected, steps
         assert asked == measurements
     assert "not compiled: a run of at most 20 s is too short for it" in capsys.readouterr().err
+
+
+def test_what_does_not_train_compiled_is_trained_uncompiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    job = settle(tiny_run(tmp_path, trainer__compile=None, trainer__max_steps=10**9), ExitStack())
+
+    def measured(job: Job, probe: object, compile: bool, allowance: float) -> Timing:
+        if compile:
+            raise NotLearning("the compiled step does not compute what the model says")
+        return TIMING
+
+    monkeypatch.setattr(budget, "measure", measured)
+    monkeypatch.setattr(budget, "peak_flops", lambda device, precision: 1.0)
+    assert budget.decide_compilation(job, lambda job: None).trainer.compile is False
+    assert "not compiled: compiled, it does not train (the compiled step" in capsys.readouterr().err

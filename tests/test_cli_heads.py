@@ -50,7 +50,7 @@ def test_patch_prints_the_change_at_each_site(run: str, capsys: pytest.CaptureFi
     ("arguments", "code", "message"),
     [
         (["heads", "--kinds", "inductive"], 2, "kind 'inductive': expected one of previous"),
-        (["heads", "--text", "abc"], 4, "or one that repeats"),
+        (["heads", "--text", "abc", "--kinds", "duplicate"], 4, "or one that repeats"),
         (["heads", "--offset", "99"], 2, "offset: 99"),
         (["heads", "--text", "abc" * 9], 2, "27 tokens do not fit"),
         (["patch", *TEXTS], 2, "--answer: not given"),
@@ -67,3 +67,10 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     assert main([arguments[0], run, *arguments[1:]]) == code
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_a_text_in_which_nothing_repeats_has_the_other_kinds(run: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["heads", run, "--text", "abc"]) == 0
+    told = capsys.readouterr()
+    assert "no duplicate scores: no token of this text" in told.err and "no induction scores" in told.err
+    assert "previous" in told.out and "duplicate" not in told.out

@@ -115,7 +115,7 @@ def test_an_autoencoder_says_how_much_text_is_sensible(
     small = ["sae", str(run), "train", "--layer", "1", "--k", "2", "--d_sae", "8", "--steps", "2", "--batch", "16"]
     assert main([*small, "--text", str(tmp_path / "enough")]) == 0
     told = capsys.readouterr().err
-    assert "480 tokens for 8 features are few" in told and "sensible are 800 tokens or more" in told
+    assert "480 tokens are little for 8 features" in told and "use at least 800 tokens" in told
     assert "holds an autoencoder" not in told
     kept = (run / "autoencoders/1.resid_post-topk/sae_weights.safetensors").read_bytes()
     assert main([*small, "--text", str(tmp_path / "few")]) == 4

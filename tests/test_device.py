@@ -37,7 +37,7 @@ def test_auto_is_the_best_that_is_here_and_can_do_it(kinds, float64, expected, m
     assert pick_device("auto", float64) == pick_device(float64=float64) == expected
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == (0 if expected == "cpu" else 2)
-    assert expected == "cpu" or f"runs on {expected}; --device cpu" in said.err
+    assert expected == "cpu" or f"running on {expected}; use --device cpu" in said.err
 
 
 def test_a_device_that_is_named_is_taken_or_refused(monkeypatch, capsys):
@@ -96,7 +96,7 @@ def test_every_verb_goes_where_the_flag_says_and_by_itself_to_the_gpu(
     assert main([verb, run, *arguments, *flags]) == 2
     assert sent == [expected]
     err = capsys.readouterr().err
-    assert ("runs on cuda" in err) is (expected == "cuda")
+    assert ("running on cuda" in err) is (expected == "cuda")
 
 
 class FakeRun:

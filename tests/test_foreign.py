@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import random_ids, random_model, tiny_config
+from conftest import needs_transformers, random_ids, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 from test_docs_interop import template
 from test_tokenizer_huggingface import byte_level, sentencepiece
@@ -31,6 +31,8 @@ from minigpt.tokenizer.build import load_tokenizer, save_tokenizer
 from minigpt.tokenizer.huggingface import HuggingFaceTokenizer
 from minigpt.tokenizer.plain import ByteTokenizer
 from minigpt.weights import to_huggingface
+
+pytestmark = needs_transformers(">=5.24", "folders are read as this version reads them")
 
 ROOT = Path(__file__).parents[1]
 IDS = random_ids(2, 20)
@@ -330,3 +332,14 @@ def test_a_model_is_loaded_in_another_dtype(tmp_path: Path) -> None:
         torch.testing.assert_close(single(IDS).double(), double(IDS), rtol=1e-4, atol=1e-4)
     assert {p.dtype for p in double.parameters()} == {torch.float64}
     assert math.isfinite(double(IDS).sum().item())
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 5000.0}, {"norm_weight": True}, {}])
+def test_an_untouched_checkpoint_of_ours_was_not_changed(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Also where a field is set that GPT-2 has no use for, and its layout no word."""
+    model = random_model(tiny_config("gpt2", vocab_size=257, **changes))
+    save_checkpoint(tmp_path / "ours", model, ByteTokenizer())
+    assert minigpt.load(tmp_path / "ours").model.config == model.config
+    assert "was changed" not in capsys.readouterr().err

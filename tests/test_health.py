@@ -13,7 +13,8 @@ from training_runs import forked, losses, run_and_read, tiny_run
 
 from minigpt.errors import NotLearning
 from minigpt.model.gpt import GPT
-from minigpt.training import fit, module
+from minigpt.training import fit, module, rehearsal
+from minigpt.training.health import not_zero
 from minigpt.training.launch import train
 from minigpt.training.loss import next_token_loss
 from minigpt.training.metrics import read_metrics
@@ -84,7 +85,7 @@ class Extra(GPT):
 @pytest.mark.parametrize(
     ("used", "message"),
     [
-        (lambda surplus: torch.zeros(()), "trunk.surplus: the loss does not depend on it"),
+        (lambda surplus: torch.zeros(()), "trunk.surplus: the loss does not depend on these parameters"),
         (
             lambda surplus: surplus.relu().sum() * 0,
             "trunk.surplus: the gradient was exactly zero in each of the first 5",
@@ -168,6 +169,41 @@ def test_a_compiler_that_is_right_passes(
     _, rows = run_and_read(tiny_run(tmp_path, model__preset=preset, trainer__max_steps=2, **changes))
     assert len(losses(rows)) == 2
     assert all(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
+
+
+def test_a_gradient_that_is_not_finite_is_no_fault_of_the_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The step is skipped, as it is uncompiled."""
+    calls = []
+
+    def compute(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        value = next_token_loss(model, ids, targets)
+        return value + (value - value.detach()) * (float("inf") if len(calls) <= 4 else 1.0)
+
+    monkeypatch.setattr(module, "compiled_loss", lambda: compute)
+    _, rows = run_and_read(tiny_run(tmp_path, trainer__compile=True, batch__micro_batch_size=2, trainer__max_steps=2))
+    assert len(losses(rows)) == 2
+    assert "differs from the uncompiled" not in capsys.readouterr().err
+
+
+def test_a_comparison_that_does_not_fit_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def too_much(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rehearsal, "check_compiled", too_much)
+    monkeypatch.setattr(module, "compiled_loss", lambda: next_token_loss)
+    run_and_read(tiny_run(tmp_path, trainer__compile=True, trainer__max_steps=1))
+    assert "was not compared with the uncompiled one" in capsys.readouterr().err
+
+
+def test_a_gradient_too_small_to_square_is_not_zero() -> None:
+    tiny = torch.full((3,), 1e-30)
+    assert not tiny.square().any()
+    assert not_zero([tiny, torch.zeros(3), None]).tolist() == [True, False, False]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")

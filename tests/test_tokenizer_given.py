@@ -131,3 +131,37 @@ def test_what_it_cannot_do_is_told_in_one_line(tmp_path: Path):
         save_checkpoint(tmp_path / "step-00000001", MODEL, as_tokenizer(Minimal()))
     assert not list(tmp_path.iterdir())
     assert torch.equal(Study.of(MODEL, Words()).ids("the cat"), torch.tensor([[0, 1]]))
+
+
+def test_what_its_protocol_holds_beyond_that_is_used():
+    class Begun(Minimal):
+        prefix_ids, specials = (7, 8), None
+
+        def vocab_size(self):  # as SentencePiece has it
+            return 250
+
+        def __len__(self):  # as transformers counts added tokens
+            return 256
+
+    tokenizer = as_tokenizer(Begun())
+    assert tokenizer.vocab_size == 256
+    assert tokenizer.prompt_ids("ab") == [7, 8, 97, 98]
+    assert tokenizer.token_bytes()[97] == b"a"
+    [score] = Sampler(MODEL, Begun()).score("ab")
+    assert score.ids == [7, 8, 97, 98]
+    assert [value is None for value in score.log_probs] == [True, True, False, False]  # the prefix is given
+    assert Sampler(MODEL, Begun()).score([[7, 8, 97, 98]])[0].log_probs == score.log_probs
+
+
+def test_a_text_that_begins_with_the_end_of_text_is_scored_after_one():
+    sampler = Sampler(MODEL, ByteTokenizer())
+    assert sampler.score([[256, 97]])[0].ids == sampler.score([[97]])[0].ids == [256, 97]
+
+
+@pytest.mark.parametrize("size", [None, "many"])
+def test_a_vocabulary_without_a_size_is_refused(size):
+    class Odd(Minimal):
+        vocab_size = size
+
+    with pytest.raises(ConfigError, match=r"vocab_size of Odd is .*; expected a number"):
+        as_tokenizer(Odd())

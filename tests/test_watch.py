@@ -178,4 +178,4 @@ def test_a_store_that_stops_answering_is_not_waited_for(
         return 0
 
     assert in_forks(2, target) == {0: -9, 1: 8}
-    assert "process 1: the store that all share has not answered for 2 s; leaving" in capfd.readouterr().err
+    assert "process 1: the store that all share has not answered for 4 s; leaving" in capfd.readouterr().err

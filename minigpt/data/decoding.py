@@ -69,7 +69,7 @@ class ReadingLog:
         if self.invalid:
             lines.append(
                 f"{self.invalid} invalid sequences of bytes became U+FFFD, the first in {self.invalid_in}; "
-                "if it is no UTF-8 but Latin-1, say, convert it first: iconv -f LATIN1 -t UTF-8"
+                "if the file is in another encoding, such as Latin-1, convert it first: iconv -f LATIN1 -t UTF-8"
             )
         if self.nulls:
             lines.append(f"{self.nulls} NUL characters (U+0000) are part of the text, the first in {self.nulls_in}")

@@ -247,7 +247,7 @@ def _request(source: Source, data: DataConfig, tokenizer: TokenizerConfig | Toke
         asked["tokenizer"]["unknown"] = tokenizer.unknown
     if tokenizer.kind == "file" and tokenizer.path is not None:
         path = Path(tokenizer.path)
-        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files = sorted((path if path.is_dir() else path.parent).glob("*.json"))  # they change ids and end-of-text too
         found = [(str(file), file.stat()) for file in files if file.is_file()]
         asked["tokenizer"]["files"] = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
     return sha256_of(asked)

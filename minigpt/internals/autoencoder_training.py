@@ -258,8 +258,8 @@ def _check_amount(tokens: int, features: int) -> None:
         )
     if tokens < sensible:
         notice(
-            f"text: {tokens:,} tokens for {features:,} features are few, and features may tell of this text alone; "
-            f"sensible are {sensible:,} tokens or more ({TOKENS_A_FEATURE} a feature), or a smaller d_sae"
+            f"text: {tokens:,} tokens are little for {features:,} features, which may overfit this text; use at least "
+            f"{sensible:,} tokens ({TOKENS_A_FEATURE} a feature), or a smaller d_sae"
         )
 
 

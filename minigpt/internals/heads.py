@@ -29,6 +29,7 @@ from minigpt.internals.result import Axis, Result, Tabled
 from minigpt.internals.text import Text
 from minigpt.internals.weights import grid, ordinary_ids, read_out, write_weights
 from minigpt.model.layers import widen
+from minigpt.terminal import notice
 
 if TYPE_CHECKING:
     from minigpt.internals.study import Study
@@ -153,7 +154,7 @@ def heads(
     study: Study,
     text: Text | None = None,
     *,
-    kinds: str | Sequence[str] = KINDS,
+    kinds: str | Sequence[str] | None = None,
     causal: bool = True,
     offset: int = 2,
     seed: int = 0,
@@ -163,17 +164,20 @@ def heads(
     Args:
         study: see `Study`.
         text: what the heads look at; None: random blocks that come twice, see `repeated_block`.
-        kinds: see `head_scores`; "previous,induction" or a list of them.
+        kinds: see `head_scores`; "previous,induction" or a list of them. None: all that the text has something for; a
+            text in which nothing repeats has no duplicate and no induction heads.
         causal: measure too how the loss on that text changes when a head writes nothing (see `ablate`).
         offset: tokens back, for the kind offset.
         seed: of the random blocks.
     """
     text = repeated_block(study, seed=seed) if text is None else text
-    scores = _scores(study, listed(kinds), text, offset, seed)
+    scores = _scores(study, KINDS if kinds is None else listed(kinds), text, offset, seed, leave_out=kinds is None)
     return Heads(scores, ablate(study, text, parts="head") if causal else None)
 
 
-def _scores(study: Study, kinds: Sequence[str], text: Text | None, offset: int, seed: int) -> dict[str, Result]:
+def _scores(
+    study: Study, kinds: Sequence[str], text: Text | None, offset: int, seed: int, leave_out: bool = False
+) -> dict[str, Result]:
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
@@ -197,9 +201,12 @@ def _scores(study: Study, kinds: Sequence[str], text: Text | None, offset: int, 
             even = 0.5
         else:
             looks = LOOKS[kind](ids, offset)
+            if not looks.any() and leave_out:
+                notice(f"no {kind} scores: no token of this text has one that such a head would look at")
+                continue
             if not looks.any():
                 raise DataError(
-                    f"text: {ids.shape[1]} tokens have none that a head of the kind {kind} looks at; give a longer "
+                    f"text: none of its {ids.shape[1]} tokens has one that a {kind} head would look at; give a longer "
                     "text, or one that repeats, or leave the kind out of --kinds (kinds=)"
                 )
             values = [pattern_score(cache["pattern", layer], looks) for layer in layers]

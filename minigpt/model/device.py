@@ -28,7 +28,7 @@ def pick_device(name: str = "auto", float64: bool = False) -> str:
         )
     if name != "cpu":
         lacks = ", which has no 64-bit numbers: where they are needed, this ends" if name == "mps" and float64 else ""
-        notice(f"runs on {name}{lacks}; --device cpu takes the processor")
+        notice(f"running on {name}{lacks}; use --device cpu for the CPU")
     return name
 
 

@@ -68,7 +68,7 @@ def _is_sequence(value: Any) -> bool:
 
 
 LARGEST = 1e30  # of what logits are made larger by: float32, in which they are, ends at 3.4e38
-_INFINITE = "(a logit made larger becomes infinite in float32)"
+_INFINITE = "(larger values overflow float32 logits)"
 
 NUMBER = Rule(is_number, "a number")
 POSITIVE = Rule(lambda v: is_number(v) and v > 0, "a number above 0")

@@ -178,15 +178,19 @@ class Sampler:
 
         A text is read as if it stood at the beginning of a document: after what the tokenizer puts in front of a text,
         else after its end-of-text token. That predicts the first token; where there is neither, nothing does. The same
-        is put in front of token ids, unless they begin with the tokenizer's prefix themselves.
+        is put in front of token ids, unless they begin with it themselves. What the tokenizer puts in front is
+        given, and not scored.
         """
         prefix = list(self.tokenizer.prefix_ids)
         start = prefix if prefix or self.tokenizer.eot is None else [self.tokenizer.eot]
         texts = as_list(texts, "text")
         encoded = encode_all(self.tokenizer, texts, "text")
-        encoded = [ids if prefix and ids[: len(prefix)] == prefix else [*start, *ids] for ids in encoded]
+        encoded = [ids if start and ids[: len(start)] == start else [*start, *ids] for ids in encoded]
+        given = [max(1, min(len(start), len(ids))) for ids in encoded]
         check_prompts(encoded, min(self.model.vocab_size, self.tokenizer.vocab_size))
-        return with_bytes(score_ids(self.model, encoded, stride=stride, top=top, show=show), texts, self.tokenizer)
+        return with_bytes(
+            score_ids(self.model, encoded, context=given, stride=stride, top=top, show=show), texts, self.tokenizer
+        )
 
     def processors_for(self, **overrides: Any) -> tuple[list[Any], Order]:
         """The processors of a call with these overrides, in their order, and the order itself."""

@@ -39,10 +39,17 @@ class GivenTokenizer(Tokenizer):
             )
         self.own = own
         self.kind = getattr(own, "kind", type(own).__name__)
-        self.vocab_size = int(own.vocab_size)
+        try:
+            size = own.vocab_size() if callable(own.vocab_size) else own.vocab_size
+            self.vocab_size = max(int(size), len(own) if hasattr(own, "__len__") else 0)  # added tokens beyond it
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"tokenizer: vocab_size of {self.kind} is {own.vocab_size!r}; expected a number"
+            ) from error
+        self.prefix_ids = tuple(int(id) for id in getattr(own, "prefix_ids", ()))
         self.eot = getattr(own, "eot", None)
         self.cut = getattr(own, "cut", None)
-        self.specials = getattr(own, "specials", {})
+        self.specials = dict(getattr(own, "specials", None) or {})
         self.verbatim = getattr(own, "verbatim", False)
 
     def __getattr__(self, name: str) -> Any:
@@ -70,7 +77,7 @@ class GivenTokenizer(Tokenizer):
         """The ids of one text. Raises DataError where the caller's tokenizer raises what is no error of ours."""
         try:
             return [int(id) for id in self.own.encode(text)]
-        except (LookupError, ValueError) as error:
+        except (LookupError, ValueError, TypeError) as error:
             raise DataError(f"the tokenizer {self.kind} cannot encode {text[:40]!r} ({error!r})") from error
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from minigpt.data.batches import validation_windows
 from minigpt.data.shards import open_corpus
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, MemoryExceeded, MinigptError, NotLearning
 from minigpt.model.cost import cost_of
 from minigpt.runs import make_ready
 from minigpt.terminal import notice
@@ -186,11 +186,17 @@ def decide_compilation(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
     else:
         allowance = COMPARED_ON_GPU if on_gpu else COMPARED
         plain = plain or measure(job, probe, compile=False, allowance=allowance)
-        quick = measure(job, probe, compile=True, allowance=allowance)
-        steps = int(most / plain.step) if config.minutes is not None else trainer.max_steps
-        compiled = compilation_pays(plain, quick, steps)
-        cold = max(0.0, quick.cold_start - plain.cold_start)
-        why = f"a step takes {quick.step:.3g} s compiled and {plain.step:.3g} s as it is, compiling {cold:.0f} s"
+        try:
+            quick = measure(job, probe, compile=True, allowance=allowance)
+        except MinigptError as error:  # what works uncompiled is trained uncompiled
+            if error.exit_code not in (NotLearning.exit_code, MemoryExceeded.exit_code):
+                raise
+            compiled, why = False, f"compiled, it does not train ({error})"
+        else:
+            steps = int(most / plain.step) if config.minutes is not None else trainer.max_steps
+            compiled = compilation_pays(plain, quick, steps)
+            cold = max(0.0, quick.cold_start - plain.cold_start)
+            why = f"a step takes {quick.step:.3g} s compiled and {plain.step:.3g} s as it is, compiling {cold:.0f} s"
     notice(f"{'compiled' if compiled else 'not compiled'}: {why}")
     return replace(config, trainer=replace(trainer, compile=compiled))
 

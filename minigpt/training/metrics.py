@@ -102,7 +102,7 @@ class Metrics(EachStep):
         self._bar = self._bar_context.__enter__()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = statistics.median(self.paces[1:] or self.paces or [float("nan")])  # the first row has the compilation
+        step = statistics.median(self.paces[1:] or self.paces or [float("nan")])  # the first row has what is slow once
         spent = {"step": step, "validation": 0.0, "save": 0.0, "sample": 0.0, **self.pauses}
         spent["training"] = time.monotonic() - self.began
         self.write(trainer, trainer.global_step, {f"time/{what}": round(s, 6) for what, s in spent.items()})

@@ -15,7 +15,7 @@ from minigpt.model.gpt import GPT
 from minigpt.terminal import notice
 from minigpt.training.average import Average
 from minigpt.training.config import TrainConfig
-from minigpt.training.health import Idle, remedy
+from minigpt.training.health import Idle, mean_loss, remedy
 from minigpt.training.loss import compiled_loss, next_token_loss
 from minigpt.training.optimizer import make_optimizer
 from minigpt.training.progress import LightModule
@@ -120,7 +120,7 @@ class TrainingModule(LightModule):
         norm, step = float(self.gradient_norm), self.trainer.global_step + 1
         if math.isfinite(norm):
             self.idle.look(self.model, self.step_loss)
-            if norm or not self.step_loss:  # a loss of exactly zero has nothing left to teach
+            if norm or not mean_loss(self.step_loss):  # a loss of exactly zero has nothing left to teach
                 self.unusable_steps = 0
                 return
         self.unusable_steps += 1

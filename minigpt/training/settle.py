@@ -280,6 +280,13 @@ def _refuse_another(config: TrainConfig, corpus: Corpus, trained_on: Any) -> Non
     if trained_on == corpus.hash:
         return
     run = Path(config.runs_dir) / str(config.run_name)
+    stored = _stored_config(run)
+    before = _read_config(stored)["data"]["source"] if stored.is_file() else config.data.source
+    if before != config.data.source:
+        raise DataError(
+            f"data.source: {config.data.source} is not the text that {run} was trained on ({before}); leave it out, or "
+            f"choose another --run_name"
+        )
     raise DataError(
         f"data.source: {config.data.source}, or its tokenizer, has changed since {run} was trained on it (its tokens "
         f"hash to {corpus.hash[:12]}, then {str(trained_on)[:12]}); restore it, or choose another --run_name"

@@ -166,13 +166,20 @@ class Watch(pl.Callback):
                 self._leave(f"has lost the store that all share ({str(error).splitlines()[0]})")
 
     def _guard(self) -> None:
-        """Leave where the store keeps the thread waiting. Counts its own rounds: this process may have stood still."""
-        rounds = waited = 0
+        """Save and leave where the store keeps the thread waiting: Ctrl-Z may have stopped who holds it.
+
+        Counts its own rounds, as this process may have stood still itself.
+        """
+        rounds = waited = asked = 0
         while self.hang_seconds and not self._done.wait(self.interval):
             waited = waited + 1 if self._rounds == rounds and rounds else 0
             rounds = self._rounds
-            if waited * self.interval > self.hang_seconds:
-                self._leave(f"the store that all share has not answered for {self.hang_seconds:.0f} s")
+            seconds = waited * self.interval
+            if seconds > self.hang_seconds and not asked:  # training itself does not need the store
+                asked = 1
+                os.kill(os.getpid(), signal.SIGTERM)
+            if seconds > 2 * self.hang_seconds:
+                self._leave(f"the store that all share has not answered for {seconds:.0f} s")
 
     def _look_for_launcher(self) -> None:
         if self._launcher is not None and os.getppid() != self._launcher:
@@ -193,7 +200,7 @@ class Watch(pl.Callback):
         while not self._done.wait(self.interval):
             self._look_for_launcher()
             if time.monotonic() > self._deadline:
-                self._leave("still not done without its launcher")
+                self._leave(f"did not finish within {ALONE_SECONDS:.0f} s of losing its launcher")
             self._rounds += 1
             if not self.hang_seconds:
                 continue
