@@ -26,13 +26,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from minigpt.checkpoint import state_of
+from minigpt.checkpoint.checkpoint import state_of
+from minigpt.checkpoint.weights import to_huggingface
 from minigpt.model.config import GPTConfig
 from minigpt.model.fast import fast
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
-from minigpt.weights import to_huggingface
 from runs import machine
 
 PROMPT, NEW = 16, 200

@@ -15,11 +15,11 @@ import safetensors.torch
 import torch
 
 from fault_trials import Outcome, busy_config, in_child, outcome, refused, save, watching
-from minigpt import checkpoint
+from minigpt.checkpoint import checkpoint
+from minigpt.checkpoint.runs import newest_valid, step_of, verify
 from minigpt.data.shards import open_corpus, prepare
 from minigpt.durable import sync
 from minigpt.errors import DiskError
-from minigpt.runs import newest_valid, step_of, verify
 from minigpt.training.launch import train
 
 # Power cuts.

@@ -24,11 +24,20 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.runs import (
+    Best,
+    best_or_newest,
+    checkpoints_of,
+    newest_valid,
+    prune,
+    read_best,
+    record_best,
+    verify,
+)
 from minigpt.errors import MinigptError
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT
-from minigpt.runs import Best, best_or_newest, checkpoints_of, newest_valid, prune, read_best, record_best, verify
 from minigpt.tokenizer.plain import ByteTokenizer
 from minigpt.training.config import TrainConfig
 from minigpt.training.launch import train

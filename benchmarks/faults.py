@@ -31,7 +31,7 @@ import yaml
 from fault_disks import checkpoint_damage, corpus_damage, full_disk_run, may_mount, power_cuts, small_disk, small_files
 from fault_trials import Outcome, busy_config, chain, check_after, every_call, in_child, outcome, save, start
 from fault_trials import wait as wait_for
-from minigpt.runs import newest_valid
+from minigpt.checkpoint.runs import newest_valid
 from minigpt.training.launch import train
 
 ROOT = Path(__file__).parents[1]

@@ -46,7 +46,7 @@ def timed(call: Callable[[], object]) -> float:
 
 def make_run(folder: Path) -> Path:
     """A run of the default model, untrained, with a vocabulary of 1,024 learned from this package."""
-    from minigpt.checkpoint import save_checkpoint
+    from minigpt.checkpoint.checkpoint import save_checkpoint
     from minigpt.model.config import GPTConfig
     from minigpt.model.gpt import GPT
     from minigpt.tokenizer.train_bpe import train_bpe
@@ -60,12 +60,12 @@ def make_run(folder: Path) -> Path:
 
 def make_llama(folder: Path) -> Path:
     """A Hugging Face Llama folder of 135 million parameters."""
-    from minigpt.checkpoint import save_tensors, state_of
+    from minigpt.checkpoint.checkpoint import save_tensors, state_of
+    from minigpt.checkpoint.weights import to_huggingface
     from minigpt.model.config import GPTConfig
     from minigpt.model.gpt import GPT
     from minigpt.tokenizer.build import save_tokenizer
     from minigpt.tokenizer.plain import ByteTokenizer
-    from minigpt.weights import to_huggingface
 
     sizes = {"n_layer": 30, "n_head": 9, "n_kv_head": 3, "n_embd": 576, "n_inner": 1536}
     config = GPTConfig(preset="llama", vocab_size=49152, block_size=2048, tie_embeddings=True, **sizes)  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def print_processes(run: Path) -> None:
 
 def print_loading(folder: Path) -> None:
     """The second table."""
-    from minigpt.checkpoint import load, load_tensors
+    from minigpt.checkpoint.checkpoint import load, load_tensors
 
     path = folder / "model.safetensors"
     calls: dict[str, Callable[[], object]] = {

@@ -21,20 +21,20 @@ _HOMES = {
     "GPT": "minigpt.model.gpt",
     "GPTConfig": "minigpt.model.config",
     "MinigptError": "minigpt.errors",
-    "Run": "minigpt.checkpoint",
+    "Run": "minigpt.checkpoint.checkpoint",
     "Sampler": "minigpt.sampling.sampler",
     "SamplingConfig": "minigpt.sampling.config",
     "Study": "minigpt.internals.study",
     "TrainConfig": "minigpt.training.config",
     "fast": "minigpt.model.fast",
-    "load": "minigpt.checkpoint",
+    "load": "minigpt.checkpoint.checkpoint",
     "train": "minigpt.training.launch",
 }
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
-    from minigpt.checkpoint import Run as Run
-    from minigpt.checkpoint import load as load
+    from minigpt.checkpoint.checkpoint import Run as Run
+    from minigpt.checkpoint.checkpoint import load as load
     from minigpt.errors import MinigptError as MinigptError
     from minigpt.internals.study import Study as Study
     from minigpt.model.config import GPTConfig as GPTConfig

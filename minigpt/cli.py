@@ -79,7 +79,7 @@ def _settings_since(stored: Path) -> list[str]:
     """Flags for what a config stored by an older version does not say, so that the run goes on as it was."""
     import yaml
 
-    from minigpt.formats import missing_settings
+    from minigpt.checkpoint.formats import missing_settings
 
     try:
         values = yaml.safe_load(stored.read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, rest)
 
-    from minigpt.checkpoint import load
+    from minigpt.checkpoint.checkpoint import load
     from minigpt.evaluation.text import evaluate_run
     from minigpt.model.device import pick_device
 
@@ -179,9 +179,9 @@ def info(argv: list[str]) -> None:
     parser = _parser("info", "[RUN]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, rest)
-    from minigpt.checkpoint import read_config
+    from minigpt.checkpoint.checkpoint import read_config
+    from minigpt.checkpoint.runs import read_checkpoint
     from minigpt.model.cost import cost_of
-    from minigpt.runs import read_checkpoint
     from minigpt.terminal import readable
 
     model = read_checkpoint(run_or_latest(path), read_config)

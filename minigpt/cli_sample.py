@@ -41,7 +41,7 @@ def sample(argv: list[str]) -> None:
     parser.add_class_arguments(SamplingConfig)
     parse(parser, rest)  # a mistake is told before anything is loaded
 
-    from minigpt.checkpoint import load
+    from minigpt.checkpoint.checkpoint import load
     from minigpt.model.device import pick_device
     from minigpt.model.fast import fast
     from minigpt.sampling.sampler import Sampler

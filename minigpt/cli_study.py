@@ -25,7 +25,7 @@ def study_parser(verb: str, function: Any, positional: str = "[RUN]") -> Any:
 
 def open_study(path: str | None, values: Any) -> Study:
     """The study of a run, or of the one trained last."""
-    from minigpt.checkpoint import load
+    from minigpt.checkpoint.checkpoint import load
     from minigpt.internals.study import Study
     from minigpt.model.device import pick_device
 

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 import minigpt
-from minigpt.checkpoint import read_training_state, state_of
+from minigpt.checkpoint.checkpoint import read_training_state, state_of
 from minigpt.data.batches import validation_windows
 from minigpt.data.shards import prepare
 from minigpt.errors import Interrupted

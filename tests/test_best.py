@@ -19,9 +19,9 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import fault_disks as disks
 import fault_trials as trials
 import minigpt
-from minigpt import runs
+from minigpt.checkpoint import runs
+from minigpt.checkpoint.runs import Best, checkpoints_of, find_checkpoint, prune, read_best, record_best
 from minigpt.evaluation.loss import Evaluation
-from minigpt.runs import Best, checkpoints_of, find_checkpoint, prune, read_best, record_best
 from minigpt.training import observing
 from minigpt.training.launch import train
 from minigpt.training.metrics import read_metrics

@@ -14,10 +14,10 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 import minigpt
-from minigpt.checkpoint import read_training_state, read_training_tensors, save_checkpoint
+from minigpt.checkpoint.checkpoint import read_training_state, read_training_tensors, save_checkpoint
+from minigpt.checkpoint.runs import checkpoints_of, find_checkpoint, newest_valid, prune, verify
 from minigpt.durable import sealed
 from minigpt.errors import CheckpointError, DiskError
-from minigpt.runs import checkpoints_of, find_checkpoint, newest_valid, prune, verify
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 

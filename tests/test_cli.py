@@ -13,7 +13,7 @@ from conftest import random_model, tiny_config
 from training_runs import corpus_file, tiny_run
 
 import minigpt
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig

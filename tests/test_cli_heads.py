@@ -7,7 +7,7 @@ import json
 import pytest
 from planted import induction_model
 
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.tokenizer.plain import CharTokenizer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from training_runs import tiny_run
 
-from minigpt.checkpoint import load
+from minigpt.checkpoint.checkpoint import load
 from minigpt.cli import main
 from minigpt.internals.study import Study
 from minigpt.training.launch import train

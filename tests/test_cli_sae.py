@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import random_ids, random_model, tiny_config
 
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.internals.autoencoder_training import Learner
 from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer

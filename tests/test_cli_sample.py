@@ -14,7 +14,7 @@ import torch
 from conftest import random_model, tiny_config
 
 import minigpt
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT

@@ -9,8 +9,8 @@ import torch
 from conftest import random_model, tiny_config
 
 import minigpt
-from minigpt import checkpoint
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint import checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError
 from minigpt.model.device import pick_device
@@ -89,7 +89,7 @@ def test_every_verb_goes_where_the_flag_says_and_by_itself_to_the_gpu(
     monkeypatch.setattr(checkpoint, "filled_model", lambda *a, device, **k: send(None, device))
     if verb == "sample":
         monkeypatch.setattr(torch.nn.Module, "to", send)
-        monkeypatch.setattr("minigpt.checkpoint.load", lambda *a, device: FakeRun(device))
+        monkeypatch.setattr("minigpt.checkpoint.checkpoint.load", lambda *a, device: FakeRun(device))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the cat sat")
     arguments = ["text.txt" if word == "TEXT" else word for word in VERBS[verb]]

@@ -26,7 +26,7 @@ from training_runs import (
     tiny_run,
 )
 
-from minigpt.checkpoint import verify
+from minigpt.checkpoint.checkpoint import verify
 from minigpt.errors import DistributedError, MinigptError
 from minigpt.training import join, launch
 from minigpt.training.config import TrainConfig

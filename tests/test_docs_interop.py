@@ -16,7 +16,7 @@ from test_tokenizer_huggingface import byte_level, sentencepiece
 from tokenizers import processors
 
 import minigpt
-from minigpt import foreign
+from minigpt.checkpoint import foreign
 from minigpt.errors import CheckpointError
 from minigpt.sampling import unheard
 from minigpt.sampling.config import SamplingConfig
@@ -156,7 +156,7 @@ def kinds(file: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, minigpt.checkpoint.Run]:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, minigpt.Run]:
     """A folder of each kind, loaded."""
     root = tmp_path_factory.mktemp("plain")
     return {kind: minigpt.load(make(root / kind, config)) for kind, config in CONFIGS.items()}

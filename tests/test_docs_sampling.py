@@ -23,7 +23,7 @@ from conftest import random_model, tiny_config
 from table_model import FixedLM
 
 import minigpt.sampling
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError
 from minigpt.sampling.config import FIELDS, PER_PROMPT, SamplingConfig

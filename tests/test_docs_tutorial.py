@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from planted import induction_model
 
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.tokenizer.plain import CharTokenizer
 

@@ -22,10 +22,11 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import fault_disks as disks
 import fault_trials as trials
 import minigpt
-from minigpt import checkpoint, durable, runs
+from minigpt import durable
+from minigpt.checkpoint import checkpoint, runs
+from minigpt.checkpoint.runs import prune
 from minigpt.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from minigpt.model.cost import cost_of
-from minigpt.runs import prune
 from minigpt.training.launch import train
 from minigpt.training.metrics import read_metrics
 

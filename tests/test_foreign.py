@@ -22,15 +22,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minigpt
-from minigpt.checkpoint import save_checkpoint, state_of
+from minigpt.checkpoint.checkpoint import save_checkpoint, state_of
+from minigpt.checkpoint.filling import filled_model
+from minigpt.checkpoint.weights import to_huggingface
 from minigpt.data.config import DataConfig
 from minigpt.errors import CheckpointError
 from minigpt.evaluation.text import evaluate_run
-from minigpt.filling import filled_model
 from minigpt.tokenizer.build import load_tokenizer, save_tokenizer
 from minigpt.tokenizer.huggingface import HuggingFaceTokenizer
 from minigpt.tokenizer.plain import ByteTokenizer
-from minigpt.weights import to_huggingface
 
 pytestmark = needs_transformers(">=5.24", "folders are read as this version reads them")
 
@@ -42,7 +42,7 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def same_logits(folder: Path, ids: torch.Tensor = IDS) -> minigpt.checkpoint.Run:
+def same_logits(folder: Path, ids: torch.Tensor = IDS) -> minigpt.Run:
     """Load a folder in minigpt and in transformers, and compare."""
     run = minigpt.load(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -163,7 +163,7 @@ def test_a_change_that_we_have_no_counterpart_for_is_refused(tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> minigpt.checkpoint.Run:
+def begun(tmp_path_factory: pytest.TempPathFactory) -> minigpt.Run:
     """A Llama whose tokenizer puts <s> in front, as transformers saves it."""
     folder = tmp_path_factory.mktemp("begun") / "folder"
     config = tiny_config("llama", vocab_size=280, block_size=64)
@@ -175,11 +175,11 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> minigpt.checkpoint.Run:
     return minigpt.load(folder)
 
 
-def theirs_of(run: minigpt.checkpoint.Run) -> Any:
+def theirs_of(run: minigpt.Run) -> Any:
     return transformers.AutoTokenizer.from_pretrained(run.path)
 
 
-def test_every_door_begins_a_text_as_its_tokenizer_does(begun: minigpt.checkpoint.Run) -> None:
+def test_every_door_begins_a_text_as_its_tokenizer_does(begun: minigpt.Run) -> None:
     theirs, sampler = theirs_of(begun), minigpt.Sampler(begun.model, begun.tokenizer)
     study = minigpt.Study.of(begun.model, begun.tokenizer)
     for text in ("the cat", "the", ""):
@@ -195,7 +195,7 @@ def test_every_door_begins_a_text_as_its_tokenizer_does(begun: minigpt.checkpoin
     assert [score.ids for score in sampler.score([[270], [1, 270]])] == [[1, 270], [1, 270]]
 
 
-def test_scores_are_those_of_transformers_after_the_beginning(begun: minigpt.checkpoint.Run) -> None:
+def test_scores_are_those_of_transformers_after_the_beginning(begun: minigpt.Run) -> None:
     ids = torch.tensor([theirs_of(begun).encode("the cat sat")])
     model = transformers.AutoModelForCausalLM.from_pretrained(begun.path).eval()
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_scores_are_those_of_transformers_after_the_beginning(begun: minigpt.che
     assert -score.total / score.count == pytest.approx(float(loss), abs=1e-5)
 
 
-def test_what_follows_an_empty_prompt_reads_as_the_beginning_of_a_text(begun: minigpt.checkpoint.Run) -> None:
+def test_what_follows_an_empty_prompt_reads_as_the_beginning_of_a_text(begun: minigpt.Run) -> None:
     sampler = minigpt.Sampler(begun.model, begun.tokenizer)
     [[done]] = sampler.generate("", max_new_tokens=2, allowed_token_ids=[begun.tokenizer.encode("the")[0]])
     assert done.text == theirs_of(begun).decode([1, *done.ids], skip_special_tokens=True) == "the the"
@@ -213,7 +213,7 @@ def test_what_follows_an_empty_prompt_reads_as_the_beginning_of_a_text(begun: mi
     assert stopped.text == "the"
 
 
-def test_each_evaluated_document_begins_as_a_text_does(begun: minigpt.checkpoint.Run, tmp_path: Path) -> None:
+def test_each_evaluated_document_begins_as_a_text_does(begun: minigpt.Run, tmp_path: Path) -> None:
     texts = ["the cat", "sat the"]
     (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     found, _ = evaluate_run(begun, DataConfig(source=str(tmp_path / "two.jsonl"), folder=str(tmp_path / "data")))

@@ -21,12 +21,12 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import fault_trials as trials
 import minigpt
-from minigpt import checkpoint
-from minigpt.checkpoint import read_training_state
+from minigpt.checkpoint import checkpoint
+from minigpt.checkpoint.checkpoint import read_training_state
+from minigpt.checkpoint.formats import FORMAT, MODEL_FIELDS, migrate_model, migrate_training
+from minigpt.checkpoint.runs import verify
 from minigpt.errors import CheckpointError, ConfigError
-from minigpt.formats import FORMAT, MODEL_FIELDS, migrate_model, migrate_training
 from minigpt.model.config import GPTConfig
-from minigpt.runs import verify
 from minigpt.training.config import TrainConfig
 from minigpt.training.launch import train
 from minigpt.training.metrics import read_metrics
@@ -96,7 +96,7 @@ def test_a_run_of_the_first_format_loads_and_goes_on(
 
 
 def test_what_an_older_version_did_not_know_means_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigpt import formats
+    from minigpt.checkpoint import formats
 
     old = yaml.safe_load((GOLDEN / "format-1/modern/config.yaml").read_text())
     config = TrainConfig.from_dict(migrate_training(old))

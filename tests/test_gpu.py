@@ -14,7 +14,7 @@ from conftest import DEVICE, PRESETS, random_ids, random_model, tiny_config
 from table_model import LetterTokenizer
 from training_runs import losses, run_and_read, saved_tensors, tiny_run
 
-from minigpt.checkpoint import load
+from minigpt.checkpoint.checkpoint import load
 from minigpt.cli import main
 from minigpt.internals.study import Study
 from minigpt.model.fast import fast

@@ -19,7 +19,7 @@ import torch
 import yaml
 from conftest import random_model, tiny_config
 
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.durable import canonical_json, parse_json, sealed, sha256_of, to_json
 from minigpt.tokenizer.plain import ByteTokenizer
 
@@ -178,8 +178,8 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
 READER = """
 import json, resource, sys, time
 import torch, yaml, safetensors.torch, tokenizers
-import minigpt.checkpoint, minigpt.tokenizer.bpe, minigpt.tokenizer.huggingface, minigpt.tokenizer.published
-from minigpt.checkpoint import load, read_training_state, read_training_tensors
+import minigpt.checkpoint.checkpoint, minigpt.tokenizer.bpe, minigpt.tokenizer.huggingface, minigpt.tokenizer.published
+from minigpt.checkpoint.checkpoint import load, read_training_state, read_training_tensors
 from minigpt.errors import MinigptError
 
 torch.set_num_threads(1)
@@ -269,7 +269,7 @@ def test_json_is_read_strictly(text: str) -> None:
 
 
 def test_training_counters_of_wrong_types_are_named(tmp_path: Path) -> None:
-    from minigpt.checkpoint import read_training_state
+    from minigpt.checkpoint.checkpoint import read_training_state
     from minigpt.errors import CheckpointError
 
     for record in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
-from minigpt.checkpoint import save_tensors
+from minigpt.checkpoint.checkpoint import save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals import autoencoder_training
 from minigpt.internals.autoencoder import Autoencoder, keep_greatest, keep_greatest_of_batch

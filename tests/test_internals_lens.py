@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
-from minigpt.checkpoint import Run
+from minigpt.checkpoint.checkpoint import Run
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.internals import tuned
 from minigpt.internals.decomposition import Point, points

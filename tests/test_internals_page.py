@@ -19,7 +19,7 @@ from browser import CHROMIUM, Browser, Page
 from conftest import PRESETS, random_ids, random_model, tiny_config
 from processor_cases import context_of
 
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.ablation import ablate

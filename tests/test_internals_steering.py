@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PRESETS, random_model, tiny_config
 
-from minigpt.checkpoint import save_checkpoint, save_tensors
+from minigpt.checkpoint.checkpoint import save_checkpoint, save_tensors
 from minigpt.cli import main
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.steering import Steered, Steering

@@ -8,12 +8,12 @@ import pytest
 from training_runs import assert_equal_to_the_bit, forked, losses, run_and_read, saved_tensors, tiny_run
 
 import minigpt
+from minigpt.checkpoint.runs import read_metrics
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError
 from minigpt.internals.context import held_out_windows
 from minigpt.internals.snapshot import numbers, snapshot
 from minigpt.internals.study import Study
-from minigpt.runs import read_metrics
 from minigpt.training.internals import due_by_doublings
 
 LOG = {"internals__every": "log"}

@@ -12,14 +12,14 @@ from conftest import random_model, tiny_config
 from training_runs import assert_equal_to_the_bit, corpus_file, tiny_run
 
 import minigpt
-from minigpt import runs
-from minigpt.checkpoint import save_checkpoint, state_of
+from minigpt.checkpoint import runs
+from minigpt.checkpoint.checkpoint import save_checkpoint, state_of
+from minigpt.checkpoint.runs import TRIES, Best, Replaced, checkpoints_of, record_best, step_of
 from minigpt.cli import main
 from minigpt.data.config import DataConfig
 from minigpt.errors import CheckpointError
 from minigpt.evaluation.text import evaluate_run
 from minigpt.internals.series import of_checkpoints
-from minigpt.runs import TRIES, Best, Replaced, checkpoints_of, record_best, step_of
 from minigpt.tokenizer.plain import ByteTokenizer
 from minigpt.training.launch import train
 
@@ -69,7 +69,7 @@ def test_a_run_is_read_from_the_checkpoint_that_stands(
     save(tmp_path, 1)
     if half:  # it goes in the middle of being read, after the weights
         chosen: list[Path] = []
-        real = minigpt.checkpoint.read_weights
+        real = minigpt.checkpoint.checkpoint.read_weights
 
         def read_weights(folder: Path) -> object:
             found = real(folder)
@@ -78,7 +78,7 @@ def test_a_run_is_read_from_the_checkpoint_that_stands(
             chosen.append(folder)
             return found
 
-        monkeypatch.setattr(minigpt.checkpoint, "read_weights", read_weights)
+        monkeypatch.setattr(minigpt.checkpoint.checkpoint, "read_weights", read_weights)
     else:
         chosen = going(monkeypatch, replaced)
     run = minigpt.load(tmp_path)
@@ -95,7 +95,7 @@ def test_a_checkpoint_that_becomes_another_under_its_name_is_read_anew(
     """Weights of one and config of another would be a model that never was."""
     save(tmp_path / "other", 2)
     folder = save(tmp_path, 1)
-    real = minigpt.checkpoint.read_weights
+    real = minigpt.checkpoint.checkpoint.read_weights
 
     def read_weights(path: Path) -> object:
         found = real(path)
@@ -105,7 +105,7 @@ def test_a_checkpoint_that_becomes_another_under_its_name_is_read_anew(
             shutil.rmtree(tmp_path / "other")
         return found
 
-    monkeypatch.setattr(minigpt.checkpoint, "read_weights", read_weights)
+    monkeypatch.setattr(minigpt.checkpoint.checkpoint, "read_weights", read_weights)
     run = minigpt.load(tmp_path)
     assert run.state["corpus"] == "of 2"
     expected = random_model(tiny_config("gpt2", vocab_size=257), seed=2)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import assert_equal_to_the_bit, forked, losses, run_and_read, saved_tensors, tiny_run
 
-from minigpt.checkpoint import verify
+from minigpt.checkpoint.checkpoint import verify
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import find_source
 from minigpt.data.decoding import ReadingLog

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from training_runs import StartedFork, assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
-from minigpt.checkpoint import verify
+from minigpt.checkpoint.checkpoint import verify
 from minigpt.errors import Interrupted
 from minigpt.training import launch
 from minigpt.training.checkpoints import Checkpoints

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import random_model, tiny_config
 
-from minigpt.checkpoint import save_checkpoint
+from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.study import Study
 from minigpt.sampling.sampler import Sampler

@@ -13,7 +13,7 @@ import torch
 from forks import in_forks
 from training_runs import forked, tiny_run
 
-from minigpt.checkpoint import verify
+from minigpt.checkpoint.checkpoint import verify
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.launch import train
 from minigpt.training.module import TrainingModule

@@ -10,11 +10,11 @@ import torch
 from conftest import random_ids, random_model, tiny_config, transformers_twin
 
 import minigpt
-from minigpt.checkpoint import save_checkpoint, state_of
+from minigpt.checkpoint.checkpoint import save_checkpoint, state_of
+from minigpt.checkpoint.weights import config_from_huggingface, from_huggingface, to_huggingface
 from minigpt.errors import CheckpointError
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
-from minigpt.weights import config_from_huggingface, from_huggingface, to_huggingface
 
 EXPRESSIBLE = [
     tiny_config("gpt2"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minigpt.checkpoint import Run
+from minigpt.checkpoint.checkpoint import Run
 from minigpt.data.batches import ValidationWindows, validation_windows
 from minigpt.data.config import CleanConfig, DataConfig
 from minigpt.data.shards import Corpus, prepare

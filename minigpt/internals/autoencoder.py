@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint import load_tensors, save_tensors
+from minigpt.checkpoint.checkpoint import load_tensors, save_tensors
+from minigpt.checkpoint.runs import read_json
 from minigpt.durable import named_path, to_json, write_text
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.autoencoder_config import Kind
-from minigpt.runs import read_json
 
 if TYPE_CHECKING:
     from minigpt.internals.study import Edit, Site

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minigpt.checkpoint.runs import read_best, read_metrics, step_of
 from minigpt.durable import write_text
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals import views
@@ -30,7 +31,6 @@ from minigpt.internals.text import Text
 from minigpt.internals.translators import MADE_BY, Translators, saved_lens
 from minigpt.internals.weights import head_labels
 from minigpt.model.cost import cost_of
-from minigpt.runs import read_best, read_metrics, step_of
 from minigpt.terminal import notice
 
 if TYPE_CHECKING:

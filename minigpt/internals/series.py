@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from minigpt.checkpoint import load
+from minigpt.checkpoint.checkpoint import load
+from minigpt.checkpoint.runs import checkpoints_of, is_whole, read_metrics, step_of
 from minigpt.durable import named_path
 from minigpt.errors import CheckpointError, DataError
 from minigpt.internals.context import held_out
 from minigpt.internals.result import Axis, Result
 from minigpt.internals.snapshot import KINDS, Kind, numbers, snapshot
 from minigpt.internals.study import Study
-from minigpt.runs import checkpoints_of, is_whole, read_metrics, step_of
 from minigpt.terminal import notice
 
 LOSSES = Kind("split", "Loss", "nats", "Of the batches that it trained on, and of the validation split.")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint import load_metadata, load_tensors, save_tensors
+from minigpt.checkpoint.checkpoint import load_metadata, load_tensors, save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.corpus import gather, site_of
 from minigpt.internals.text import Text

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.checkpoint import Run, load
+from minigpt.checkpoint.checkpoint import Run, load
 from minigpt.errors import ConfigError
 from minigpt.internals.ablation import ablate
 from minigpt.internals.activations import Activations

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint import load_metadata, load_tensors, save_tensors, state_of
+from minigpt.checkpoint.checkpoint import load_metadata, load_tensors, save_tensors, state_of
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.corpus import Tokens, tokens_of, windows
 from minigpt.internals.decomposition import KINDS, Point, points

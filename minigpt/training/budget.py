@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from minigpt.checkpoint.runs import make_ready
 from minigpt.data.batches import validation_windows
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, MemoryExceeded, MinigptError, NotLearning
 from minigpt.model.cost import cost_of
-from minigpt.runs import make_ready
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
 from minigpt.training.hardware import peak_flops

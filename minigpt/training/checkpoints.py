@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minigpt.checkpoint import (
+from minigpt.checkpoint.checkpoint import (
     load_weights,
     read_training_state,
     read_training_tensors,
@@ -22,9 +22,9 @@ from minigpt.checkpoint import (
     save_checkpoint,
     state_of,
 )
+from minigpt.checkpoint.runs import Best, prune, read_best, record_best, step_of
 from minigpt.durable import check_space
 from minigpt.model.cost import cost_of
-from minigpt.runs import Best, prune, read_best, record_best, step_of
 from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.training.average import Average

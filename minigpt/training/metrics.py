@@ -26,9 +26,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from minigpt.checkpoint.runs import read_metrics
 from minigpt.durable import disk_errors, write_text
 from minigpt.model.cost import cost_of
-from minigpt.runs import read_metrics
 from minigpt.terminal import Progress, notice, progress, readable
 from minigpt.training.config import TrainConfig
 from minigpt.training.each_step import EachStep, due

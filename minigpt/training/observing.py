@@ -8,12 +8,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 from torch import Tensor
 
+from minigpt.checkpoint.runs import Best
 from minigpt.data.batches import ValidationWindows
 from minigpt.durable import write_text
 from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation.loss import evaluate
 from minigpt.model.gpt import GPT
-from minigpt.runs import Best
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
 from minigpt.terminal import notice

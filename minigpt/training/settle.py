@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from minigpt.checkpoint import read_training_state, read_yaml
+from minigpt.checkpoint.checkpoint import read_training_state, read_yaml
+from minigpt.checkpoint.formats import migrate_training
+from minigpt.checkpoint.runs import checkpoints_of, make_ready, newest_valid, read_best, step_of
 from minigpt.data.batches import Batches
 from minigpt.data.shards import Corpus, prepare
 from minigpt.durable import disk_errors, locked, write_text
 from minigpt.errors import CheckpointError, ConfigError, DataError
-from minigpt.formats import migrate_training
-from minigpt.runs import checkpoints_of, make_ready, newest_valid, read_best, step_of
 from minigpt.terminal import notice
 from minigpt.training.choose import choose
 from minigpt.training.config import TrainConfig, flatten

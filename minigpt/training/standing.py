@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minigpt.runs import BEST, Best, checkpoints_of, is_whole, read_best, record_best, step_of
+from minigpt.checkpoint.runs import BEST, Best, checkpoints_of, is_whole, read_best, record_best, step_of
 
 
 @dataclass(frozen=True)

@@ -27,22 +27,27 @@ import torch
 import yaml
 from torch import Tensor
 
+from minigpt.checkpoint.filling import check_weights as check_weights
+from minigpt.checkpoint.filling import empty_model as empty_model
+from minigpt.checkpoint.filling import filled_model
+from minigpt.checkpoint.filling import load_weights as load_weights
+from minigpt.checkpoint.foreign import reconciled, sampling_from_huggingface
+from minigpt.checkpoint.formats import FORMAT, check_format, migrate_model
+from minigpt.checkpoint.runs import MANIFEST, read_checkpoint, read_json, verify, verify_once, write_manifest
+from minigpt.checkpoint.weights import (
+    config_from_huggingface,
+    from_huggingface,
+    to_huggingface,
+    untied_where_they_differ,
+)
 from minigpt.durable import check_space, disk_errors, read_text, sync, to_json
 from minigpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from minigpt.filling import check_weights as check_weights
-from minigpt.filling import empty_model as empty_model
-from minigpt.filling import filled_model
-from minigpt.filling import load_weights as load_weights
-from minigpt.foreign import reconciled, sampling_from_huggingface
-from minigpt.formats import FORMAT, check_format, migrate_model
 from minigpt.model.config import GPTConfig
 from minigpt.model.device import pick_device
 from minigpt.model.gpt import GPT
-from minigpt.runs import MANIFEST, read_checkpoint, read_json, verify, verify_once, write_manifest
 from minigpt.terminal import notice, notice_once
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.build import load_tokenizer, save_tokenizer
-from minigpt.weights import config_from_huggingface, from_huggingface, to_huggingface, untied_where_they_differ
 
 MOST_YAML = 1 << 18  # bytes
 SMALL_FILES = 1 << 20  # bytes that are allowed for what is no tensor, where space is asked for
@@ -233,7 +238,7 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
     """Load a model with its tokenizer from a run, a checkpoint folder, or a Hugging Face GPT-2 or Llama folder.
 
     Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
-    notice says so where that is not the newest. The run may be in training: see `minigpt.runs.read_checkpoint`. A
+    notice says so where that is not the newest. The run may be in training: see `runs.read_checkpoint`. A
     folder with a manifest is verified first. Never touches the network, never runs code from the folder. The model
     comes back in evaluation mode, on `device`; "auto" is a GPU where there is one (see `minigpt.model.device`). The
     weights of a run are read at once, as its checkpoints are pruned while it trains. Those of a folder named itself

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minigpt import __version__
+from minigpt.checkpoint.formats import FORMAT, check_format
 from minigpt.durable import (
     disk_errors,
     file_sha256,
@@ -35,7 +36,6 @@ from minigpt.durable import (
     write_text,
 )
 from minigpt.errors import CheckpointError
-from minigpt.formats import FORMAT, check_format
 
 MANIFEST = "manifest.json"
 BEST = "best.json"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigpt.checkpoint.foreign import config_from_huggingface as config_from_huggingface
 from minigpt.errors import CheckpointError
-from minigpt.foreign import config_from_huggingface as config_from_huggingface
 from minigpt.model.config import GPTConfig
 from minigpt.terminal import notice_once
 
