@@ -20,8 +20,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from minigpt.internals.effect import logit_difference
-from minigpt.internals.patching import _by_edits, _places, bind_pair, patch
+from minigpt.internals.causal.effect import logit_difference
+from minigpt.internals.causal.patching import _by_edits, _places, bind_pair, patch
 from minigpt.internals.study import Study
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT

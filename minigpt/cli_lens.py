@@ -8,8 +8,8 @@ from minigpt.cli_study import check_output, open_study, parse, show, split_posit
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from minigpt.internals.attribution.translators import Translators
     from minigpt.internals.study import Study
-    from minigpt.internals.translators import Translators
 
 STATS = Literal["top", "probability", "rank", "loss", "entropy", "kl"]
 

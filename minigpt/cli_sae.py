@@ -12,8 +12,8 @@ from minigpt.errors import ConfigError, Interrupted
 from minigpt.terminal import notice
 
 if TYPE_CHECKING:
-    from minigpt.internals.autoencoder import Autoencoder
-    from minigpt.internals.neurons import Contexts
+    from minigpt.internals.features.autoencoder import Autoencoder
+    from minigpt.internals.features.neurons import Contexts
     from minigpt.internals.study import Study
 
 ACTIONS = ("train", "show", "eval")
@@ -27,7 +27,7 @@ def sae(argv: list[str]) -> None:
     RUN show, or eval. They are kept in RUN/autoencoders/. With --target train makes a transcoder.
     """
     from minigpt.data.reading import read_text
-    from minigpt.internals.autoencoder_config import AutoencoderConfig
+    from minigpt.internals.features.autoencoder_config import AutoencoderConfig
 
     path, rest = split_positional(argv)
     action, rest = split_positional(rest)
@@ -76,7 +76,7 @@ def _home(study: Study) -> Path:
 
 
 def _find(study: Study, name: str | None) -> Autoencoder:
-    from minigpt.internals.autoencoder import CONFIG, Autoencoder
+    from minigpt.internals.features.autoencoder import CONFIG, Autoencoder
 
     home = _home(study)
     made = sorted(home.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime)
@@ -100,9 +100,9 @@ def _find(study: Study, name: str | None) -> Autoencoder:
 
 
 def _train(study: Study, config: Any, values: Any, text: str | None) -> None:
-    from minigpt.internals.autoencoder import CONFIG
-    from minigpt.internals.corpus import site_of
-    from minigpt.internals.names import select
+    from minigpt.internals.access.corpus import site_of
+    from minigpt.internals.access.names import select
+    from minigpt.internals.features.autoencoder import CONFIG
 
     def site(name: str | None) -> Any:
         if name is not None and values.layer is None and (count := len(select(study.config, name))) > 1:
@@ -142,7 +142,7 @@ def _different(found: Contexts) -> list[int]:
 
 
 def _show(study: Study, autoencoder: Autoencoder, values: Any, text: str | None) -> None:
-    from minigpt.internals.names import STREAM
+    from minigpt.internals.access.names import STREAM
 
     found = study.feature_contexts(autoencoder, values.contexts, text=text, limit=values.tokens)
     if values.feature is None:

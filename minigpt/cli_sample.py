@@ -97,7 +97,7 @@ def _check_flags(values: Any, config: Any) -> None:
 
 
 def _steered(model: GPT, values: Any) -> Any:
-    from minigpt.internals.steering import Steered, Steering
+    from minigpt.internals.features.steering import Steered, Steering
     from minigpt.internals.study import Study
 
     return Steered(Study.of(model), Steering.load(values.steer).edits(values.steer_scale))

@@ -11,7 +11,7 @@ from minigpt.errors import ConfigError
 from minigpt.terminal import notice
 
 if TYPE_CHECKING:
-    from minigpt.internals.result import Result
+    from minigpt.internals.access.result import Result
     from minigpt.internals.study import Study
 
 
@@ -92,8 +92,8 @@ def dynamics(argv: list[str]) -> None:
     values = parse(parser, rest)
     check_output(values.output, ".html")
     from minigpt.durable import write_text
-    from minigpt.internals.curves import page
-    from minigpt.internals.series import lines, of_checkpoints, of_run, series
+    from minigpt.internals.dynamics.curves import page
+    from minigpt.internals.dynamics.series import lines, of_checkpoints, of_run, series
     from minigpt.model.device import pick_device
 
     run = run_or_latest(path)
@@ -155,7 +155,7 @@ def patch(argv: list[str]) -> None:
     for name in ("clean", "corrupted", "answer"):
         if getattr(values, name) is None:
             raise ConfigError(f"--{name}: not given; patch needs --clean TEXT --corrupted TEXT --answer TOKEN")
-    from minigpt.internals.effect import logit_difference
+    from minigpt.internals.causal.effect import logit_difference
 
     study = open_study(path, values)
     metric = logit_difference(values.answer, values.versus, values.position)

@@ -11,7 +11,7 @@ from conftest import random_ids, random_model, tiny_config
 
 from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
-from minigpt.internals.autoencoder_training import Learner
+from minigpt.internals.features.autoencoder_training import Learner
 from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer([chr(48 + i) for i in range(61)])

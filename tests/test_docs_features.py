@@ -13,8 +13,8 @@ import pytest
 from training_runs import tiny_run, train
 
 from minigpt.cli import main
-from minigpt.internals import autoencoder_training
-from minigpt.internals.autoencoder_config import AutoencoderConfig
+from minigpt.internals.features import autoencoder_training
+from minigpt.internals.features.autoencoder_config import AutoencoderConfig
 from minigpt.model.config import GPTConfig
 
 PAGE = Path(__file__).parents[1] / "docs/study/features.md"

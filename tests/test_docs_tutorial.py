@@ -105,8 +105,8 @@ def test_every_example_of_the_page_on_heads_runs(planted: Path) -> None:
 
 
 def test_what_the_page_on_heads_says_of_kinds_and_sites_is_what_there_is() -> None:
-    from minigpt.internals.heads import KINDS
-    from minigpt.internals.patching import SITES
+    from minigpt.internals.causal.heads import KINDS
+    from minigpt.internals.causal.patching import SITES
 
     page = (DOCS / "study" / "heads.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| (\w+) \|", page, re.MULTILINE)) - {"kind"} == set(KINDS)

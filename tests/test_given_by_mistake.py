@@ -16,8 +16,8 @@ import minigpt
 from minigpt.cli import main
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, DataError, MissingExtra
-from minigpt.internals.autoencoder import Autoencoder
-from minigpt.internals.series import of_checkpoints, of_run
+from minigpt.internals.dynamics.series import of_checkpoints, of_run
+from minigpt.internals.features.autoencoder import Autoencoder
 from minigpt.tokenizer.build import load_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.training.launch import train

@@ -10,8 +10,8 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.ablation import ablate
-from minigpt.internals.effect import changes, effect
+from minigpt.internals.causal.ablation import ablate
+from minigpt.internals.causal.effect import changes, effect
 from minigpt.internals.study import Study
 
 

@@ -10,8 +10,8 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.attribution import attribute_logit
-from minigpt.internals.decomposition import UNITS, accumulated, components
+from minigpt.internals.attribution.attribution import attribute_logit
+from minigpt.internals.attribution.decomposition import UNITS, accumulated, components
 from minigpt.internals.study import Study
 
 # Beside the presets: what each of them leaves at its default.

@@ -11,10 +11,10 @@ from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.checkpoint.checkpoint import save_tensors
 from minigpt.errors import CheckpointError, ConfigError
-from minigpt.internals import autoencoder_training
-from minigpt.internals.autoencoder import Autoencoder, keep_greatest, keep_greatest_of_batch
-from minigpt.internals.autoencoder_config import AutoencoderConfig
-from minigpt.internals.autoencoder_training import Fires, JumpReLU, Learner
+from minigpt.internals.features import autoencoder_training
+from minigpt.internals.features.autoencoder import Autoencoder, keep_greatest, keep_greatest_of_batch
+from minigpt.internals.features.autoencoder_config import AutoencoderConfig
+from minigpt.internals.features.autoencoder_training import Fires, JumpReLU, Learner
 from minigpt.internals.study import Study
 from minigpt.tokenizer.plain import CharTokenizer
 

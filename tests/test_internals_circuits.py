@@ -10,8 +10,8 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.circuits import Connection, Wiring
-from minigpt.internals.effect import as_metric, logit_difference
+from minigpt.internals.causal.circuits import Connection, Wiring
+from minigpt.internals.causal.effect import as_metric, logit_difference
 from minigpt.internals.study import Study
 
 

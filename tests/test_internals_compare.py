@@ -9,7 +9,7 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.errors import DataError
-from minigpt.internals.compare import cka
+from minigpt.internals.dynamics.compare import cka
 from minigpt.internals.study import Study
 from minigpt.tokenizer.plain import CharTokenizer
 

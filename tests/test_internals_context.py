@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.errors import ConfigError
-from minigpt.internals import context, snapshot
-from minigpt.internals.context import held_out_windows, in_context_score, loss_by_position, score_of
-from minigpt.internals.snapshot import attention_entropy, in_doublings, numbers, repeats
+from minigpt.internals.dynamics import context, snapshot
+from minigpt.internals.dynamics.context import held_out_windows, in_context_score, loss_by_position, score_of
+from minigpt.internals.dynamics.snapshot import attention_entropy, in_doublings, numbers, repeats
 from minigpt.internals.study import Study
 
 

@@ -9,7 +9,7 @@ from conftest import PRESETS, random_ids, random_model, tiny_config
 from planted import induction_model
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.flow import rollout, value_flow
+from minigpt.internals.attribution.flow import rollout, value_flow
 from minigpt.internals.study import Study
 
 

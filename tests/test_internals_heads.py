@@ -8,9 +8,17 @@ from conftest import PRESETS, random_ids, random_model, tiny_config
 from planted import INDUCTION, PREVIOUS, induction_model
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.heads import KINDS, LOOKS, copying_score, head_scores, heads, pattern_score, repeated_block
+from minigpt.internals.attribution.weights import ordinary_ids
+from minigpt.internals.causal.heads import (
+    KINDS,
+    LOOKS,
+    copying_score,
+    head_scores,
+    heads,
+    pattern_score,
+    repeated_block,
+)
 from minigpt.internals.study import Study
-from minigpt.internals.weights import ordinary_ids
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 

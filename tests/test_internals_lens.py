@@ -13,14 +13,14 @@ from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.checkpoint.checkpoint import Run
 from minigpt.errors import CheckpointError, ConfigError, DataError
-from minigpt.internals import tuned
-from minigpt.internals.decomposition import Point, points
-from minigpt.internals.jacobian import fit_jacobian_lens
-from minigpt.internals.lens import Lens, lens_logits, logit_lens
-from minigpt.internals.result import Axis
+from minigpt.internals.access.result import Axis
+from minigpt.internals.attribution import tuned
+from minigpt.internals.attribution.decomposition import Point, points
+from minigpt.internals.attribution.jacobian import fit_jacobian_lens
+from minigpt.internals.attribution.lens import Lens, lens_logits, logit_lens
+from minigpt.internals.attribution.translators import Translators, fingerprint, jacobian_lens, lens_quality, tuned_lens
+from minigpt.internals.attribution.tuned import train_tuned_lens
 from minigpt.internals.study import Study
-from minigpt.internals.translators import Translators, fingerprint, jacobian_lens, lens_quality, tuned_lens
-from minigpt.internals.tuned import train_tuned_lens
 from minigpt.model.cache import causal_step
 from minigpt.terminal import hushed
 from minigpt.tokenizer.plain import CharTokenizer

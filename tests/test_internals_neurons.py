@@ -8,7 +8,7 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals import neurons
+from minigpt.internals.features import neurons
 from minigpt.internals.study import Study
 from minigpt.tokenizer.plain import CharTokenizer
 

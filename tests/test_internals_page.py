@@ -22,13 +22,13 @@ from processor_cases import context_of
 from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.ablation import ablate
-from minigpt.internals.render import PAGE, SCRIPTS, as_json, packed, packed_shares, render, unpacked
-from minigpt.internals.report import Report, report
-from minigpt.internals.result import Axis, Result
+from minigpt.internals.access.result import Axis, Result
+from minigpt.internals.attribution.translators import Translators, fingerprint, saved_lens, translated
+from minigpt.internals.causal.ablation import ablate
+from minigpt.internals.page.render import PAGE, SCRIPTS, as_json, packed, packed_shares, render, unpacked
+from minigpt.internals.page.report import Report, report
+from minigpt.internals.page.views import SHOWN, next_token
 from minigpt.internals.study import Study
-from minigpt.internals.translators import Translators, fingerprint, saved_lens, translated
-from minigpt.internals.views import SHOWN, next_token
 from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.orders import ORDERS
 from minigpt.sampling.pipeline import Pipeline

@@ -8,9 +8,9 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals import resume
-from minigpt.internals.effect import kl, logit_difference, loss
-from minigpt.internals.patching import HEADS, SITES, STREAM, attribution_patch, patch, rank_correlation
+from minigpt.internals.causal import resume
+from minigpt.internals.causal.effect import kl, logit_difference, loss
+from minigpt.internals.causal.patching import HEADS, SITES, STREAM, attribution_patch, patch, rank_correlation
 from minigpt.internals.study import Study
 
 KINDS = ["resid_mid", "resid_post"]

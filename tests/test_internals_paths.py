@@ -11,9 +11,9 @@ from conftest import PRESETS, random_ids, random_model, tiny_config
 from planted import INDUCTION, PREVIOUS, induction_model
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals import paths
-from minigpt.internals.effect import logit_difference, loss
-from minigpt.internals.paths import every_receiver, every_sender, patch_paths
+from minigpt.internals.causal import paths
+from minigpt.internals.causal.effect import logit_difference, loss
+from minigpt.internals.causal.paths import every_receiver, every_sender, patch_paths
 from minigpt.internals.study import Study
 from minigpt.model.gpt import GPT
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import random_ids, random_model, tiny_config
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.probes import fit, logistic, ridge
+from minigpt.internals.features.probes import fit, logistic, ridge
 from minigpt.internals.study import Study
 
 

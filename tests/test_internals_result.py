@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minigpt.errors import ConfigError
-from minigpt.internals.result import Axis, Result
+from minigpt.internals.access.result import Axis, Result
 
 GRID = Result(
     "scores",
@@ -111,7 +111,7 @@ def test_html_shows_labels_as_text_and_runs_nothing(tmp_path: Path, shape: tuple
 def test_what_is_more_than_a_table_saves_as_one(tmp_path: Path) -> None:
     from conftest import random_ids, random_model, tiny_config
 
-    from minigpt.internals.effect import logit_difference
+    from minigpt.internals.causal.effect import logit_difference
     from minigpt.internals.study import Study
 
     study = Study.of(random_model(tiny_config("llama")))

@@ -11,7 +11,7 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.saliency import Method, saliency
+from minigpt.internals.attribution.saliency import Method, saliency
 from minigpt.internals.study import Study
 
 IDS = random_ids(1, 9)

@@ -13,9 +13,9 @@ from training_runs import run_and_read, tiny_run
 
 from minigpt.cli import main
 from minigpt.errors import CheckpointError, DataError
-from minigpt.internals.curves import HIGH, WIDE, chart, page, ticks
-from minigpt.internals.result import Result
-from minigpt.internals.series import lines, moving_most, of_checkpoints, of_run, series
+from minigpt.internals.access.result import Result
+from minigpt.internals.dynamics.curves import HIGH, WIDE, chart, page, ticks
+from minigpt.internals.dynamics.series import lines, moving_most, of_checkpoints, of_run, series
 
 ROWS = [
     {"step": 0, "tokens": 0, "internals/induction/L0H0": 0.0, "internals/induction/L0H1": 0.5},

@@ -11,7 +11,7 @@ from conftest import PRESETS, random_model, tiny_config
 from minigpt.checkpoint.checkpoint import save_checkpoint, save_tensors
 from minigpt.cli import main
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.steering import Steered, Steering
+from minigpt.internals.features.steering import Steered, Steering
 from minigpt.internals.study import Study
 from minigpt.sampling.sampler import Sampler
 from minigpt.tokenizer.plain import CharTokenizer
@@ -47,7 +47,7 @@ def test_the_principal_direction_is_the_one_the_pairs_share(monkeypatch: pytest.
     noise[:, 5] = 0
     rows = {"good": 3 * u + noise, "bad": torch.zeros(20, 32)}
     monkeypatch.setattr(
-        "minigpt.internals.steering.gather", lambda study, texts, names, position: {names[0]: rows[texts]}
+        "minigpt.internals.features.steering.gather", lambda study, texts, names, position: {names[0]: rows[texts]}
     )
     made = study_of("gpt2").steering_vector("good", "bad", ("resid_pre", 1), method="pca")  # type: ignore[arg-type]
     torch.testing.assert_close(made.vector, 3 * u, rtol=1e-2, atol=1e-2)

@@ -11,7 +11,7 @@ import torch
 from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.internals.names import activations, select
+from minigpt.internals.access.names import activations, select
 from minigpt.internals.study import Study
 from minigpt.model.explicit import explicit_forward
 from minigpt.tokenizer.plain import CharTokenizer

@@ -10,10 +10,10 @@ import pytest
 from conftest import random_model, tiny_config
 
 from minigpt.errors import ConfigError, MinigptError
-from minigpt.internals.autoencoder_config import AutoencoderConfig
-from minigpt.internals.effect import logit_difference
-from minigpt.internals.heads import KINDS, repeated_block
-from minigpt.internals.result import Result, Tabled
+from minigpt.internals.access.result import Result, Tabled
+from minigpt.internals.causal.effect import logit_difference
+from minigpt.internals.causal.heads import KINDS, repeated_block
+from minigpt.internals.features.autoencoder_config import AutoencoderConfig
 from minigpt.internals.study import Study
 from minigpt.tokenizer.plain import ByteTokenizer
 

@@ -11,8 +11,8 @@ import minigpt
 from minigpt.checkpoint.runs import read_metrics
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError
-from minigpt.internals.context import held_out_windows
-from minigpt.internals.snapshot import numbers, snapshot
+from minigpt.internals.dynamics.context import held_out_windows
+from minigpt.internals.dynamics.snapshot import numbers, snapshot
 from minigpt.internals.study import Study
 from minigpt.training.internals import due_by_doublings
 

@@ -9,10 +9,17 @@ from conftest import PRESETS, random_ids, random_model, tiny_config
 from planted import INDUCTION, PREVIOUS, induction_model
 
 from minigpt.errors import ConfigError
-from minigpt.internals.effect import logit_difference
-from minigpt.internals.heads import head_scores, heads
+from minigpt.internals.attribution.weights import (
+    TokenMatrix,
+    composition,
+    copying_from_weights,
+    ov_circuit,
+    qk_circuit,
+    read_out,
+)
+from minigpt.internals.causal.effect import logit_difference
+from minigpt.internals.causal.heads import head_scores, heads
 from minigpt.internals.study import Study
-from minigpt.internals.weights import TokenMatrix, composition, copying_from_weights, ov_circuit, qk_circuit, read_out
 from minigpt.model.gpt import GPT
 
 

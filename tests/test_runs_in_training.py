@@ -19,7 +19,7 @@ from minigpt.cli import main
 from minigpt.data.config import DataConfig
 from minigpt.errors import CheckpointError
 from minigpt.evaluation.text import evaluate_run
-from minigpt.internals.series import of_checkpoints
+from minigpt.internals.dynamics.series import of_checkpoints
 from minigpt.tokenizer.plain import ByteTokenizer
 from minigpt.training.launch import train
 

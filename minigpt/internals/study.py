@@ -26,33 +26,33 @@ from torch import Tensor
 
 from minigpt.checkpoint.checkpoint import Run, load
 from minigpt.errors import ConfigError
-from minigpt.internals.ablation import ablate
-from minigpt.internals.activations import Activations
-from minigpt.internals.attribution import attribute_logit
-from minigpt.internals.autoencoder_metrics import feature_contexts, feature_effect, judge_autoencoder
-from minigpt.internals.autoencoder_training import train_autoencoder
-from minigpt.internals.circuits import find_circuit
-from minigpt.internals.compare import compare
-from minigpt.internals.context import in_context_score, loss_by_position
-from minigpt.internals.decomposition import accumulated, components
-from minigpt.internals.effect import effect
-from minigpt.internals.flow import rollout, value_flow
-from minigpt.internals.heads import head_scores, heads
-from minigpt.internals.jacobian import fit_jacobian_lens
-from minigpt.internals.lens import logit_lens
-from minigpt.internals.names import Activation, Names, activations, select
-from minigpt.internals.neurons import neuron_effect, top_contexts
-from minigpt.internals.patching import attribution_patch, patch
-from minigpt.internals.paths import patch_paths
-from minigpt.internals.probes import probe
-from minigpt.internals.report import report
-from minigpt.internals.saliency import saliency
-from minigpt.internals.snapshot import snapshot
-from minigpt.internals.steering import steering_vector
-from minigpt.internals.text import Text, Texts, need_two
-from minigpt.internals.translators import jacobian_lens, lens_quality, tuned_lens
-from minigpt.internals.tuned import train_tuned_lens
-from minigpt.internals.weights import composition, copying_from_weights, ov_circuit, qk_circuit
+from minigpt.internals.access.activations import Activations
+from minigpt.internals.access.names import Activation, Names, activations, select
+from minigpt.internals.access.text import Text, Texts, need_two
+from minigpt.internals.attribution.attribution import attribute_logit
+from minigpt.internals.attribution.decomposition import accumulated, components
+from minigpt.internals.attribution.flow import rollout, value_flow
+from minigpt.internals.attribution.jacobian import fit_jacobian_lens
+from minigpt.internals.attribution.lens import logit_lens
+from minigpt.internals.attribution.saliency import saliency
+from minigpt.internals.attribution.translators import jacobian_lens, lens_quality, tuned_lens
+from minigpt.internals.attribution.tuned import train_tuned_lens
+from minigpt.internals.attribution.weights import composition, copying_from_weights, ov_circuit, qk_circuit
+from minigpt.internals.causal.ablation import ablate
+from minigpt.internals.causal.circuits import find_circuit
+from minigpt.internals.causal.effect import effect
+from minigpt.internals.causal.heads import head_scores, heads
+from minigpt.internals.causal.patching import attribution_patch, patch
+from minigpt.internals.causal.paths import patch_paths
+from minigpt.internals.dynamics.compare import compare
+from minigpt.internals.dynamics.context import in_context_score, loss_by_position
+from minigpt.internals.dynamics.snapshot import snapshot
+from minigpt.internals.features.autoencoder_metrics import feature_contexts, feature_effect, judge_autoencoder
+from minigpt.internals.features.autoencoder_training import train_autoencoder
+from minigpt.internals.features.neurons import neuron_effect, top_contexts
+from minigpt.internals.features.probes import probe
+from minigpt.internals.features.steering import steering_vector
+from minigpt.internals.page.report import report
 from minigpt.model.cache import KVCache
 from minigpt.model.explicit import explicit_trunk
 from minigpt.model.gpt import GPT
@@ -66,7 +66,7 @@ class Site(NamedTuple):
     name: str
     """The activation's full name."""
     axes: tuple[str, ...]
-    """The activation's axes; see `minigpt.internals.names`."""
+    """The activation's axes; see `minigpt.internals.access.names`."""
     positions: Tensor
     """Where in the text the activation's positions are: (T), or (B, T) where rows stand at different lengths."""
 
@@ -229,7 +229,7 @@ class Study(Texts):
 
         Args:
             text: see the class.
-            names: which activations to keep (see `minigpt.internals.names.select`); None: all that are computed anyway.
+            names: which activations to keep (see `names.select`); None: all that are computed anyway.
             positions: keep these positions of each (of an attention pattern: these queries); None: all.
             device: where to keep them; None: where they are.
             stop: end the forward once the last of them is there; the logits are then empty (B, 0, V).
@@ -302,7 +302,7 @@ class Study(Texts):
             The completion (see `minigpt.Sampler`) and the activations, those of one forward over all but the last
             token.
         """
-        from minigpt.internals.writing import write
+        from minigpt.internals.access.writing import write
 
         return write(self, prompt, select(self.config, names), settings)
 

@@ -18,7 +18,7 @@ from minigpt.data.batches import Batches, ValidationWindows, validation_windows
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, DistributedError, Interrupted
 from minigpt.evaluation.loss import byte_lengths
-from minigpt.internals.context import held_out_windows
+from minigpt.internals.dynamics.context import held_out_windows
 from minigpt.model.gpt import GPT
 from minigpt.sampling.config import SamplingConfig
 from minigpt.terminal import hushed

@@ -1,6 +1,6 @@
 """The inside of the model while it trains: a snapshot at chosen steps, as rows of metrics.jsonl.
 
-    internals/induction/L1H0    and the like: see minigpt.internals.snapshot for the kinds
+    internals/induction/L1H0    and the like: see minigpt.internals.dynamics.snapshot for the kinds
 
 It is taken of the weights that are evaluated, on tokens of the validation split that stay the same, and touches neither
 training's data nor its random numbers: a run with it is, to the bit, the run without.
@@ -14,7 +14,7 @@ import time
 import lightning.pytorch as pl
 from torch import Tensor
 
-from minigpt.internals.snapshot import numbers, snapshot
+from minigpt.internals.dynamics.snapshot import numbers, snapshot
 from minigpt.internals.study import Study
 from minigpt.training.config import TrainConfig
 from minigpt.training.each_step import EachStep, due

@@ -1,0 +1,1 @@
+"""What a logit is made of, and who wrote it."""

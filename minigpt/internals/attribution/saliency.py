@@ -1,0 +1,174 @@
+"""Which tokens of the text an answer depends on, by gradients and by taking tokens away.
+
+With x_t what token t puts into the stream, x'_t a baseline in its place, and f the answer's logit (or the difference to
+another's):
+
+    gradient               |df/dx_t|                                     how sharply f reacts to it
+    gradient_x_input       (x_t - x'_t) . df/dx_t                        the first-order effect of having it
+    integrated_gradients   (x_t - x'_t) . mean of df/dx_t from x' to x   along the whole way; sums to f(x) - f(x')
+    occlusion              f(x) - f(x with x'_t)                         what is lost without it, alone
+
+x_t is the token's embedding, and in models with n-gram embeddings those of the n-gram that ends in the token. The
+positions' embeddings stay as they are: they are not the token's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.result import Axis, Result
+from minigpt.internals.access.text import Text
+from minigpt.internals.attribution.decomposition import one_text, precise
+
+if TYPE_CHECKING:
+    from minigpt.internals.study import Study
+
+Method = Literal["gradient", "gradient_x_input", "integrated_gradients", "occlusion"]
+AT_ONCE = 2**12  # tokens a forward, about
+MOST_STEPS = 1024
+COMPLETE = 0.01  # of f(x) - f(x'): how far the sum of integrated gradients may be from it
+GRADING = 2  # see _way
+
+
+def saliency(
+    study: Study,
+    text: Text,
+    answer: str | int,
+    versus: str | int | None = None,
+    position: int = -1,
+    *,
+    method: Method = "integrated_gradients",
+    baseline: Literal["mean", "zero"] | Text = "mean",
+) -> Result:
+    """How much each token matters for the logit of an answer, or for its difference to another.
+
+    Args:
+        study: of the model.
+        text: one text.
+        answer: the token, as text or id.
+        versus: another, whose logit is subtracted.
+        position: after which token the answer is looked at.
+        method: see the file's beginning.
+        baseline: what stands for "no token": the mean over the vocabulary, zero, or the tokens of another text of equal
+            length. Without position embeddings a stream of zeros is where norms jump, so that gradients near it are
+            huge and no number of steps may do; prefer the mean there.
+
+    Returns:
+        Axis token; tokens after the position are 0. The notes hold f(x) ("value") and, but for the gradient, f(x')
+        ("baseline"), the sum and what it lacks of value - baseline ("remainder"); for integrated gradients also the
+        steps, which are doubled until the remainder is within 1 % or there are 1024.
+
+    Raises:
+        ConfigError: a method, baseline or position that there is not.
+        DataError: an answer that is not one token, several texts, or a baseline of another length.
+    """
+    if method not in get_args(Method):
+        raise ConfigError(f"method: {method!r} is none of {', '.join(get_args(Method))}")
+    ids, tokens = one_text(study, text)
+    if not -len(tokens) <= position < len(tokens):
+        raise ConfigError(f"position: {position} is none of the text's {len(tokens)}, counted from 0 or from -1 back")
+    position %= len(tokens)
+    asked = _Asked(study, ids, position, study.token_id(answer), None if versus is None else study.token_id(versus))
+    own, other = _inputs(study, ids), _baseline(study, ids, baseline)  # (T, C) each
+    value = asked.values(own[None])[0]
+    notes: dict[str, Any] = {"position": tokens[position], "value": float(value)}
+    if method == "gradient":
+        scores = asked.gradients(own[None])[0].norm(dim=-1)
+    else:
+        base = asked.values(other[None])[0]
+        notes["baseline"] = float(base)
+        if method == "integrated_gradients":
+            scores, notes["steps"] = _integrated(asked, own, other, float(value - base))
+        elif method == "gradient_x_input":
+            scores = (asked.gradients(own[None])[0] * precise(own - other)).sum(-1)
+        else:
+            gone = torch.eye(len(tokens), dtype=torch.bool, device=own.device)[: position + 1, :, None]
+            without = [asked.values(torch.where(rows, other, own)) for rows in gone.split(asked.at_once)]
+            scores = torch.zeros(len(tokens), dtype=value.dtype)
+            scores[: position + 1] = value - torch.cat(without)  # row t has lost token t
+        notes |= {"sum": float(scores.sum()), "remainder": float(value - base - scores.sum())}
+    names = [repr(study.token(study.token_id(token))) for token in (answer, versus) if token is not None]
+    title = f"{method.replace('_', ' ')} of {' - '.join(names)}"
+    unit = "logits a unit of length" if method == "gradient" else "logits"
+    return Result(title, scores.numpy(), (Axis("token", tokens),), unit, notes)
+
+
+class _Asked:
+    """The number that is explained, as a function of what the tokens put into the stream."""
+
+    def __init__(self, study: Study, ids: Tensor, position: int, answer: int, versus: int | None) -> None:
+        self.study, self.ids, self.position, self.answer, self.versus = study, ids, position, answer, versus
+        self.at_once = max(1, AT_ONCE // ids.shape[1])
+
+    def of(self, inputs: Tensor) -> Tensor:  # (n, T, C) -> (n)
+        """The number for each row of inputs, by one forward."""
+        study, ids = self.study, self.ids.expand(len(inputs), -1)
+        edits: dict[Any, Any] = {name: 0.0 for name in _terms(study)}
+        with study.hooks({**edits, "hook_embed": lambda embed, site: inputs}):
+            hidden = study.forward(ids)[:, self.position]
+        logits = study.model.unembed(hidden)
+        found = logits[:, self.answer]
+        return found if self.versus is None else found - logits[:, self.versus]
+
+    def values(self, inputs: Tensor) -> Tensor:  # (n, T, C) -> (n)
+        with self.study.running():
+            return precise(self.of(inputs))
+
+    def gradients(self, inputs: Tensor) -> Tensor:  # (n, T, C) -> (n, T, C)
+        """Of each number by its own inputs."""
+        with self.study.running(grad=True):
+            inputs = inputs.detach().requires_grad_()
+            return precise(torch.autograd.grad(self.of(inputs).sum(), inputs)[0])
+
+
+def _terms(study: Study) -> list[str]:
+    """The full names of what tokens put into the stream."""
+    return [name for name in study.table if name.endswith("embed") and not name.endswith("pos_embed")]
+
+
+def _inputs(study: Study, ids: Tensor) -> Tensor:  # (1, T) -> (T, C)
+    _, cache = study.run_with_cache(ids, _terms(study), stop=True)
+    return torch.stack([cache[name][0] for name in _terms(study)]).sum(0)
+
+
+def _baseline(study: Study, ids: Tensor, baseline: Any) -> Tensor:  # -> (T, C)
+    trunk, length = study.model.trunk, ids.shape[1]
+    if isinstance(baseline, str) and baseline in ("mean", "zero"):
+        tables = [table for table in (trunk.embed, trunk.bigram, trunk.trigram) if table is not None]
+        mean = torch.stack([table.weight.detach().mean(0) for table in tables]).sum(0)
+        return (mean if baseline == "mean" else torch.zeros_like(mean)).expand(length, -1)
+    other, _ = one_text(study, baseline)
+    if other.shape[1] != length:
+        raise DataError(f"baseline: {other.shape[1]} tokens, but the text has {length}; give one of equal length")
+    return _inputs(study, other)
+
+
+def _integrated(asked: _Asked, own: Tensor, other: Tensor, change: float) -> tuple[Tensor, int]:
+    """Integrated gradients (T) and the steps they took (Sundararajan, Taly, Yan 2017, arXiv 1703.01365)."""
+    difference, steps = precise(own - other), 16
+    while True:
+        along, weights = _way(steps)
+        mean = torch.zeros_like(difference)
+        for places, shares in zip(along.split(asked.at_once), weights.split(asked.at_once), strict=True):
+            inputs = other + places.to(own)[:, None, None] * (own - other)  # (n, T, C)
+            mean += torch.einsum("n,ntc->tc", shares, asked.gradients(inputs))
+        scores = (mean * difference).sum(-1)
+        if abs(float(scores.sum()) - change) <= COMPLETE / 2 * abs(change) or steps == MOST_STEPS:
+            return scores, steps
+        steps *= 2
+
+
+def _way(steps: int) -> tuple[Tensor, Tensor]:
+    """Where along the way from 0 to 1 gradients are taken, and their weights, (steps) each.
+
+    The midpoint rule in u, where the way is u to the power of GRADING: near the baseline the stream is short, so norms
+    turn it quickly and gradients change fast; there the steps are small.
+    """
+    u = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    weights = GRADING * u ** (GRADING - 1)
+    return u**GRADING, weights / math.fsum(weights.tolist())

@@ -1,0 +1,115 @@
+"""Training a tuned lens: for each place of the stream the affine map whose reading is closest to the model's output.
+
+    loss = mean over tokens of KL(model's output || unembed(norm(A h + b))),   one A and b a place, from the identity on
+
+Belrose et al. 2023, arXiv 2303.08112, there after each block, here also between attention and MLP. The model stays as
+it is; only the maps learn, all places at once from the same forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minigpt.errors import ConfigError
+from minigpt.internals.access.corpus import Tokens, draws, tokens_of
+from minigpt.internals.attribution.decomposition import points
+from minigpt.internals.attribution.translators import Translators, fingerprint, saved_lens, translated
+from minigpt.model.explicit import explicit_norm
+from minigpt.model.layers import widen
+from minigpt.terminal import notice, progress
+
+if TYPE_CHECKING:
+    from minigpt.internals.study import Study
+
+
+def train_tuned_lens(
+    study: Study,
+    text: str | Sequence[int] | Tensor | Tokens | None = None,
+    *,
+    steps: int = 120,
+    tokens: int = 2048,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    save: bool = True,
+) -> Translators:
+    """Train one, showing a progress bar. Ctrl-C ends it and keeps what was trained so far.
+
+    Args:
+        study: of the model.
+        text: to train on, of any length; None: the training split of the run's corpus.
+        steps: of Adam, at a rate that falls linearly to 0.
+        tokens: in a step.
+        learning_rate: at the beginning.
+        seed: of the windows that are drawn.
+        save: write it into the run's folder, where `tuned_lens` finds it.
+
+    Raises:
+        ConfigError: a number that is not positive; a study of no run, with save.
+    """
+    for name, value in (("steps", steps), ("tokens", tokens), ("learning_rate", learning_rate)):
+        if not value > 0:
+            raise ConfigError(f"{name}: {value}; expected a positive number")
+    path = saved_lens(study, "tuned") if save else None
+    corpus = tokens_of(study, text, "train")
+    width = min(study.config.block_size, len(corpus))
+    where, last = translated(study), points(study.config)[-1]
+    names = [point.name for point in (*where, last)]
+    channels, like = study.config.n_embd, widen(study.model.unembed.weight.detach())
+    matrices = like.new_zeros(len(where), channels, channels).requires_grad_()  # beside the identity
+    biases = like.new_zeros(len(where), channels).requires_grad_()
+    adam = torch.optim.Adam([matrices, biases], learning_rate)
+    done, kl = 0, float("nan")
+    try:
+        with progress("training the tuned lens", steps, "steps") as bar:
+            for ids in draws(corpus, width, max(1, tokens // width), seed):
+                _, cache = study.run_with_cache(ids, names, stop=True)
+                streams = torch.stack([widen(cache[name]).flatten(0, 1) for name in names])  # (places + 1, B T, C)
+                kl = _learn(study, streams, matrices, biases)
+                for group in adam.param_groups:
+                    group["lr"] = learning_rate * (1 - done / steps)
+                adam.step()
+                done += 1
+                bar.update(done, f"KL {kl:.3f}")
+                if done == steps:
+                    break
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        notice(f"stopped after {done} of {steps} steps; what was trained is kept")
+    identity = torch.eye(channels)
+    lens = Translators(
+        "tuned",
+        {point.name: identity + matrix.detach().cpu() for point, matrix in zip(where, matrices, strict=True)},
+        {point.name: bias.detach().cpu().clone() for point, bias in zip(where, biases, strict=True)},
+        fingerprint(study.model),
+        {"steps": done, "tokens": tokens, "learning_rate": learning_rate, "seed": seed, "kl": kl},
+    )
+    if path is not None:
+        lens.save(path)
+    return lens
+
+
+def _learn(study: Study, streams: Tensor, matrices: Tensor, biases: Tensor) -> float:
+    """Set the gradients of all maps, one place after the other, as each makes logits of its own; their mean KL."""
+    norm, unembed = study.model.trunk.norm, study.model.unembed
+
+    def says(stream: Tensor) -> Tensor:  # (B T, C) -> (B T, V)
+        return widen(unembed(explicit_norm(norm, stream.to(unembed.weight.dtype)))).log_softmax(-1)
+
+    with torch.no_grad():
+        output = says(streams[-1])  # (B T, V)
+    matrices.grad, biases.grad = torch.zeros_like(matrices), torch.zeros_like(biases)
+    total = 0.0
+    for place, stream in enumerate(streams[:-1]):
+        with torch.enable_grad():
+            matrix, bias = matrices[place].detach().requires_grad_(), biases[place].detach().requires_grad_()
+            read = says(stream + stream @ matrix.T + bias)
+            loss = F.kl_div(read, output, reduction="batchmean", log_target=True)
+        matrices.grad[place], biases.grad[place] = torch.autograd.grad(loss, (matrix, bias))
+        total += float(loss.detach())
+    return total / len(matrices)

@@ -1,0 +1,287 @@
+"""What heads can do, read from their weights: the OV and QK circuits.
+
+(Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, transformer-circuits.pub/2021/framework)
+
+    OV    token looked at -> what the head adds to the logits of each token      W_E W_V W_O W_U
+    QK    query's token, key's token -> the score between them                   W_E W_Q W_K^T W_E^T
+
+Both are vocabulary x vocabulary and of rank D, so they are kept as two thin factors. The norms' weights and LayerNorm's
+centring are folded in. What is left out is what no weight knows: positions in the stream, the layers in between, and
+what the norms divide by where they read more than an embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigpt.errors import ConfigError
+from minigpt.internals.access.result import Axis, Result, Tabled
+from minigpt.internals.attribution.decomposition import precise
+from minigpt.model.config import GPTConfig
+from minigpt.model.explicit import explicit_norm
+from minigpt.model.gpt import GPT, Block
+from minigpt.model.layers import LayerNorm, RMSNorm, widen
+
+if TYPE_CHECKING:
+    from minigpt.internals.study import Study
+
+
+def head_labels(config: GPTConfig) -> list[str]:
+    """Every head by name: L0H0, L0H1, ..."""
+    return [f"L{layer}H{head}" for layer in range(config.n_layer) for head in range(config.n_head)]
+
+
+def grid(config: GPTConfig) -> tuple[Axis, Axis]:
+    """The axes of a number a head: layer x head."""
+    layers, heads = range(config.n_layer), range(config.n_head)
+    return Axis("layer", [str(layer) for layer in layers]), Axis("head", [f"H{head}" for head in heads])
+
+
+def ordinary_ids(study: Study) -> Tensor:
+    """The ids that stand for text: no special tokens, none that the tokenizer leaves unused, no padding rows."""
+    size = study.model.vocab_size
+    try:
+        pieces = study.tokenizer.token_bytes()
+    except ConfigError:  # a study of ids alone
+        return torch.arange(size, device=study.model.device)
+    used = [id for id, piece in enumerate(pieces[:size]) if piece]
+    return torch.tensor(used, device=study.model.device)
+
+
+def _block(model: GPT, layer: int) -> Block:
+    block = model.trunk.blocks[layer]
+    assert isinstance(block, Block)
+    return block
+
+
+def _folded(norm: LayerNorm | RMSNorm, weight: Tensor) -> Tensor:  # (..., C, K) -> (..., C, K)
+    """What a matrix that reads a normed stream reads of the stream itself, up to the norm's division."""
+    weight = weight if norm.weight is None else norm.weight[:, None] * weight
+    return weight - weight.mean(-2, keepdim=True) if isinstance(norm, LayerNorm) else weight
+
+
+@torch.no_grad()
+def read_weights(model: GPT, layer: int, letter: str) -> Tensor:  # (heads, C, D)
+    """What each head reads of the stream for its queries ("q", H heads), keys ("k", G) or values ("v", G)."""
+    block = _block(model, layer)
+    attn = block.attn
+    parts = attn.qkv.weight.unflatten(0, (-1, attn.head_dim)).split((attn.n_head, attn.n_kv_head, attn.n_kv_head))
+    return _folded(block.norm1, parts["qkv".index(letter)].transpose(1, 2))
+
+
+@torch.no_grad()
+def write_weights(model: GPT, layer: int) -> Tensor:  # (H, D, C)
+    """What each head writes to the stream, of its z: its part of the output projection."""
+    attn = _block(model, layer).attn
+    return attn.proj.weight.T.unflatten(0, (attn.n_head, attn.head_dim))
+
+
+@torch.no_grad()
+def read_out(model: GPT, ids: Tensor) -> Tensor:  # (K) -> (C, K)
+    """What the logits of these ids, before any cap, read of the final stream, up to the final norm's division."""
+    return _folded(model.trunk.norm, model.unembed.weight[ids].T)
+
+
+@dataclass
+class TokenMatrix(Tabled):
+    """A vocabulary x vocabulary matrix of low rank: `left` (V, D) times `right` (V, D) transposed.
+
+    Prints its strongest directions, each with the tokens that it takes from and gives to.
+    """
+
+    title: str
+    left: Tensor
+    right: Tensor
+    tokens: list[str]
+    """What the rows and columns stand for."""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def spectrum(self) -> Result:
+        """Its singular values, greatest first: how many directions the head works with, and how unequally."""
+        _, values, _ = self.svd()
+        axis = Axis("direction", [str(i) for i in range(len(values))])
+        return Result(f"{self.title}: singular values", values.numpy(force=True), (axis,), "", self.notes)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Directions over rows (V, D), singular values (D), directions over columns (V, D)."""
+        left, right = torch.linalg.qr(self.left), torch.linalg.qr(self.right)
+        u, values, vh = torch.linalg.svd(left.R @ right.R.T)
+        return left.Q @ u, values, right.Q @ vh.T
+
+    def eigenvalues(self) -> Tensor:
+        """Its eigenvalues that need not be 0, (D), complex."""
+        return torch.linalg.eigvals(self.right.T @ self.left)
+
+    def copying(self) -> float:
+        """sum(eigenvalues) / sum(|eigenvalues|): 1 where every token raises itself, -1 where each lowers itself."""
+        values = self.eigenvalues()
+        return float(values.real.sum() / values.abs().sum().clamp(min=1e-30))
+
+    def entries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The matrix at these rows (R) and columns (K) alone, (R, K)."""
+        return self.left[rows] @ self.right[columns].T
+
+    def directions(self, count: int = 4, tokens: int = 6) -> list[tuple[float, list[str], list[str]]]:
+        """The strongest: singular value, the tokens it takes from, the tokens it gives to, most first.
+
+        Of the two signs that a direction has, the one whose strongest token has a positive weight is shown.
+        """
+        u, values, v = self.svd()
+        found = []
+        for i in range(min(count, len(values))):
+            sign = torch.sign(u[u[:, i].abs().argmax(), i])
+            ends = [(sign * side[:, i]).topk(min(tokens, len(side))).indices.tolist() for side in (u, v)]
+            rows, columns = ([self.tokens[place] for place in end] for end in ends)
+            found.append((float(values[i]), rows, columns))
+        return found
+
+    def __str__(self) -> str:
+        lines = [
+            f"  {value:10.4g}  {' '.join(map(repr, rows))}  ->  {' '.join(map(repr, columns))}"
+            for value, rows, columns in self.directions()
+        ]
+        tail = "  ".join(f"{name}: {value}" for name, value in self.notes.items())
+        return "\n".join(part for part in (f"{self.title}: strongest directions", *lines, tail) if part)
+
+    __repr__ = __str__
+
+    def table(self, count: int = 8, tokens: int = 6) -> Result:
+        """The strongest directions' singular values, each labelled by the tokens it takes from and gives to."""
+        found = self.directions(count, tokens)
+        labels = [f"{i} {' '.join(rows)} -> {' '.join(columns)}" for i, (_, rows, columns) in enumerate(found)]
+        values = np.array([value for value, _, _ in found])
+        return Result(f"{self.title}: strongest directions", values, (Axis("direction", labels),), "", self.notes)
+
+
+@torch.no_grad()
+def ov_circuit(study: Study, layer: int, head: int) -> TokenMatrix:
+    """What a head adds to the logits when it looks at each token: rows tokens looked at, columns logits.
+
+    The head's value bias is left out, as it adds the same whatever is looked at.
+    """
+    _check(study, layer, head)
+    model, block, ids = study.model, _block(study.model, layer), ordinary_ids(study)
+    bias = getattr(block.norm1, "bias", None)
+    read = explicit_norm(block.norm1, model.trunk.embed.weight[ids])
+    read = read if bias is None else read - bias  # (V, C)
+    attn = block.attn
+    values = attn.qkv.weight.unflatten(0, (-1, attn.head_dim))[-attn.n_kv_head :]  # (G, D, C)
+    left = widen(read @ values[head * attn.n_kv_head // attn.n_head].T)  # (V, D)
+    right = widen((write_weights(model, layer)[head] @ read_out(model, ids)).T)  # (V, D)
+    return TokenMatrix(f"OV circuit of L{layer}H{head}", left, right, _tokens(study, ids), _caveats(study, layer, "OV"))
+
+
+@torch.no_grad()
+def qk_circuit(study: Study, layer: int, head: int, distance: int = 1) -> TokenMatrix:
+    """The score, before the softmax, between tokens: rows queries, columns keys.
+
+    Args:
+        study: see `Study`.
+        layer: the head's.
+        head: which query head.
+        distance: how many positions the key is behind the query; counts with rotary positions only.
+
+    Queries and keys are those of the embeddings alone, biases, query-key norm and rotation applied. So in block 0 of a
+    model without learned positions or n-gram embeddings the scores are the real ones.
+    """
+    _check(study, layer, head)
+    if not 0 <= distance < study.config.block_size:
+        raise ConfigError(f"distance: {distance}; expected 0 to block_size - 1 ({study.config.block_size - 1})")
+    model, block, ids = study.model, _block(study.model, layer), ordinary_ids(study)
+    attn = block.attn
+    heads = attn.heads(explicit_norm(block.norm1, model.trunk.embed.weight[ids])[None])[0]  # (H + 2G, V, D)
+    query, key = heads[head], heads[attn.n_head + head * attn.n_kv_head // attn.n_head]  # (V, D)
+    if attn.q_norm is not None and attn.k_norm is not None:
+        query, key = explicit_norm(attn.q_norm, query), explicit_norm(attn.k_norm, key)
+    if attn.rotary is not None:  # rotated as if all stood at one place
+        query = attn.rotary(query[None, None], torch.full((len(ids),), distance, device=ids.device))[0, 0]
+        key = attn.rotary(key[None, None], torch.zeros_like(ids))[0, 0]
+    title = f"QK circuit of L{layer}H{head}" + (f" at distance {distance}" if attn.rotary is not None else "")
+    left = widen(query) / math.sqrt(attn.head_dim)
+    return TokenMatrix(title, left, widen(key), _tokens(study, ids), _caveats(study, layer, "QK"))
+
+
+def copying_from_weights(study: Study) -> Result:
+    """The copying score of every head's OV circuit, from -1 to 1: layer x head; see `TokenMatrix.copying`."""
+    layers, count = range(study.config.n_layer), range(study.config.n_head)
+    values = [[ov_circuit(study, layer, head).copying() for head in count] for layer in layers]
+    left_out = _caveats(study, None, "OV")
+    return Result("copying, by eigenvalues of OV", np.array(values), grid(study.config), "score", left_out)
+
+
+@torch.no_grad()
+def composition(study: Study, kind: Literal["Q", "K", "V"]) -> Result:
+    """How much heads read what earlier heads write, by weights alone: earlier head x later head.
+
+        ||W_OV X|| / (||W_OV|| ||X||) - 1 / sqrt(C)
+
+    with X what the later head does with it: W_QK (Q), W_QK^T (K) or W_OV (V), in Frobenius norms (Elhage et al. 2021).
+    1/sqrt(C) is what matrices that know nothing of each other give: their root mean square over all rotations of one
+    against the other. NaN where the first head does not stand in an earlier layer than the second.
+    """
+    if kind not in ("Q", "K", "V"):
+        raise ConfigError(f"kind {kind!r}: expected Q, K or V, what the earlier head's output is read for")
+    model, config = study.model, study.config
+    group = config.n_head // (config.n_kv_head or config.n_head)
+    reads, writes = [], []  # of each layer: what is read by, and what is made of it, (H, C, D) each
+    ov = []
+    for layer in range(config.n_layer):
+        q, k, v = (precise(read_weights(model, layer, letter)) for letter in "qkv")
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)  # (H, C, D)
+        attn = _block(model, layer).attn
+        for norm in (attn.q_norm, attn.k_norm):
+            q = q if norm is None or norm.weight is None else q * precise(norm.weight)
+        o = precise(write_weights(model, layer)).transpose(1, 2)  # (H, C, D)
+        ov.append((v, o))
+        near, far = {"Q": (q, k), "K": (k, q), "V": (v, o)}[kind]
+        reads.append(near)
+        writes.append(far)
+    (a, b), x, y = (torch.cat([pair[i] for pair in ov]) for i in (0, 1)), torch.cat(reads), torch.cat(writes)
+    between = torch.einsum("acd,bce->abde", b, x)  # (LH, LH, D, D)
+    joined = torch.einsum("aij,abjk,bkl,abil->ab", _gram(a), between, _gram(y), between).clamp(min=0).sqrt()
+    scores = joined / (_norm(a, b)[:, None] * _norm(x, y)).clamp(min=1e-30) - 1 / math.sqrt(config.n_embd)
+    layers = torch.arange(config.n_layer).repeat_interleave(config.n_head)
+    scores[layers[:, None] >= layers] = torch.nan
+    axes = (Axis("earlier", head_labels(config)), Axis("later", head_labels(config)))
+    left_out = _caveats(study, None, "OV" if kind == "V" else "QK")
+    return Result(f"{kind}-composition", scores.numpy(force=True), axes, "above chance", left_out)
+
+
+def _gram(factor: Tensor) -> Tensor:  # (H, C, D) -> (H, D, D)
+    return factor.transpose(1, 2) @ factor
+
+
+def _norm(left: Tensor, right: Tensor) -> Tensor:  # of left right^T, (H)
+    return (_gram(left) * _gram(right)).sum((1, 2)).clamp(min=0).sqrt()
+
+
+def _tokens(study: Study, ids: Tensor) -> list[str]:
+    return [study.token(id) for id in ids.tolist()]
+
+
+def _check(study: Study, layer: int, head: int) -> None:
+    layers, heads = study.config.n_layer, study.config.n_head
+    if not 0 <= layer < layers or not 0 <= head < heads:
+        raise ConfigError(f"L{layer}H{head}: no such head; the model's are L0H0 to L{layers - 1}H{heads - 1}")
+
+
+def _caveats(study: Study, layer: int | None, circuit: str) -> dict[str, Any]:
+    """What a reading of the weights leaves out for this model, in words."""
+    config, left_out = study.config, []
+    if layer != 0:
+        left_out.append("what earlier layers add to the stream")
+    if config.position == "learned":
+        left_out.append("learned positions")
+    if config.bigram_rows or config.trigram_rows:
+        left_out.append("n-gram embeddings")
+    if circuit == "QK" and layer is None and config.position == "rope":
+        left_out.append("the rotation by positions")
+    if circuit == "QK" and layer is None and config.qk_norm:
+        left_out.append("the division by the query-key norm")
+    return {"left out": ", ".join(left_out)} if left_out else {}

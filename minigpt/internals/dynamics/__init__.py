@@ -1,0 +1,1 @@
+"""How a model came about: over its context, over its training, between models."""

@@ -1,0 +1,161 @@
+"""A model at one moment in figures, cheap enough to be taken many times while it trains (see KINDS for what they are).
+
+Taken again and again, they show when each thing is learned: `minigpt.internals.dynamics.series`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minigpt.internals.access.result import Axis, Result
+from minigpt.internals.access.text import Text, need_two
+from minigpt.internals.attribution.weights import head_labels
+from minigpt.internals.causal.ablation import ablate
+from minigpt.internals.causal.effect import MEASURES
+from minigpt.internals.causal.heads import LONGEST, heads
+from minigpt.internals.dynamics.context import held_out, in_parts, score_of
+from minigpt.model.layers import widen
+
+if TYPE_CHECKING:
+    from minigpt.internals.study import Study
+
+
+class Kind(NamedTuple):
+    """One kind of figure."""
+
+    axis: str
+    """What there is one of each for."""
+    title: str
+    unit: str
+    says: str
+
+
+KINDS = {
+    "in_context": Kind(
+        "loss", "In-context score", "nats", "Loss late in the context less loss early: below zero where context helps."
+    ),
+    "induction": Kind(
+        "head",
+        "Induction",
+        "",
+        "In random text that repeats, attention to what came after the same token before.",
+    ),
+    "previous": Kind("head", "Previous token", "", "In that text, attention to the token just before."),
+    "ablation": Kind("head", "Loss without the head", "nats", "How much the loss rises when the head writes nothing."),
+    "entropy": Kind("head", "Entropy of attention", "", "0 looks at one token, 1 evenly at all that it may see."),
+    "loss_by_position": Kind("position", "Loss by position", "nats", "Of tokens with that many before them."),
+    "stream": Kind("layer", "Size of the stream", "", "Root mean square after each block; embed: before the first."),
+    "weights": Kind("layer", "Norm of the weights", "", "Of each block's parameters together, and of what is beside."),
+}
+ABLATED = 512  # tokens, the first of the text, for the ablations
+REPEATS = 8  # random sequences
+
+
+def snapshot(study: Study, text: Text | None = None) -> dict[str, Result]:
+    """All of the module's figures, by kind; those on random blocks that come twice where blocks of two tokens fit.
+
+    Args:
+        study: of the model.
+        text: rows of equal length; None: windows of the run's own validation split.
+    """
+    ids = study.ids(held_out(study) if text is None else text)
+    need_two(ids.shape[1])
+    repeated = repeats(ids)
+    kinds = ("induction", "previous") if repeated.shape[1] >= 4 else ()
+    scores = heads(study, repeated, kinds=kinds, causal=False).scores if kinds else {}
+    without = ablate(study, ids[: max(1, ABLATED // ids.shape[1])], parts="head").values
+    losses, entropy, stream = _on_text(study, ids)
+    names, layers = head_labels(study.config), ["embed", *map(str, range(study.config.n_layer))]
+    by_position, weights = in_doublings(losses), weight_norms(study)
+    found: dict[str, tuple[list[str], Any]] = {
+        "in_context": (["score"], [score_of(losses)["score"]]),
+        **{kind: (names, scores[kind].values.flatten()) for kind in kinds},
+        "ablation": (names, without[:, MEASURES.index("loss")]),
+        "entropy": (names, entropy.flatten()),
+        "loss_by_position": (list(by_position), list(by_position.values())),
+        "stream": (layers, stream),
+        "weights": (list(weights), list(weights.values())),
+    }
+    return {
+        kind: Result(KINDS[kind].title, values, (Axis(KINDS[kind].axis, labels),), KINDS[kind].unit)
+        for kind, (labels, values) in found.items()
+    }
+
+
+def numbers(figures: dict[str, Result]) -> dict[str, float]:
+    """A snapshot as one flat row: "internals/KIND/LABEL" -> value, as metrics.jsonl has it."""
+    return {
+        f"internals/{kind}/{label}": float(value)
+        for kind, result in figures.items()
+        for label, value in zip(result.axes[0].labels, result.values, strict=True)
+    }
+
+
+class _Means:
+    """Means over what passes a site, taken on the way, so that no activation is kept."""
+
+    def __init__(self, measure: Callable[[Tensor], Tensor]) -> None:
+        self.measure, self.sums, self.rows = measure, defaultdict[str, Any](float), defaultdict[str, int](int)
+
+    def __call__(self, activation: Tensor, site: Any) -> None:
+        self.sums[site.name] += self.measure(widen(activation)).cpu().double() * len(activation)
+        self.rows[site.name] += len(activation)
+
+    def stack(self) -> Tensor:
+        """The means by site, in the order in which the sites were passed."""
+        return torch.stack([total / self.rows[name] for name, total in self.sums.items()])
+
+
+def _on_text(study: Study, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (B, T - 1), entropy of each head (L, H), and sizes of the stream (L + 1), of ids (B, T)."""
+    entropy, stream = _Means(attention_entropy), _Means(lambda x: x.square().mean())
+    with study.hooks({"pattern": entropy, ("resid_pre", 0): stream, "resid_post": stream}):
+        losses = torch.cat([study.losses(part) for part in in_parts(study, ids)])
+    return losses, entropy.stack(), stream.stack().sqrt()
+
+
+def attention_entropy(pattern: Tensor) -> Tensor:  # (B, H, T, S = T) -> (H)
+    """Mean over queries of the entropy of what each attends to, over the logarithm of how many slots it sees.
+
+    The first query sees only itself and is left out.
+    """
+    entropy = torch.special.entr(pattern).sum(-1)[..., 1:]  # (B, H, T - 1)
+    seen = torch.arange(2, pattern.shape[-1] + 1, device=pattern.device)
+    return (entropy / seen.log()).mean((0, 2))
+
+
+def repeats(ids: Tensor) -> Tensor:
+    """Random blocks that come twice, (8, 2 n), of tokens that occur in ids (B, T), none of them twice in a block.
+
+    n is what T and the tokens allow. A vocabulary may hold tokens that were never trained; what heads make of these
+    tells nothing.
+    """
+    known, generator = ids.unique(), torch.Generator().manual_seed(0)
+    length = min(ids.shape[1] // 2, LONGEST, len(known))
+    draws = [torch.randperm(len(known), generator=generator)[:length] for _ in range(REPEATS)]
+    return known[torch.stack(draws).to(ids.device)].repeat(1, 2)
+
+
+def in_doublings(losses: Tensor) -> dict[str, float]:
+    """Losses (B, T - 1) as means over positions 1, 2-3, 4-7, 8-15, ...: one a doubling of the context."""
+    found, first = {}, 1
+    while first <= losses.shape[1]:
+        last = min(2 * first - 1, losses.shape[1])
+        found[str(first) if first == last else f"{first}-{last}"] = float(losses[:, first - 1 : last].mean())
+        first = last + 1
+    return found
+
+
+def weight_norms(study: Study) -> dict[str, float]:
+    """Euclidean norm of each block's parameters taken together, and of what lies beside the blocks."""
+    squares = defaultdict[str, float](float)
+    for name, parameter in study.model.named_parameters():
+        parts = name.split(".")
+        norm = torch.linalg.vector_norm(widen(parameter.detach()))
+        squares[parts[2] if parts[1] == "blocks" else parts[-2]] += float(norm) ** 2
+    return {name: square**0.5 for name, square in squares.items()}

@@ -1,0 +1,230 @@
+"""Sparse autoencoders and transcoders: an activation written as a sum of few directions out of many.
+
+    f = act((x - b_dec) W_enc + b_enc)      features, nearly all of them zero        (..., d_in) -> (..., d_sae)
+    y = f W_dec + b_dec                     the reconstruction                       (..., d_sae) -> (..., d_out)
+
+An autoencoder's y stands for x itself. A transcoder (Dunefsky et al. 2024, arXiv 2406.11944) reads one activation and
+predicts another, such as what the MLP makes of its input; it does not subtract b_dec first. What makes f sparse:
+
+    topk        keeps the k greatest of each token                       (Gao et al. 2024, arXiv 2406.04093)
+    batchtopk   k on average: the k B greatest of B tokens; afterwards,
+                whatever exceeds one threshold for all features          (Bussmann et al. 2024, arXiv 2412.06410)
+    jumprelu    whatever exceeds a learned threshold of each feature     (Rajamanoharan et al. 2024, arXiv 2407.14435)
+
+Training is in autoencoder_training.py, judgement in autoencoder_metrics.py. Files are SAELens's: a folder with cfg.json
+and sae_weights.safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from minigpt.checkpoint.checkpoint import load_tensors, save_tensors
+from minigpt.checkpoint.runs import read_json
+from minigpt.durable import named_path, to_json, write_text
+from minigpt.errors import CheckpointError, ConfigError
+from minigpt.internals.features.autoencoder_config import Kind
+
+if TYPE_CHECKING:
+    from minigpt.internals.study import Edit, Site
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+LAYOUT = "6.0.0"  # the version of SAELens whose layout is written
+
+
+def keep_greatest(pre: Tensor, k: int) -> Tensor:
+    """Each row's k greatest, and of these what is positive; the rest is 0. (..., F) -> (..., F)"""
+    values, places = pre.topk(min(k, pre.shape[-1]), -1)
+    return torch.zeros_like(pre).scatter(-1, places, values.relu())
+
+
+def keep_greatest_of_batch(pre: Tensor, k: int) -> Tensor:
+    """The k B greatest of B rows together, and of these what is positive. (B, F) -> (B, F)"""
+    values, places = pre.flatten().topk(min(k * len(pre), pre.numel()))
+    return torch.zeros_like(pre).flatten().scatter(0, places, values.relu()).view_as(pre)
+
+
+@dataclass
+class Autoencoder:
+    """A trained autoencoder or transcoder. Its shapes: d_in, d_sae (features) and d_out, which is d_in or not."""
+
+    site: str
+    """Full name of the activation that it reads."""
+    target: str
+    """Full name of the one that it reconstructs: the same, or a transcoder's."""
+    kind: Kind
+    k: int
+    """Features a token: exactly at most (topk), or the number that was aimed at."""
+    W_enc: Tensor  # (d_in, d_sae)
+    b_enc: Tensor  # (d_sae)
+    W_dec: Tensor  # (d_sae, d_out), rows of length 1
+    b_dec: Tensor  # (d_out)
+    threshold: Tensor | None = None  # (d_sae); None for topk
+    notes: dict[str, Any] = field(default_factory=dict)
+    """How it was trained."""
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether what it reconstructs is another activation than it reads."""
+        return self.site != self.target
+
+    @property
+    def d_sae(self) -> int:
+        """The number of features."""
+        return len(self.b_enc)
+
+    def before(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_sae)
+        """The features before sparsity."""
+        x = x.to(self.W_enc)
+        return (x if self.transcodes else x - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_sae)
+        """The features."""
+        pre = self.before(x)
+        if self.threshold is None:
+            return keep_greatest(pre, self.k)
+        return pre.relu() * (pre > self.threshold)
+
+    def decode(self, features: Tensor) -> Tensor:  # (..., d_sae) -> (..., d_out)
+        """What the features stand for."""
+        return features @ self.W_dec + self.b_dec
+
+    def features(self, activation: Tensor) -> Tensor:
+        """The features of an activation as a run has it, (B, T, d_in) or by heads (B, T, H, D): (B, T, d_sae)."""
+        return self.encode(activation.flatten(2))
+
+    def edits(self, change: Callable[[Tensor], Tensor] | None = None, *, keep_error: bool = False) -> dict[str, Edit]:
+        """For `Study.hooks`: put the reconstruction in the activation's place.
+
+        Args:
+            change: what to do to the features (B, T, d_sae) first, say to switch one off.
+            keep_error: add what the reconstruction misses of the activation, so that only the change tells.
+        """
+        read: list[Tensor] = []  # a transcoder reads at one place and writes at a later one
+
+        def take(activation: Tensor, site: Site) -> None:
+            self._check(activation, site.name, len(self.W_enc))
+            read[:] = [activation.flatten(2)]
+
+        def put(activation: Tensor, site: Site) -> Tensor:
+            self._check(activation, site.name, len(self.b_dec))
+            if self.transcodes and not read:
+                raise ConfigError(f"transcoder: {self.site} is not computed before {self.target}")
+            plain = self.encode(read.pop() if self.transcodes else activation.flatten(2))
+            features = plain if change is None else change(plain.clone())
+            made = self.decode(features)
+            if keep_error:
+                made = made + activation.flatten(2).to(made) - self.decode(plain)
+            return made.view_as(activation).to(activation)
+
+        return {self.site: take, self.target: put} if self.transcodes else {self.site: put}
+
+    def _check(self, activation: Tensor, name: str, width: int) -> None:
+        if activation[0, 0].numel() != width:
+            raise ConfigError(
+                f"autoencoder: is made for {width} numbers at {name}, but this model has {activation[0, 0].numel()} "
+                "there; use one trained on this model"
+            )
+
+    def to(self, device: torch.device | str) -> Autoencoder:
+        """The same, elsewhere."""
+        moved = {name: value.to(device) for name in TENSORS if isinstance(value := getattr(self, name), Tensor)}
+        return Autoencoder(self.site, self.target, self.kind, self.k, **moved, notes=self.notes)
+
+    # In files.
+
+    def save(self, folder: str | Path) -> Path:
+        """Write cfg.json and sae_weights.safetensors as SAELens does.
+
+        SAELens opens autoencoders of every kind, batchtopk as the jumprelu that it then is, and transcoders with a
+        threshold; a topk transcoder is a kind that it does not have.
+        """
+        folder = named_path(folder, "a folder to save an autoencoder in")
+        tensors = {name: value for name in TENSORS if isinstance(value := getattr(self, name), Tensor)}
+        architecture = "topk" if self.threshold is None else "jumprelu"
+        config: dict[str, Any] = {
+            "architecture": f"{architecture}_transcoder" if self.transcodes else architecture,
+            "d_in": len(self.W_enc),
+            "d_sae": self.d_sae,
+            **({"d_out": len(self.b_dec)} if self.transcodes else {}),
+            **({"k": self.k} if self.threshold is None else {}),
+            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": not self.transcodes,
+            "normalize_activations": "none",
+            "reshape_activations": "hook_z" if self.site.endswith("hook_z") and not self.transcodes else "none",
+            "metadata": {
+                "sae_lens_version": LAYOUT,
+                "hook_name": self.site,
+                **({"hook_name_out": self.target} if self.transcodes else {}),
+                "prepend_bos": False,
+                "minigpt": {"kind": self.kind, "k": self.k, **self.notes},
+            },
+        }
+        save_tensors(folder / WEIGHTS, tensors)
+        write_text(folder / CONFIG, to_json(config))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Autoencoder:
+        """Read what `save`, or SAELens, wrote: kinds topk and jumprelu, transcoders of them, and standard (ReLU).
+
+        Raises CheckpointError for another architecture, or where tensors are missing or do not fit each other.
+        """
+        folder = named_path(folder, "an autoencoder")
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of an autoencoder")
+        config, tensors = read_json(folder / CONFIG), load_tensors(folder / WEIGHTS)
+        architecture = str(config.get("architecture"))
+        plain = "standard" if architecture == "transcoder" else architecture.removesuffix("_transcoder")
+        told = config.get("metadata") if isinstance(config.get("metadata"), dict) else config
+        for name, value, expected in (
+            ("architecture", plain, ("topk", "jumprelu", "standard")),
+            ("normalize_activations", config.get("normalize_activations", "none"), ("none",)),
+            ("rescale_acts_by_decoder_norm", config.get("rescale_acts_by_decoder_norm", False), (False,)),
+        ):
+            if value not in expected:
+                raise CheckpointError(
+                    f"{folder / CONFIG}: {name} is {config.get(name)!r}; expected {' or '.join(map(str, expected))}"
+                )
+        site = told.get("hook_name")  # type: ignore[union-attr]
+        target = told.get("hook_name_out", site)  # type: ignore[union-attr]
+        ours = told.get("minigpt", {})  # type: ignore[union-attr]
+        kind = ours.get("kind", "topk" if plain == "topk" else "jumprelu") if isinstance(ours, dict) else None
+        k = config.get("k", ours.get("k", 1) if isinstance(ours, dict) else None)
+        if not isinstance(site, str) or not isinstance(target, str) or kind not in get_args(Kind):
+            raise CheckpointError(f"{folder / CONFIG}: names no activation (metadata.hook_name), or an unknown kind")
+        if not isinstance(k, int) or k < 1:
+            raise CheckpointError(f"{folder / CONFIG}: k is {k!r}; expected a whole number from 1")
+        if ("transcoder" in architecture) != (site != target):
+            raise CheckpointError(f"{folder / CONFIG}: a transcoder reads one activation and writes another")
+        if plain == "standard" and "b_enc" in tensors:
+            tensors["threshold"] = torch.zeros_like(tensors["b_enc"])
+        _check_tensors(folder / WEIGHTS, tensors, plain != "topk", site != target)
+        kept = {name: tensors[name] for name in TENSORS if name in tensors}
+        notes = {name: value for name, value in ours.items() if name not in ("kind", "k")}
+        return cls(site, target, cast(Kind, kind), k, **kept, notes=notes)
+
+
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], threshold: bool, transcodes: bool) -> None:
+    needed = TENSORS if threshold else TENSORS[:-1]
+    if set(tensors) != set(needed):
+        raise CheckpointError(f"{path}: holds {', '.join(sorted(tensors))}; expected {', '.join(needed)}")
+    if tensors["W_enc"].dim() != 2 or tensors["W_dec"].dim() != 2:
+        raise CheckpointError(f"{path}: W_enc and W_dec are no matrices")
+    (d_in, d_sae), d_out = tensors["W_enc"].shape, tensors["W_dec"].shape[1]
+    shapes = {"W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,), "threshold": (d_sae,)}
+    for name in needed[1:]:
+        if tuple(tensors[name].shape) != shapes[name]:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {shapes[name]}")
+    if not transcodes and d_out != d_in:
+        raise CheckpointError(f"{path}: reads {d_in} numbers and writes {d_out}, which an autoencoder cannot")

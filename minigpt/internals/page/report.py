@@ -1,0 +1,221 @@
+"""One page about one text: what each token cost, where heads look, what layers expect, what made the logit, and what a
+sampler would make of it; beside it the model's card and how it was trained.
+
+    study.report("ROMEO: But soft").save("report.html")
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minigpt.checkpoint.runs import read_best, read_metrics, step_of
+from minigpt.durable import write_text
+from minigpt.errors import CheckpointError, ConfigError
+from minigpt.internals.access.result import Result
+from minigpt.internals.access.text import Text
+from minigpt.internals.attribution.translators import MADE_BY, Translators, saved_lens
+from minigpt.internals.attribution.weights import head_labels
+from minigpt.internals.causal.ablation import ablate
+from minigpt.internals.causal.effect import MEASURES
+from minigpt.internals.causal.heads import heads, repeated_block, repeats_fit
+from minigpt.internals.dynamics.snapshot import KINDS
+from minigpt.internals.page import views
+from minigpt.internals.page.render import as_json, render, unpacked
+from minigpt.model.cost import cost_of
+from minigpt.terminal import notice
+
+if TYPE_CHECKING:
+    from minigpt.internals.study import Study
+
+VERSION = 1  # of the data's form
+MOST = 256  # tokens: a page of more grows with their square
+POINTS = 400  # of a curve
+CURVES = ("train/loss", "val/loss", "lr", "grad_norm")  # and all that was measured inside the model
+SCORES = ("previous", "duplicate", "induction", "current", "first", "copying")
+ROWS = 2  # random texts that heads are judged by
+
+
+@dataclass
+class Report:
+    """A page and the data that it shows (docs/study/page.md says what that holds). A notebook shows the page itself."""
+
+    data: dict[str, Any]
+
+    def html(self) -> str:
+        """The whole page as one text."""
+        return render(self.data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a file whose ending says how: .html, the page, or .json, the data."""
+        path = Path(path)
+        if path.suffix not in (".html", ".json"):
+            raise ConfigError(f"{path}: expected a name that ends in .html or .json")
+        write_text(path, self.html() if path.suffix == ".html" else json.dumps(self.data, allow_nan=False))
+        return path
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.html())
+        return f'<iframe sandbox="allow-scripts" style="width:100%;height:50rem;border:0" srcdoc="{page}"></iframe>'
+
+
+def report(study: Study, text: Text, *, results: Sequence[Result] = (), most: int = MOST) -> Report:
+    """The page about one text.
+
+    Args:
+        study: see `Study`.
+        text: one text; of a longer one the first `most` tokens, and no more than the model holds.
+        results: further ones with two axes, shown as heat maps.
+        most: tokens that the page holds at most.
+
+    Raises ConfigError for a result of other than two axes, and what `Study.ids` raises.
+    """
+    wrong = next((result for result in results if len(result.axes) != 2), None)
+    if wrong is not None:
+        raise ConfigError(f"results: {wrong.title!r} has {len(wrong.axes)} axes; a heat map needs two")
+    whole = study.tokenizer.prompt_ids(text) if isinstance(text, str) else study.ids(text)
+    if isinstance(whole, Tensor):
+        if len(whole) > 1:
+            raise ConfigError(f"text: {len(whole)} texts; a page is about one")
+        whole = whole[0].tolist()
+    ids = study.ids(whole[: min(most, study.config.block_size)])[0]
+    if len(ids) < len(whole):
+        notice(f"the page shows the first {len(ids)} of {len(whole)} tokens")
+    folder = folder_of(study)
+    with study.running():
+        logits, cache = views.run_of(study, ids)
+        data: dict[str, Any] = {
+            "v": VERSION,
+            "title": folder.name if folder else "minigpt",
+            "model": card(study),
+            "tokens": [_token(study, id) for id in ids.tolist()],
+            "attn": {
+                **views.attention(torch.stack([cache["pattern", layer][0] for layer in range(study.config.n_layer)])),
+                "badges": badges(study, ids),
+            },
+            "lens": {"kinds": lenses(study, ids)},
+            "dla": views.attribution(study, cache, logits, ids),
+            "next": views.next_token(study, logits[-1], ids),
+            "grids": [_grid(result) for result in results],
+        }
+        if len(ids) > 1:
+            data["loss"] = views.loss(logits, ids)
+    series = curves(study)
+    if series:
+        data["runs"] = {"series": series, "kinds": {name: [kind.title, kind.unit] for name, kind in KINDS.items()}}
+    data["pieces"] = {id: _token(study, id)["s"] for id in sorted(_mentioned(data))}
+    return Report(json.loads(as_json(data)))
+
+
+def card(study: Study) -> dict[str, Any]:
+    """What the model is, for the head of the page."""
+    config, run = study.config, study.run
+    made: dict[str, Any] = {
+        "preset": config.preset,
+        "params": cost_of(config).parameters,
+        **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size")},
+        "vocab": config.vocab_size,
+        **{name: getattr(config, name) for name in ("norm", "position", "activation")},
+    }
+    if run is None:
+        return made
+    made["tokenizer"] = study.tokenizer.kind
+    source = (run.config.get("data") or {}).get("source") if run.config else None
+    if source:
+        made["data"] = "/".join(Path(str(source)).parts[-2:])
+    folder = folder_of(study)
+    if folder is not None:
+        made["step"] = step_of(run.path)
+        best = read_best(folder)
+        if best is not None and best.step == made["step"]:
+            made["val_loss"] = best.loss
+    return made
+
+
+def lenses(study: Study, ids: Tensor) -> dict[str, Any]:
+    """The logit lens, and those that were trained for this model, if they are in the run's folder."""
+    made = {"logit": views.lens(study, ids)}
+    for kind in MADE_BY if folder_of(study) else ():
+        path = saved_lens(study, kind)
+        if path.is_file():
+            try:
+                made[kind] = views.lens(study, ids, Translators.load(path, study))
+            except CheckpointError as error:
+                notice(f"the {kind} lens is left out: {error}")
+    return made
+
+
+def curves(study: Study) -> dict[str, list[list[float]]]:
+    """What metrics.jsonl tells of a run, by name: steps and values, thinned to what a curve can show."""
+    folder = folder_of(study)
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_metrics(folder / "metrics.jsonl") if folder else []:
+        for name, value in row.items():
+            wanted = name in CURVES or name.startswith("internals/")
+            if wanted and isinstance(value, int | float) and math.isfinite(value):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return {name: [_thinned(steps), _thinned(values)] for name, (steps, values) in found.items()}
+
+
+def _thinned(values: list[float]) -> list[float]:
+    every = -(-len(values) // POINTS)
+    return values if every < 2 else [*values[:-1:every], values[-1]]
+
+
+def badges(study: Study, ids: Tensor) -> dict[str, dict[str, float]]:
+    """Of each head what it looks at in a random text that repeats, from 0 to 1, if the model holds one, and, where no
+    edits are open, what its absence costs on this text, in nats a token.
+    """
+    names = head_labels(study.config)
+    values: dict[str, list[float]] = {}
+    if repeats_fit(study):
+        scores = heads(study, repeated_block(study, rows=ROWS), kinds=SCORES, causal=False).scores
+        values = {kind: result.values.reshape(-1).tolist() for kind, result in scores.items()}
+    if len(ids) > 1 and not study.watch().edits:
+        values["effect"] = ablate(study, ids, parts="head").values[:, MEASURES.index("loss")].tolist()
+    return {name: {kind: round(each[i], 6) for kind, each in values.items()} for i, name in enumerate(names)}
+
+
+def _grid(result: Result) -> dict[str, Any]:
+    rows, columns = result.axes
+    return {
+        "name": result.title,
+        "unit": result.unit,
+        "x": columns.labels,
+        "y": rows.labels,
+        "xname": columns.name,
+        "yname": rows.name,
+        "values": result.to_dict()["values"],
+    }
+
+
+def _token(study: Study, id: int) -> dict[str, Any]:
+    """A token as the page shows it; bytes that are no text by themselves as their numbers."""
+    text, tokenizer = study.token(id), views.tokenizer_of(study)
+    if "\ufffd" in text and tokenizer is not None:
+        text = f"<{tokenizer.pieces[id].hex(' ').upper()}>"
+    return {"id": id, "s": text}
+
+
+def _mentioned(data: dict[str, Any]) -> set[int]:
+    """Every token id that a view names."""
+    packs = [data["next"]["ids"], *(kind["ids"] for kind in data["lens"]["kinds"].values())]
+    packs += [data["loss"]["ids"]] if "loss" in data else []
+    lists = [data["dla"]["answer"], data["dla"]["versus"], *(kind["target"] for kind in data["lens"]["kinds"].values())]
+    return {int(id) for pack in packs for id in unpacked(pack).reshape(-1)} | {id for ids in lists for id in ids}
+
+
+def folder_of(study: Study) -> Path | None:
+    """The run that the study's checkpoint is one of; None for a model that is of none."""
+    path = None if study.run is None else study.run.path
+    return path.parent.parent if path is not None and path.parent.name == "checkpoints" else None

@@ -1,0 +1,188 @@
+"""What each view of the report page holds, in numbers: one function a view, one dict each (see docs/study/page.md).
+
+All but the scores of heads come from one watched run of the text. Position t of a text predicts token t + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.activations import Activations
+from minigpt.internals.attribution.decomposition import Point, parts_of, points, precise, writers
+from minigpt.internals.attribution.lens import Reader, lens_logits, statistic
+from minigpt.internals.page.render import packed, packed_shares
+from minigpt.model.layers import LayerNorm, widen
+from minigpt.sampling.config import FIELDS, SamplingConfig
+from minigpt.sampling.conflicts import switched_on
+from minigpt.sampling.orders import ORDERS, resolve
+
+if TYPE_CHECKING:
+    from minigpt.internals.study import Study
+    from minigpt.tokenizer.base import Tokenizer
+
+TOP = 10  # tokens that are listed for a prediction
+ONE_BY_ONE = 1024  # logits that the sampler's view holds each; the others, far below, in groups
+GROUPS = 64
+
+# What the sampler's view recomputes: the fields of `SamplingConfig`, and the fixed settings that it presumes.
+SHOWN = (
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "smoothing_factor", "smoothing_curve"),
+    *("temperature", "dynatemp_range", "dynatemp_exponent", "top_h", "top_k", "top_p", "min_p", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff", "top_a", "tail_free", "top_n_sigma", "p_less"),
+)
+PRESUMED = {"repetition_scope": "both", "repetition_normalised": False, "penalty_window": None, "exact_top_k": False}
+
+
+def loss(logits: Tensor, ids: Tensor) -> dict[str, Any]:
+    """What each token but the first cost, and what was expected in its place: logits (T, V), ids (T)."""
+    log_p = widen(logits[:-1]).log_softmax(-1)
+    best = log_p.topk(min(TOP, log_p.shape[-1]), dim=-1)
+    return {
+        "nats": packed(statistic("loss", log_p, log_p, ids[1:]), "f32"),
+        "rank": packed(statistic("rank", log_p, log_p, ids[1:]), "u32"),
+        "entropy": packed(statistic("entropy", log_p, log_p, ids[1:]), "f32"),
+        "ids": packed(best.indices, "u32"),
+        "p": packed_shares(best.values.exp(), "u16"),
+    }
+
+
+def attention(patterns: Tensor) -> dict[str, Any]:
+    """Attention weights (L, H, T, T): of each head the lower triangle, row after row."""
+    layers, heads, length, _ = patterns.shape
+    rows, columns = torch.tril_indices(length, length)
+    triangle = patterns[:, :, rows, columns].clamp(0, 1)
+    return {"L": layers, "H": heads, "T": length, "weights": packed_shares(triangle, "u8")}
+
+
+def lens(study: Study, ids: Tensor, reader: Reader | None = None) -> dict[str, Any]:
+    """What the stream says after every component, for ids (T); see `minigpt.internals.attribution.lens`."""
+    where = points(study.config)
+    [(_, logits)] = lens_logits(study, ids, where[-1:])
+    output = widen(logits[0]).log_softmax(-1)  # (T, V)
+    following = torch.cat((ids[1:], output[-1:].argmax(-1)))
+    columns: dict[str, list[Tensor]] = {"ids": [], "p": [], "rank": [], "entropy": [], "kl": []}
+    for _, logits in lens_logits(study, ids, where, reader):
+        log_p = widen(logits[0]).log_softmax(-1)
+        best = log_p.topk(min(TOP, log_p.shape[-1]), dim=-1)
+        columns["ids"].append(best.indices)
+        columns["p"].append(best.values.exp())
+        for stat in ("rank", "entropy", "kl"):
+            columns[stat].append(statistic(stat, log_p, output, following).clamp(min=0))
+    table = {name: torch.stack(parts) for name, parts in columns.items()}  # (rows, T) or (rows, T, TOP)
+    wrote = {"resid_pre": "embed", "resid_mid": "L{} attn", "resid_post": "L{} mlp"}
+    return {
+        "rows": [wrote[point.kind].format(point.layer) for point in where],
+        "target": following.tolist(),
+        "ids": packed(table["ids"], "u32"),
+        "p": packed_shares(table["p"], "u16"),
+        "rank": packed(table["rank"], "u32"),
+        **{name: packed(table[name], "f32") for name in ("entropy", "kl")},
+    }
+
+
+def attribution(study: Study, cache: Activations, logits: Tensor, ids: Tensor) -> dict[str, Any]:
+    """What each term of the stream adds to the logit of the next token, and of its strongest rival, at every position:
+    `attribute_logit` of them all at once, from a run that is there.
+    """
+    norm, unembed = study.model.trunk.norm, study.model.unembed
+    answer = torch.cat((ids[1:], logits[-1:].argmax(-1)))
+    rival = logits.scatter(1, answer[:, None], -torch.inf).argmax(-1)
+    tokens = torch.stack((answer, rival))  # (2, T)
+    scale = precise(cache["ln_final.hook_scale"][0])  # (T, 1)
+    weight = 1.0 if norm.weight is None else precise(norm.weight)
+    towards = precise(unembed.weight[tokens])  # (2, T, C)
+    through = towards * weight
+    if isinstance(norm, LayerNorm):  # (c - mean c) . d is c . (d - mean d)
+        through = through - through.mean(-1, keepdim=True)
+    parts = parts_of(study, cache, "head", _end(study))
+    labels = [label for part in parts for label in part.labels]
+    each = [torch.einsum("trc,atc->atr", precise(part.written()[0]), through) for part in parts]
+    values = torch.cat(each, -1) / scale  # (2, T, rows)
+    bias = getattr(norm, "bias", None)
+    if bias is not None:
+        labels.append("final norm bias")
+        values = torch.cat((values, (towards @ precise(bias))[..., None]), -1)
+    hidden = precise(cache["ln_final.hook_normalized"][0]) * weight + (0.0 if bias is None else precise(bias))
+    uncapped = (hidden * towards).sum(-1)  # (2, T)
+    cap = study.config.logit_softcap
+    return {
+        "rows": labels,
+        "answer": answer.tolist(),
+        "versus": rival.tolist(),
+        "values": packed(values, "f32"),  # (2, T, rows): of the answer, of the rival
+        "logit": packed(uncapped, "f32"),
+        "residual": packed(uncapped - values.sum(-1), "f32"),
+        "scale": packed(scale[:, 0], "f32"),
+        "cap": cap or None,
+        "capped": packed(logits.gather(1, tokens.T).T, "f32") if cap else None,
+    }
+
+
+def _end(study: Study) -> Point:
+    return Point(study.config.n_layer - 1, "resid_post")
+
+
+def next_token(study: Study, logits: Tensor, ids: Tensor) -> dict[str, Any]:
+    """The last logits (V), and the run's own settings of the sampler, for a page that computes the rest itself."""
+    config = SamplingConfig() if study.run is None else SamplingConfig.from_dict(study.run.sampling)
+    tokenizer = tokenizer_of(study)
+    size = logits.shape[-1] if tokenizer is None else min(logits.shape[-1], tokenizer.vocab_size)
+    falling, order = widen(logits[:size]).cpu().sort(descending=True, stable=True)
+    off = {name: FIELDS[name].metadata["off"] for name in SHOWN}
+    given = {name: getattr(config, name) for name in SHOWN}
+    others = [name for name in switched_on(config) if name not in SHOWN]
+    others += [name for name, value in PRESUMED.items() if getattr(config, name) != value]
+    orders = {name: list(known.steps) for name, known in ORDERS.items()}
+    if not isinstance(config.order, str):
+        orders["own"] = list(resolve(config.order).steps)
+    return {
+        "ids": packed(order[:ONE_BY_ONE], "u32"),
+        "logits": packed(falling[:ONE_BY_ONE], "f32"),
+        "groups": _grouped(falling[ONE_BY_ONE:].double()),
+        "history": ids.tolist(),
+        "params": {name: off[name] if value is None else value for name, value in given.items()},
+        "off": {**off, "temperature": 1.0, "p_less": False},
+        "order": config.order if isinstance(config.order, str) else "own",
+        "orders": orders,
+        "others": others,
+    }
+
+
+def tokenizer_of(study: Study) -> Tokenizer | None:
+    """The study's tokenizer; None where it was made without one."""
+    try:
+        return study.tokenizer
+    except ConfigError:
+        return None
+
+
+def _grouped(falling: Tensor) -> list[list[float]]:
+    """Logits as [how many, one that stands for them] by equal steps: together as likely as they are."""
+    if not len(falling):
+        return []
+    high, low = float(falling[0]), float(falling[-1])
+    step = (high - low) / GROUPS or 1.0
+    place = ((high - falling) / step).long().clamp(max=GROUPS - 1)
+    groups = []
+    for group in place.unique().tolist():
+        members = falling[place == group]
+        groups.append([len(members), float(members.logsumexp(0)) - math.log(len(members))])
+    return groups
+
+
+def run_of(study: Study, ids: Tensor) -> tuple[Tensor, Activations]:
+    """One watched run of ids (T): its logits (T, V), and the activations that the views need.
+
+    Raises DataError where the model's logits are no numbers.
+    """
+    end = _end(study)
+    names = [*writers(study.config, "head", end), end.name, "pattern"]
+    logits, cache = study.run_with_cache(ids[None], [*names, "ln_final.hook_scale", "ln_final.hook_normalized"])
+    if not torch.isfinite(logits).all():
+        raise DataError("the model's logits are not finite, so that there is nothing to show; use another checkpoint")
+    return logits[0], cache
