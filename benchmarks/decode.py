@@ -31,8 +31,8 @@ from minigpt.checkpoint.weights import to_huggingface
 from minigpt.model.config import GPTConfig
 from minigpt.model.fast import fast
 from minigpt.model.gpt import GPT
-from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.settings.config import SamplingConfig
 from runs import machine
 
 PROMPT, NEW = 16, 200

@@ -23,7 +23,7 @@ _HOMES = {
     "MinigptError": "minigpt.errors",
     "Run": "minigpt.checkpoint.checkpoint",
     "Sampler": "minigpt.sampling.sampler",
-    "SamplingConfig": "minigpt.sampling.config",
+    "SamplingConfig": "minigpt.sampling.settings.config",
     "Study": "minigpt.internals.study",
     "TrainConfig": "minigpt.training.config",
     "fast": "minigpt.model.fast",
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from minigpt.model.config import GPTConfig as GPTConfig
     from minigpt.model.fast import fast as fast
     from minigpt.model.gpt import GPT as GPT
-    from minigpt.sampling.config import SamplingConfig as SamplingConfig
     from minigpt.sampling.sampler import Sampler as Sampler
+    from minigpt.sampling.settings.config import SamplingConfig as SamplingConfig
     from minigpt.training.config import TrainConfig as TrainConfig
     from minigpt.training.launch import train as train
 

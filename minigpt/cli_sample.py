@@ -19,7 +19,7 @@ def sample(argv: list[str]) -> None:
     Llama folder; without it the run trained last. --config takes a file of settings or one of greedy, precise,
     creative, beam, llama_cpp_defaults.
     """
-    from minigpt.sampling.config import SamplingConfig
+    from minigpt.sampling.settings.config import SamplingConfig
 
     path, rest = split_positional(argv)
     parser = make_parser("minigpt sample", sample.__doc__ or "", "[RUN]", folder="sampling")
@@ -65,7 +65,7 @@ def sample(argv: list[str]) -> None:
     elif values.score:
         _score(sampler, prompts, values)
     elif values.continuation is not None:
-        from minigpt.sampling.loop import Event
+        from minigpt.sampling.loop.loop import Event
         from minigpt.sampling.show import show_work
 
         completions = sampler.replay(prompts, [values.continuation] * len(prompts), show_work=values.show_work)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minigpt.sampling.noise import Noise
-from minigpt.sampling.pipeline import gather_state
-from minigpt.sampling.processors import Context
+from minigpt.sampling.draws.noise import Noise
+from minigpt.sampling.loop.pipeline import gather_state
+from minigpt.sampling.processors.processors import Context
 
 INF = math.inf
 VOCAB = 50

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from minigpt.sampling.loop import stream_rows
+from minigpt.sampling.loop.loop import stream_rows
 
 UNWRITTEN = 99
 

@@ -18,9 +18,9 @@ from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
-from minigpt.sampling.config import SamplingConfig
-from minigpt.sampling.orders import resolve
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.settings.config import SamplingConfig
+from minigpt.sampling.settings.orders import resolve
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 

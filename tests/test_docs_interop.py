@@ -18,8 +18,8 @@ from tokenizers import processors
 import minigpt
 from minigpt.checkpoint import foreign
 from minigpt.errors import CheckpointError
-from minigpt.sampling import unheard
-from minigpt.sampling.config import SamplingConfig
+from minigpt.sampling.settings import unheard
+from minigpt.sampling.settings.config import SamplingConfig
 from minigpt.tokenizer import folder as beside
 
 pytestmark = needs_transformers(">=5.24", "folders are read as this version reads them")

@@ -26,11 +26,11 @@ import minigpt.sampling
 from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli import main
 from minigpt.errors import ConfigError
-from minigpt.sampling.config import FIELDS, PER_PROMPT, SamplingConfig
-from minigpt.sampling.conflicts import switched_on
-from minigpt.sampling.expansion import RANKINGS
-from minigpt.sampling.orders import CUSTOM, ORDERS, STEPS
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.search.expansion import RANKINGS
+from minigpt.sampling.settings.config import FIELDS, PER_PROMPT, SamplingConfig
+from minigpt.sampling.settings.conflicts import switched_on
+from minigpt.sampling.settings.orders import CUSTOM, ORDERS, STEPS
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 

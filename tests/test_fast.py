@@ -10,7 +10,7 @@ from conftest import PRESETS, random_ids, random_model, tiny_config
 
 from minigpt.model import fast as home
 from minigpt.model.fast import Compiled, PackedLinear, RelaidGPT, fast
-from minigpt.sampling.loop import stream_rows
+from minigpt.sampling.loop.loop import stream_rows
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 9]]
 

@@ -29,10 +29,10 @@ from minigpt.internals.page.render import PAGE, SCRIPTS, as_json, packed, packed
 from minigpt.internals.page.report import Report, report
 from minigpt.internals.page.views import SHOWN, next_token
 from minigpt.internals.study import Study
-from minigpt.sampling.config import SamplingConfig
-from minigpt.sampling.orders import ORDERS
-from minigpt.sampling.pipeline import Pipeline
+from minigpt.sampling.loop.pipeline import Pipeline
 from minigpt.sampling.recipe import cook
+from minigpt.sampling.settings.config import SamplingConfig
+from minigpt.sampling.settings.orders import ORDERS
 from minigpt.tokenizer.plain import CharTokenizer
 
 LETTERS = [chr(48 + i) for i in range(61)]

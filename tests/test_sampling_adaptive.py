@@ -18,10 +18,10 @@ from processor_cases import (
 from table_model import FixedLM, TableLM, run
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.adaptive import AdaptiveP, Mirostat1, Mirostat2
-from minigpt.sampling.loop import stream_rows
-from minigpt.sampling.pipeline import Pipeline, gather_state
-from minigpt.sampling.processors import Temperature
+from minigpt.sampling.loop.loop import stream_rows
+from minigpt.sampling.loop.pipeline import Pipeline, gather_state
+from minigpt.sampling.processors.adaptive import AdaptiveP, Mirostat1, Mirostat2
+from minigpt.sampling.processors.processors import Temperature
 
 ONE = context_of([[0]])
 PER_PROMPT = [1.0, 2.0, 3.0] * 4

@@ -10,7 +10,8 @@ from table_model import TableLM, run
 from transformers.generation import logits_process as theirs
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.bans import (
+from minigpt.sampling.loop.pipeline import Pipeline
+from minigpt.sampling.processors.bans import (
     AllowedIds,
     BadWords,
     BeginSuppress,
@@ -21,15 +22,14 @@ from minigpt.sampling.bans import (
     SequenceBias,
     Suppress,
 )
-from minigpt.sampling.endings import (
+from minigpt.sampling.processors.endings import (
     ExponentialLengthDecay,
     ForcedFirst,
     ForcedLast,
     MinLength,
     MinNewTokens,
 )
-from minigpt.sampling.pipeline import Pipeline
-from minigpt.sampling.processors import Temperature
+from minigpt.sampling.processors.processors import Temperature
 
 ENDS = (0, 7)
 SEQUENCES = {(1,): 0.5, (9,): -INF, (2,): -1.25, (0, 2): 2.5, (1, 2): -INF, (2, 1, 0): 4.0, (1, 1, 1, 4): -8.0}

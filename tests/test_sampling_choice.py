@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt.sampling.choice import choose, draw, greedy, is_choosable
-from minigpt.sampling.noise import uniforms
+from minigpt.sampling.draws.choice import choose, draw, greedy, is_choosable
+from minigpt.sampling.draws.noise import uniforms
 
 INF = math.inf
 

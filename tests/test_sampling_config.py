@@ -12,10 +12,10 @@ import torch
 from table_model import LetterTokenizer, TableLM
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.config import FIELDS, SamplingConfig
-from minigpt.sampling.conflicts import FILTERS
-from minigpt.sampling.orders import ORDERS, STEPS, resolve
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.settings.config import FIELDS, SamplingConfig
+from minigpt.sampling.settings.conflicts import FILTERS
+from minigpt.sampling.settings.orders import ORDERS, STEPS, resolve
 
 INF, NAN = math.inf, math.nan
 

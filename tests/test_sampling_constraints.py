@@ -11,8 +11,8 @@ from table_model import TableLM
 from test_sampling_search import every_text, search
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.constraints import Phrases
-from minigpt.sampling.search import SearchSettings, search_rows
+from minigpt.sampling.search.constraints import Phrases
+from minigpt.sampling.search.search import SearchSettings, search_rows
 
 
 def appears(phrase, text) -> bool:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from table_model import FixedLM, ScriptLM, TableLM, run
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.criteria import MaxTime, Repeats, StopSequences
-from minigpt.sampling.noise import Noise
-from minigpt.sampling.processors import Context, Temperature
+from minigpt.sampling.draws.noise import Noise
+from minigpt.sampling.loop.criteria import MaxTime, Repeats, StopSequences
+from minigpt.sampling.processors.processors import Context, Temperature
 
 INF = math.inf
 GREEDY = {"processors": [Temperature(0.0)]}

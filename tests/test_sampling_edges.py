@@ -10,10 +10,10 @@ import torch
 from table_model import LetterTokenizer, TableLM
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.bans import PrefixAllowed
-from minigpt.sampling.config import SamplingConfig
-from minigpt.sampling.prompts import holds_stop
+from minigpt.sampling.loop.prompts import holds_stop
+from minigpt.sampling.processors.bans import PrefixAllowed
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.settings.config import SamplingConfig
 
 
 def letters(**config) -> Sampler:

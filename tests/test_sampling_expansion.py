@@ -11,11 +11,11 @@ from table_model import FixedLM, TableLM
 from test_sampling_search import every_text, search
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.expansion import Step, drawn_top_down
-from minigpt.sampling.hypotheses import Beam
-from minigpt.sampling.noise import Noise
-from minigpt.sampling.processors import Temperature
-from minigpt.sampling.truncation import TopK
+from minigpt.sampling.draws.noise import Noise
+from minigpt.sampling.processors.processors import Temperature
+from minigpt.sampling.processors.truncation import TopK
+from minigpt.sampling.search.expansion import Step, drawn_top_down
+from minigpt.sampling.search.hypotheses import Beam
 
 INF = math.inf
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from table_model import FixedLM, TableLM, run
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.batch import window_start
-from minigpt.sampling.decodable import Cache, Decodable
-from minigpt.sampling.loop import stream_rows
-from minigpt.sampling.noise import uniforms
-from minigpt.sampling.processors import Temperature
-from minigpt.sampling.truncation import TopK, TopP
+from minigpt.sampling.draws.decodable import Cache, Decodable
+from minigpt.sampling.draws.noise import uniforms
+from minigpt.sampling.loop.batch import window_start
+from minigpt.sampling.loop.loop import stream_rows
+from minigpt.sampling.processors.processors import Temperature
+from minigpt.sampling.processors.truncation import TopK, TopP
 
 INF = math.inf
 

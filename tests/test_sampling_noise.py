@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt.sampling.noise import MAX_SEED, STRETCH, Noise, Purpose, fresh_seed, philox, uniforms
+from minigpt.sampling.draws.noise import MAX_SEED, STRETCH, Noise, Purpose, fresh_seed, philox, uniforms
 
 ONES = 0xFFFFFFFF
 

@@ -19,10 +19,15 @@ from table_model import TableLM, run
 from transformers.generation import logits_process as theirs
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.dry import DRY
-from minigpt.sampling.penalties import FrequencyPenalty, PresencePenalty, PromptRepetitionPenalty, RepetitionPenalty
-from minigpt.sampling.pipeline import Pipeline
-from minigpt.sampling.processors import Temperature
+from minigpt.sampling.loop.pipeline import Pipeline
+from minigpt.sampling.processors.dry import DRY
+from minigpt.sampling.processors.penalties import (
+    FrequencyPenalty,
+    PresencePenalty,
+    PromptRepetitionPenalty,
+    RepetitionPenalty,
+)
+from minigpt.sampling.processors.processors import Temperature
 
 EXAMPLES = [
     RepetitionPenalty(1.3),

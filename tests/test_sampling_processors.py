@@ -10,11 +10,11 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.choice import draw
-from minigpt.sampling.noise import Noise, uniforms
-from minigpt.sampling.pipeline import Pipeline, gather_state
-from minigpt.sampling.processors import AllowedVocabulary, Context, Temperature
-from minigpt.sampling.truncation import TopK, TopP
+from minigpt.sampling.draws.choice import draw
+from minigpt.sampling.draws.noise import Noise, uniforms
+from minigpt.sampling.loop.pipeline import Pipeline, gather_state
+from minigpt.sampling.processors.processors import AllowedVocabulary, Context, Temperature
+from minigpt.sampling.processors.truncation import TopK, TopP
 
 INF = math.inf
 

@@ -7,13 +7,13 @@ import torch
 from processor_cases import INF, assert_well_behaved, call, context_of, kept
 from torch import Tensor
 
-from minigpt.sampling import ranking
-from minigpt.sampling.adaptive import Mirostat1, Mirostat2
-from minigpt.sampling.choice import is_choosable
-from minigpt.sampling.pipeline import Pipeline
-from minigpt.sampling.processors import Temperature
-from minigpt.sampling.ranking import FIRST, count_possible, cut, keep_mass, mean_logit, only_possible, rank
-from minigpt.sampling.truncation import (
+from minigpt.sampling.draws.choice import is_choosable
+from minigpt.sampling.loop.pipeline import Pipeline
+from minigpt.sampling.processors import ranking
+from minigpt.sampling.processors.adaptive import Mirostat1, Mirostat2
+from minigpt.sampling.processors.processors import Temperature
+from minigpt.sampling.processors.ranking import FIRST, count_possible, cut, keep_mass, mean_logit, only_possible, rank
+from minigpt.sampling.processors.truncation import (
     XTC,
     Epsilon,
     Eta,

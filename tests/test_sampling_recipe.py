@@ -11,16 +11,16 @@ from conftest import needs_transformers, random_model, tiny_config, transformers
 from table_model import FixedLM, LetterTokenizer, ScriptLM, TableLM
 
 from minigpt.errors import ConfigError
-from minigpt.sampling import truncation
-from minigpt.sampling.adaptive import AdaptiveP, Mirostat1, Mirostat2
-from minigpt.sampling.config import SamplingConfig
-from minigpt.sampling.dry import DRY
-from minigpt.sampling.orders import CUSTOM, ORDERS, STEPS
-from minigpt.sampling.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
-from minigpt.sampling.processors import Normalised
+from minigpt.sampling.processors import truncation
+from minigpt.sampling.processors.adaptive import AdaptiveP, Mirostat1, Mirostat2
+from minigpt.sampling.processors.dry import DRY
+from minigpt.sampling.processors.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
+from minigpt.sampling.processors.processors import Normalised
+from minigpt.sampling.processors.scaling import DynamicTemperature, QuadraticSmoothing
 from minigpt.sampling.recipe import spellings
 from minigpt.sampling.sampler import Sampler
-from minigpt.sampling.scaling import DynamicTemperature, QuadraticSmoothing
+from minigpt.sampling.settings.config import SamplingConfig
+from minigpt.sampling.settings.orders import CUSTOM, ORDERS, STEPS
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 

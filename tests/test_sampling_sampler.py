@@ -11,8 +11,8 @@ from conftest import random_model, tiny_config
 from table_model import ByteDecoder, ByteTokenizer, FixedLM, LetterTokenizer, ScriptLM, TableLM
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.settings.config import SamplingConfig
 
 END = 256
 
@@ -340,6 +340,6 @@ def test_the_config_is_read_by_transformers_and_its_own_is_read_here():
 
 
 def test_the_config_loads_neither_torch_nor_numpy():
-    code = "import sys, minigpt.sampling.config; print({'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, minigpt.sampling.settings.config; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

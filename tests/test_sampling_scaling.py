@@ -7,8 +7,8 @@ import torch
 from processor_cases import INF, assert_well_behaved, context_of, of_probabilities, ragged, random_logits
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.processors import Temperature
-from minigpt.sampling.scaling import DynamicTemperature, QuadraticSmoothing
+from minigpt.sampling.processors.processors import Temperature
+from minigpt.sampling.processors.scaling import DynamicTemperature, QuadraticSmoothing
 
 ONE = context_of([[0]])
 

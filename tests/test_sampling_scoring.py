@@ -16,7 +16,7 @@ from minigpt.data.stream import TokenStream
 from minigpt.errors import ConfigError, NonFiniteError
 from minigpt.evaluation.loss import evaluate
 from minigpt.sampling import scoring
-from minigpt.sampling.loop import stream_rows
+from minigpt.sampling.loop.loop import stream_rows
 from minigpt.sampling.scoring import Score, score_ids
 
 INF = math.inf

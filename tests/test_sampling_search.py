@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from table_model import FixedLM, TableLM, TableModule, run
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.penalties import RepetitionPenalty
-from minigpt.sampling.processors import Temperature
-from minigpt.sampling.search import Hypothesis, SearchSettings, search_rows
-from minigpt.sampling.truncation import TopK
+from minigpt.sampling.processors.penalties import RepetitionPenalty
+from minigpt.sampling.processors.processors import Temperature
+from minigpt.sampling.processors.truncation import TopK
+from minigpt.sampling.search.search import Hypothesis, SearchSettings, search_rows
 
 INF = math.inf
 

@@ -9,12 +9,12 @@ import torch
 from conftest import needs_transformers, random_ids, random_model, tiny_config, transformers_twin
 from test_sampling_search import search
 
-from minigpt.sampling.bans import NoRepeatNGram
-from minigpt.sampling.endings import MinNewTokens
-from minigpt.sampling.penalties import RepetitionPenalty
-from minigpt.sampling.processors import Temperature
-from minigpt.sampling.search import Hypothesis
-from minigpt.sampling.truncation import TopK
+from minigpt.sampling.processors.bans import NoRepeatNGram
+from minigpt.sampling.processors.endings import MinNewTokens
+from minigpt.sampling.processors.penalties import RepetitionPenalty
+from minigpt.sampling.processors.processors import Temperature
+from minigpt.sampling.processors.truncation import TopK
+from minigpt.sampling.search.search import Hypothesis
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from table_model import ByteDecoder
 
-from minigpt.sampling.stopping import StopMatcher, TextReader
+from minigpt.sampling.loop.stopping import StopMatcher, TextReader
 
 
 def read(pieces: list[str], stop: list[str], include_stop: bool = False) -> tuple[str, bool]:

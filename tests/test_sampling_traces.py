@@ -14,7 +14,7 @@ from conftest import random_ids, random_model, tiny_config
 from table_model import TableLM, TableModule, run
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.loop import Event, stream_rows
+from minigpt.sampling.loop.loop import Event, stream_rows
 
 
 def modes(module: TableModule) -> list[bool]:

@@ -20,11 +20,11 @@ from processor_cases import (
 from transformers.generation import logits_process as theirs
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.choice import draw
-from minigpt.sampling.noise import uniforms
-from minigpt.sampling.pipeline import Pipeline
-from minigpt.sampling.processors import Temperature
-from minigpt.sampling.truncation import (
+from minigpt.sampling.draws.choice import draw
+from minigpt.sampling.draws.noise import uniforms
+from minigpt.sampling.loop.pipeline import Pipeline
+from minigpt.sampling.processors.processors import Temperature
+from minigpt.sampling.processors.truncation import (
     XTC,
     Epsilon,
     Eta,

@@ -10,8 +10,8 @@ from conftest import random_ids, random_model, tiny_config
 from processor_cases import context_of
 from table_model import FixedLM, LetterTokenizer, TableLM
 
-from minigpt.sampling.config import PER_PROMPT, SamplingConfig
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.settings.config import PER_PROMPT, SamplingConfig
 
 INF = math.inf
 

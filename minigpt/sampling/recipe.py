@@ -7,12 +7,12 @@ from functools import lru_cache
 from typing import Any
 
 from minigpt.errors import ConfigError
-from minigpt.sampling import adaptive, bans, endings, penalties, scaling, truncation
-from minigpt.sampling.config import FIELDS, SamplingConfig
-from minigpt.sampling.conflicts import switched_on
-from minigpt.sampling.dry import DRY
-from minigpt.sampling.orders import CUSTOM, Order, resolve
-from minigpt.sampling.processors import AllowedVocabulary, Normalised, Temperature
+from minigpt.sampling.processors import adaptive, bans, endings, penalties, scaling, truncation
+from minigpt.sampling.processors.dry import DRY
+from minigpt.sampling.processors.processors import AllowedVocabulary, Normalised, Temperature
+from minigpt.sampling.settings.config import FIELDS, SamplingConfig
+from minigpt.sampling.settings.conflicts import switched_on
+from minigpt.sampling.settings.orders import CUSTOM, Order, resolve
 
 EVERYTHING = 2**31  # a top-k that keeps every token, beside prompts that have one
 

@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.batch import Row
-from minigpt.sampling.config import FIELDS, PER_PROMPT, SamplingConfig
-from minigpt.sampling.criteria import MaxTime, Repeats, StopSequences
-from minigpt.sampling.decodable import Decodable
-from minigpt.sampling.loop import Event, check_forced, check_prompts, divide, stream_rows
-from minigpt.sampling.orders import Order
-from minigpt.sampling.prompts import (
+from minigpt.sampling.draws.decodable import Decodable
+from minigpt.sampling.loop.batch import Row
+from minigpt.sampling.loop.criteria import MaxTime, Repeats, StopSequences
+from minigpt.sampling.loop.loop import Event, check_forced, check_prompts, divide, stream_rows
+from minigpt.sampling.loop.prompts import (
     Prompt,
     as_list,
     encode_all,
@@ -24,11 +22,13 @@ from minigpt.sampling.prompts import (
     read_all,
     text_reader,
 )
+from minigpt.sampling.loop.stopping import Criterion
+from minigpt.sampling.loop.turn import Details, Stage
 from minigpt.sampling.recipe import cook, spellings
 from minigpt.sampling.scoring import Score, score_ids, with_bytes
-from minigpt.sampling.search import SearchSettings, search_rows
-from minigpt.sampling.stopping import Criterion
-from minigpt.sampling.turn import Details, Stage
+from minigpt.sampling.search.search import SearchSettings, search_rows
+from minigpt.sampling.settings.config import FIELDS, PER_PROMPT, SamplingConfig
+from minigpt.sampling.settings.orders import Order
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.given import as_tokenizer
 
@@ -78,7 +78,7 @@ class Sampler:
         - A text begins with what its tokenizer puts in front of one (`Tokenizer.prefix_ids`); token ids are as given.
         - An empty prompt starts from that, else from end-of-text, or else from a newline; none shows in the text.
         - Special tokens named in a prompt's text are ordinary text.
-        - Longer than the model's context: see `SamplingConfig.overflow`, and `minigpt.sampling.batch` on the window.
+        - Longer than the model's context: see `SamplingConfig.overflow`, and `minigpt.sampling.loop.batch` on the window.
         - max_new_tokens = 0 gives empty completions with the reason "length".
         - A sample with no token left to choose ends with the reason "error" and says why; the others go on.
         - Ids that the model has and the tokenizer has not are never written.

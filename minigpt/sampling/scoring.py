@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, NonFiniteError
-from minigpt.sampling.decodable import Decodable, device_of
-from minigpt.sampling.loop import check_prompts, evaluating
-from minigpt.sampling.processors import NEVER
+from minigpt.sampling.draws.decodable import Decodable, device_of
+from minigpt.sampling.loop.loop import check_prompts, evaluating
+from minigpt.sampling.processors.processors import NEVER
 from minigpt.terminal import progress
 from minigpt.tokenizer.base import well_formed
 

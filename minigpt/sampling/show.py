@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minigpt.sampling.loop import Event
+from minigpt.sampling.loop.loop import Event
 
 if TYPE_CHECKING:
     from minigpt.tokenizer.base import Tokenizer

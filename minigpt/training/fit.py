@@ -20,7 +20,7 @@ from minigpt.errors import ConfigError, DistributedError, Interrupted
 from minigpt.evaluation.loss import byte_lengths
 from minigpt.internals.dynamics.context import held_out_windows
 from minigpt.model.gpt import GPT
-from minigpt.sampling.config import SamplingConfig
+from minigpt.sampling.settings.config import SamplingConfig
 from minigpt.terminal import hushed
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig

@@ -14,8 +14,8 @@ from minigpt.durable import write_text
 from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation.loss import evaluate
 from minigpt.model.gpt import GPT
-from minigpt.sampling.config import SamplingConfig
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.settings.config import SamplingConfig
 from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.training.checkpoints import Checkpoints

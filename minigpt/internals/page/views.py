@@ -17,9 +17,9 @@ from minigpt.internals.attribution.decomposition import Point, parts_of, points,
 from minigpt.internals.attribution.lens import Reader, lens_logits, statistic
 from minigpt.internals.page.render import packed, packed_shares
 from minigpt.model.layers import LayerNorm, widen
-from minigpt.sampling.config import FIELDS, SamplingConfig
-from minigpt.sampling.conflicts import switched_on
-from minigpt.sampling.orders import ORDERS, resolve
+from minigpt.sampling.settings.config import FIELDS, SamplingConfig
+from minigpt.sampling.settings.conflicts import switched_on
+from minigpt.sampling.settings.orders import ORDERS, resolve
 
 if TYPE_CHECKING:
     from minigpt.internals.study import Study

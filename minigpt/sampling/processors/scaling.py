@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from minigpt.sampling.processors import Context, Parameter
-from minigpt.sampling.ranking import count_possible, mean_logit, only_possible
-from minigpt.sampling.rules import FACTOR_OR_ZERO, NOT_NEGATIVE, POSITIVE, Rule, check_numbers, is_number
+from minigpt.sampling.processors.processors import Context, Parameter
+from minigpt.sampling.processors.ranking import count_possible, mean_logit, only_possible
+from minigpt.sampling.settings.rules import FACTOR_OR_ZERO, NOT_NEGATIVE, POSITIVE, Rule, check_numbers, is_number
 
 # The weights of d^2 and d^3 in `QuadraticSmoothing` have the signs that keep the order of the tokens only here.
 _CURVE = Rule(lambda v: is_number(v) and 1 <= v <= 3, "a number from 1 to 3")

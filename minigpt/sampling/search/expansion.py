@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.sampling.hypotheses import NEVER, Beam, Candidate, Group
-from minigpt.sampling.noise import Noise, Purpose
+from minigpt.sampling.draws.noise import Noise, Purpose
+from minigpt.sampling.search.hypotheses import NEVER, Beam, Candidate, Group
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minigpt.sampling.processors import NEVER, Context, Parameter
-from minigpt.sampling.rules import ADDED, COUNT_OR_NONE, FACTOR, SCOPE, YES_OR_NO, check, check_numbers
-from minigpt.sampling.scope import occurrences, seen
+from minigpt.sampling.processors.processors import NEVER, Context, Parameter
+from minigpt.sampling.processors.scope import occurrences, seen
+from minigpt.sampling.settings.rules import ADDED, COUNT_OR_NONE, FACTOR, SCOPE, YES_OR_NO, check, check_numbers
 
 
 @dataclass(frozen=True)

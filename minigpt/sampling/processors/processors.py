@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.config import check_field
-from minigpt.sampling.noise import Noise
+from minigpt.sampling.draws.noise import Noise
+from minigpt.sampling.settings.config import check_field
 
 NEVER = float("-inf")
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.rules import is_id
+from minigpt.sampling.settings.rules import is_id
 
 _EXACT = 5  # constraints up to which every order of meeting them is tried
 _WAYS = 24  # alternatives up to which

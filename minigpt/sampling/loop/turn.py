@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minigpt.sampling.batch import Batch
-from minigpt.sampling.choice import choose
-from minigpt.sampling.noise import Purpose
-from minigpt.sampling.processors import NEVER
+from minigpt.sampling.draws.choice import choose
+from minigpt.sampling.draws.noise import Purpose
+from minigpt.sampling.loop.batch import Batch
+from minigpt.sampling.processors.processors import NEVER
 
 Scored = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, the likeliest first
 

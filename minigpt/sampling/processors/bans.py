@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.processors import NEVER, Context, Parameter
-from minigpt.sampling.rules import BIAS, COUNT_OR_ZERO, FUNCTION, check, check_numbers, check_vocabulary, token_ids
+from minigpt.sampling.processors.processors import NEVER, Context, Parameter
+from minigpt.sampling.settings.rules import (
+    BIAS,
+    COUNT_OR_ZERO,
+    FUNCTION,
+    check,
+    check_numbers,
+    check_vocabulary,
+    token_ids,
+)
 
 NOTHING = -1  # where a row has no token
 ANYTHING = -2  # where a sequence asks for none

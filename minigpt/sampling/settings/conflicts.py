@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.orders import STEPS, resolve
+from minigpt.sampling.settings.orders import STEPS, resolve
 
 FILTERS = (
     "top_k",
@@ -47,7 +47,7 @@ def _is_on(value: Any, off: Any) -> bool:
 
 
 def _off_values(config: Any) -> dict[str, Any]:
-    from minigpt.sampling.config import FIELDS
+    from minigpt.sampling.settings.config import FIELDS
 
     own = {"temperature": 1, "mirostat": 0}
     return {name: own.get(name, FIELDS[name].metadata["off"]) for name in STEPS if name in FIELDS}

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.batch import Batch, Row, window_start
-from minigpt.sampling.choice import is_choosable
-from minigpt.sampling.config import check_field
-from minigpt.sampling.constraints import Constraint, required
-from minigpt.sampling.decodable import Decodable
-from minigpt.sampling.expansion import RANKINGS, Ranking, Step, candidates, drawn_by, root_key
-from minigpt.sampling.hypotheses import (
+from minigpt.sampling.draws.choice import is_choosable
+from minigpt.sampling.draws.decodable import Decodable
+from minigpt.sampling.draws.noise import Noise, fresh_seed
+from minigpt.sampling.loop.batch import Batch, Row, window_start
+from minigpt.sampling.loop.loop import check_prompts, evaluating
+from minigpt.sampling.loop.pipeline import Pipeline
+from minigpt.sampling.search.constraints import Constraint, required
+from minigpt.sampling.search.expansion import RANKINGS, Ranking, Step, candidates, drawn_by, root_key
+from minigpt.sampling.search.hypotheses import (
     NEVER,
     Beam,
     ConstrainedGroup,
@@ -31,9 +33,7 @@ from minigpt.sampling.hypotheses import (
     SearchSettings,
     StochasticGroup,
 )
-from minigpt.sampling.loop import check_prompts, evaluating
-from minigpt.sampling.noise import Noise, fresh_seed
-from minigpt.sampling.pipeline import Pipeline
+from minigpt.sampling.settings.config import check_field
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from minigpt.sampling.noise import Purpose
-from minigpt.sampling.processors import NEVER, Context, Parameter
-from minigpt.sampling.ranking import (
+from minigpt.sampling.draws.noise import Purpose
+from minigpt.sampling.processors.processors import NEVER, Context, Parameter
+from minigpt.sampling.processors.ranking import (
     FIRST,
     above,
     at_least,
@@ -28,7 +28,7 @@ from minigpt.sampling.ranking import (
     mean_logit,
     rank,
 )
-from minigpt.sampling.rules import (
+from minigpt.sampling.settings.rules import (
     BELOW_ONE,
     COUNT,
     FRACTION,

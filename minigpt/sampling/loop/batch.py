@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.sampling.decodable import Decodable, device_of
-from minigpt.sampling.noise import Noise
-from minigpt.sampling.pipeline import Pipeline, gather_state
-from minigpt.sampling.processors import Context
-from minigpt.sampling.stopping import Reader
+from minigpt.sampling.draws.decodable import Decodable, device_of
+from minigpt.sampling.draws.noise import Noise
+from minigpt.sampling.loop.pipeline import Pipeline, gather_state
+from minigpt.sampling.loop.stopping import Reader
+from minigpt.sampling.processors.processors import Context
 
 
 @dataclass

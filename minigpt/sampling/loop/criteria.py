@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.processors import Context
-from minigpt.sampling.rules import COUNT, FUNCTION, POSITIVE, Rule, check, is_id, is_whole
+from minigpt.sampling.processors.processors import Context
+from minigpt.sampling.settings.rules import COUNT, FUNCTION, POSITIVE, Rule, check, is_id, is_whole
 
 SEQUENCES = Rule(
     lambda v: isinstance(v, tuple) and bool(v) and all(isinstance(s, tuple) and s and all(map(is_id, s)) for s in v),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minigpt.sampling.processors import Context
+from minigpt.sampling.processors.processors import Context
 
 
 def span(context: Context, scope: str, window: int | None = None) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import ConfigError, MinigptError
-from minigpt.sampling.loop import check_prompts
-from minigpt.sampling.stopping import TextReader
+from minigpt.sampling.loop.loop import check_prompts
+from minigpt.sampling.loop.stopping import TextReader
 
 if TYPE_CHECKING:
     from minigpt.tokenizer.base import Tokenizer

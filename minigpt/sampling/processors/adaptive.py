@@ -13,9 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.sampling.processors import NEVER, Context, Parameter
-from minigpt.sampling.ranking import cut, keep_likeliest, only_possible
-from minigpt.sampling.rules import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, Rule, check, check_numbers, is_number
+from minigpt.sampling.processors.processors import NEVER, Context, Parameter
+from minigpt.sampling.processors.ranking import cut, keep_likeliest, only_possible
+from minigpt.sampling.settings.rules import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Rule,
+    check,
+    check_numbers,
+    is_number,
+)
 
 _DECAY = Rule(lambda v: is_number(v) and 0 <= v <= 0.99, "a number from 0 to 0.99")
 

@@ -12,8 +12,8 @@ from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.constraints import Phrases, Progress
-from minigpt.sampling.rules import COUNT, NOT_NEGATIVE, Rule, check, is_number
+from minigpt.sampling.search.constraints import Phrases, Progress
+from minigpt.sampling.settings.rules import COUNT, NOT_NEGATIVE, Rule, check, is_number
 
 NEVER = float("-inf")
 

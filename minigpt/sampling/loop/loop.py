@@ -15,13 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.batch import Batch, Row
-from minigpt.sampling.config import check_field
-from minigpt.sampling.decodable import Decodable
-from minigpt.sampling.noise import fresh_seed
-from minigpt.sampling.pipeline import Pipeline
-from minigpt.sampling.stopping import Criterion, Reader
-from minigpt.sampling.turn import Choice, Details, Stage, take_turn
+from minigpt.sampling.draws.decodable import Decodable
+from minigpt.sampling.draws.noise import fresh_seed
+from minigpt.sampling.loop.batch import Batch, Row
+from minigpt.sampling.loop.pipeline import Pipeline
+from minigpt.sampling.loop.stopping import Criterion, Reader
+from minigpt.sampling.loop.turn import Choice, Details, Stage, take_turn
+from minigpt.sampling.settings.config import check_field
 
 
 class Event(NamedTuple):
@@ -77,7 +77,7 @@ def stream_rows(
         model: what predicts.
         prompts: token ids, at least one each.
         max_new_tokens: most tokens for each row; one number, or one for each prompt.
-        processors: applied in this order; see `minigpt.sampling.processors`.
+        processors: applied in this order; see `minigpt.sampling.processors.processors`.
         samples: rows for each prompt.
         seeds: one for each prompt; None draws a fresh one.
         end_ids: tokens that end a row; they count as written, but are not part of the text.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.choice import is_choosable
-from minigpt.sampling.processors import Context, Plain, Processor
+from minigpt.sampling.draws.choice import is_choosable
+from minigpt.sampling.processors.processors import Context, Plain, Processor
 
 
 class Pipeline:

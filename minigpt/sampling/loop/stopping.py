@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from minigpt.sampling.processors import Context
+from minigpt.sampling.processors.processors import Context
 
 Criterion = Callable[[Context], Sequence[str | None]]
 """A user's own ending: after each token, a reason for every row that is to end here, None for the others."""

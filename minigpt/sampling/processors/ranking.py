@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.sampling.processors import NEVER
+from minigpt.sampling.processors.processors import NEVER
 
 FIRST = 128  # tokens that are ranked before more are asked for
 WIDER = 4  # how many times as many, then

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from minigpt.errors import ConfigError
-from minigpt.sampling import rules
-from minigpt.sampling.rules import Rule
-from minigpt.sampling.unheard import name_unheard
+from minigpt.sampling.settings import rules
+from minigpt.sampling.settings.rules import Rule
+from minigpt.sampling.settings.unheard import name_unheard
 
 Number = float | None
 
@@ -225,7 +225,7 @@ class SamplingConfig:
         """Raise ConfigError for the first field whose value it does not accept, or for fields that contradict."""
         for spec in fields(self):
             check_field(spec.name, getattr(self, spec.name))
-        from minigpt.sampling.conflicts import check_conflicts
+        from minigpt.sampling.settings.conflicts import check_conflicts
 
         check_conflicts(self)
 

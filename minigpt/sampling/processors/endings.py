@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.processors import NEVER, Context, Parameter
-from minigpt.sampling.rules import COUNT, COUNT_OR_ZERO, POSITIVE, check_numbers, check_vocabulary, token_ids
+from minigpt.sampling.processors.processors import NEVER, Context, Parameter
+from minigpt.sampling.settings.rules import COUNT, COUNT_OR_ZERO, POSITIVE, check_numbers, check_vocabulary, token_ids
 
 LARGEST = 1e30  # a finite factor: an infinite logit could not be drawn from
 

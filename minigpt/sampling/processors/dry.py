@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.processors import Context, Parameter
-from minigpt.sampling.rules import (
+from minigpt.sampling.processors.processors import Context, Parameter
+from minigpt.sampling.processors.scope import span
+from minigpt.sampling.settings.rules import (
     AT_LEAST_ONE,
     COUNT,
     COUNT_OR_NONE,
@@ -29,7 +30,6 @@ from minigpt.sampling.rules import (
     check_numbers,
     token_ids,
 )
-from minigpt.sampling.scope import span
 
 NOTHING = -1  # where a row has no token
 LARGEST = 1e30  # a finite penalty that nothing survives

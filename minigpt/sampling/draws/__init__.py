@@ -1,0 +1,1 @@
+"""What sampling needs of a model, the noise, and the choice of a token."""

@@ -1,0 +1,1 @@
+"""Logits -> logits, one family a file."""

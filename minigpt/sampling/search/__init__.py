@@ -1,0 +1,1 @@
+"""Beams of every kind."""

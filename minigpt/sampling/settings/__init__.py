@@ -1,0 +1,1 @@
+"""Settings of sampling: fields, their rules, conflicts and orders."""
