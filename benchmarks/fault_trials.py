@@ -41,7 +41,7 @@ from minigpt.model.gpt import GPT
 from minigpt.tokenizer.plain import ByteTokenizer
 from minigpt.training.config import TrainConfig
 from minigpt.training.launch import train
-from minigpt.training.metrics import read_metrics
+from minigpt.training.run.metrics import read_metrics
 
 KEEP = 2
 

@@ -3,8 +3,8 @@
     python benchmarks/long_vocabulary.py                              GPT-2's vocabulary, 1,024 tokens
     python benchmarks/long_vocabulary.py --vocabulary 4096 --width 384 --tokens 8192
 
-    plain           all logits at once, F.cross_entropy                         minigpt.training.loss.plain_loss
-    chunks          minigpt's: gradients worked out with each chunk             minigpt.training.loss.chunked_loss
+    plain           all logits at once, F.cross_entropy   minigpt.training.recipe.loss.plain_loss
+    chunks          minigpt's: gradients worked out with each chunk             minigpt.training.recipe.loss.chunked_loss
     torch's         torch.nn.functional.linear_cross_entropy (torch 2.13), same chunks; it knows no softcap
     checkpointed    torch.utils.checkpoint around each chunk: its logits are computed twice
 
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import Unembed
 from minigpt.model.layers import widen
-from minigpt.training.loss import CPU_LOGITS, GPU_LOGITS, chunked_loss, plain_loss
+from minigpt.training.recipe.loss import CPU_LOGITS, GPU_LOGITS, chunked_loss, plain_loss
 from runs import machine
 
 SIDES = ("plain", "chunks", "torch's", "checkpointed")

@@ -35,9 +35,9 @@ from minigpt.data.shards import open_corpus
 from minigpt.evaluation.loss import evaluate
 from minigpt.model.gpt import GPT
 from minigpt.training.config import TrainConfig
-from minigpt.training.loss import next_token_loss
-from minigpt.training.schedule import learning_rate
-from minigpt.training.settle import settle
+from minigpt.training.recipe.loss import next_token_loss
+from minigpt.training.recipe.schedule import learning_rate
+from minigpt.training.run.settle import settle
 from runs import ROOT, Outcome, machine, run
 
 TARGET = 1.88  # nats a character

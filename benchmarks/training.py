@@ -27,14 +27,14 @@ from torch import Tensor
 from minigpt.arguments import shipped
 from minigpt.data.batches import Batches
 from minigpt.model.gpt import GPT
-from minigpt.training import fit as fit_module
-from minigpt.training.average import Average
 from minigpt.training.config import TrainConfig
-from minigpt.training.loader import MicroBatches
-from minigpt.training.loss import compiled_loss, next_token_loss
-from minigpt.training.optimizer import make_optimizer
-from minigpt.training.schedule import learning_rate
-from minigpt.training.settle import settle
+from minigpt.training.recipe.average import Average
+from minigpt.training.recipe.loss import compiled_loss, next_token_loss
+from minigpt.training.recipe.optimizer import make_optimizer
+from minigpt.training.recipe.schedule import learning_rate
+from minigpt.training.run import fit as fit_module
+from minigpt.training.run.loader import MicroBatches
+from minigpt.training.run.settle import settle
 from runs import machine
 
 TURN = 10  # steps that count in a turn; the one before them, in which the caches are the other side's, does not

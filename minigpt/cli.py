@@ -90,7 +90,7 @@ def _settings_since(stored: Path) -> list[str]:
 
 def _summarise(run: Path) -> None:
     """What a person wants to see of a run that is done: its losses, a sample, and how to go on."""
-    from minigpt.training.metrics import read_metrics
+    from minigpt.training.run.metrics import read_metrics
 
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row.get("val/loss") is not None]
     samples = sorted((run / "samples").glob("step-*.txt"))
@@ -216,7 +216,7 @@ def plan(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, argv)
     config = TrainConfig(**_fields(values, TrainConfig))
-    from minigpt.training.plan import make_plan, show
+    from minigpt.training.plan.plan import make_plan, show
 
     figures = make_plan(config, values.utilisation, values.measure)
     if values.json:
@@ -302,6 +302,6 @@ def run(*arguments: str) -> None:
         arguments: in place of the command line's, if there are any.
     """
     code = main(arguments or None)
-    if "minigpt.training.processes" in sys.modules:  # it may have been one of several, or have launched them
+    if "minigpt.training.processes.processes" in sys.modules:  # it may have been one of several, or have launched them
         leave(code)
     sys.exit(code)

@@ -65,7 +65,7 @@ def _prefers_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     A test that passes on one kind of machine alone shows here: what needs float32 has to say so.
     """
     if os.environ.get("MINIGPT_TEST_BF16") == "1":
-        monkeypatch.setattr("minigpt.training.choose.WORTH", 0.0)
+        monkeypatch.setattr("minigpt.training.plan.choose.WORTH", 0.0)
 
 
 @pytest.fixture(autouse=True)

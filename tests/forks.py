@@ -24,7 +24,7 @@ from types import FrameType
 import pytest
 
 from minigpt.errors import leave
-from minigpt.training.join import LOCAL, listen, serve
+from minigpt.training.processes.join import LOCAL, listen, serve
 
 # What a test may take, on a machine that does much else. Ten times what the slowest takes on one that does not.
 LIMIT = 300.0

@@ -17,10 +17,10 @@ from minigpt.data.batches import validation_windows
 from minigpt.data.shards import prepare
 from minigpt.errors import Interrupted
 from minigpt.evaluation.loss import bytes_per_token, evaluate
-from minigpt.training.average import Average
 from minigpt.training.launch import train
-from minigpt.training.module import TrainingModule
-from minigpt.training.stopping import Agreement
+from minigpt.training.recipe.average import Average
+from minigpt.training.run.module import TrainingModule
+from minigpt.training.run.stopping import Agreement
 
 BUSY = {
     "optimizer__ema_decay": 0.8,

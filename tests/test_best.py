@@ -22,10 +22,10 @@ import minigpt
 from minigpt.checkpoint import runs
 from minigpt.checkpoint.runs import Best, checkpoints_of, find_checkpoint, prune, read_best, record_best
 from minigpt.evaluation.loss import Evaluation
-from minigpt.training import observing
 from minigpt.training.launch import train
-from minigpt.training.metrics import read_metrics
-from minigpt.training.standing import Standing, standing_at
+from minigpt.training.run import observing
+from minigpt.training.run.metrics import read_metrics
+from minigpt.training.run.standing import Standing, standing_at
 
 
 @contextmanager

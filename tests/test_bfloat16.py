@@ -12,10 +12,10 @@ from training_runs import assert_equal_to_the_bit, forked, losses, run_and_read,
 from minigpt.data.batches import Batches
 from minigpt.data.shards import prepare
 from minigpt.model.gpt import GPT
-from minigpt.training.choose import pick_precision
 from minigpt.training.config import TrainConfig
 from minigpt.training.launch import train
-from minigpt.training.metrics import read_metrics
+from minigpt.training.plan.choose import pick_precision
+from minigpt.training.run.metrics import read_metrics
 
 BF16 = {"trainer__precision": "bf16-mixed", "optimizer__schedule": "constant", "batch__micro_batch_size": 4}
 RECIPES = {"gpt2": {}, "modern": {"model__preset": "modern", "optimizer__name": "muon"}}
@@ -79,8 +79,8 @@ def test_two_processes_give_one_processs_losses_to_the_digits_of_bfloat16(tmp_pa
 def test_auto_takes_bfloat16_where_its_products_are_faster(
     gain: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minigpt.training.choose.WORTH", 1.5)
-    monkeypatch.setattr("minigpt.training.hardware.bfloat16_gain", lambda threads: gain)
+    monkeypatch.setattr("minigpt.training.plan.choose.WORTH", 1.5)
+    monkeypatch.setattr("minigpt.training.plan.hardware.bfloat16_gain", lambda threads: gain)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_precision(TrainConfig()) == (

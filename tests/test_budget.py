@@ -16,12 +16,13 @@ import yaml
 from training_runs import losses, run_and_read, tiny_run
 
 from minigpt.errors import ConfigError, NotLearning
-from minigpt.training import budget, choose
+from minigpt.training import budget
 from minigpt.training.budget import Timing, measure, seconds_of, steps_within, times_due
-from minigpt.training.each_step import due
-from minigpt.training.fit import fit
 from minigpt.training.launch import train
-from minigpt.training.settle import Job, settle
+from minigpt.training.plan import choose
+from minigpt.training.run.each_step import due
+from minigpt.training.run.fit import fit
+from minigpt.training.run.settle import Job, settle
 
 TIMING = Timing(step=0.2, start=3.0, cold_start=20.0, validation=1.1, save=0.3, sample=2.0)
 

@@ -16,9 +16,9 @@ from conftest import PRESETS, random_ids, random_model, tiny_config
 from torch import Tensor
 
 import minigpt
-from minigpt.training import loss
-from minigpt.training.loss import next_token_loss, plain_loss
-from minigpt.training.strategy import compiler_works
+from minigpt.training.recipe import loss
+from minigpt.training.recipe.loss import next_token_loss, plain_loss
+from minigpt.training.recipe.strategy import compiler_works
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

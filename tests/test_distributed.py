@@ -28,10 +28,11 @@ from training_runs import (
 
 from minigpt.checkpoint.checkpoint import verify
 from minigpt.errors import DistributedError, MinigptError
-from minigpt.training import join, launch
+from minigpt.training import launch
 from minigpt.training.config import TrainConfig
-from minigpt.training.metrics import read_metrics
-from minigpt.training.module import TrainingModule
+from minigpt.training.processes import join
+from minigpt.training.run.metrics import read_metrics
+from minigpt.training.run.module import TrainingModule
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
@@ -216,7 +217,9 @@ def test_processes_with_another_corpus_or_other_code_are_refused(
 ) -> None:
     def other_code(rank: int) -> None:
         if rank == 1:
-            monkeypatch.setattr("minigpt.training.fit.code_identity", lambda: {**join.code_identity(), "torch": "1.0"})
+            monkeypatch.setattr(
+                "minigpt.training.run.fit.code_identity", lambda: {**join.code_identity(), "torch": "1.0"}
+            )
 
     assert forked(tiny_run(tmp_path, trainer__devices=2), other_code) == {0: 8, 1: 8}
     assert f"torch '1.0' (process 0: '{torch.__version__}')" in capfd.readouterr().err
@@ -235,7 +238,7 @@ def test_processes_with_another_corpus_or_other_code_are_refused(
         from minigpt.data.shards import open_corpus
 
         if rank == 1:
-            monkeypatch.setattr("minigpt.training.fit.open_corpus", lambda folder: open_corpus(elsewhere))
+            monkeypatch.setattr("minigpt.training.run.fit.open_corpus", lambda folder: open_corpus(elsewhere))
 
     assert forked(tiny_run(tmp_path, trainer__devices=2), other_corpus) == {0: 8, 1: 8}
     assert "process 1 on " in (said := capfd.readouterr().err) and "corpus '" in said

@@ -28,7 +28,7 @@ from minigpt.checkpoint.runs import prune
 from minigpt.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from minigpt.model.cost import cost_of
 from minigpt.training.launch import train
-from minigpt.training.metrics import read_metrics
+from minigpt.training.run.metrics import read_metrics
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks, signals and limits as Unix has them")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

@@ -18,9 +18,9 @@ from minigpt.data.shards import prepare
 from minigpt.model.gpt import GPT
 from minigpt.training.config import OptimizerConfig
 from minigpt.training.launch import train
-from minigpt.training.loss import next_token_loss
-from minigpt.training.metrics import read_metrics
-from minigpt.training.optimizer import make_optimizer
+from minigpt.training.recipe.loss import next_token_loss
+from minigpt.training.recipe.optimizer import make_optimizer
+from minigpt.training.run.metrics import read_metrics
 
 MUON = {
     "optimizer__name": "muon",

@@ -15,8 +15,8 @@ import forks
 import pytest
 from forks import Fork, children_of, in_forks, limited
 
-from minigpt.training import processes
-from minigpt.training.processes import Processes
+from minigpt.training.processes import processes
+from minigpt.training.processes.processes import Processes
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are looked up as on Linux")
 

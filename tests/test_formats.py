@@ -29,7 +29,7 @@ from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.config import GPTConfig
 from minigpt.training.config import TrainConfig
 from minigpt.training.launch import train
-from minigpt.training.metrics import read_metrics
+from minigpt.training.run.metrics import read_metrics
 
 GOLDEN = Path(__file__).parent / "golden"
 

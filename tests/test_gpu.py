@@ -20,8 +20,8 @@ from minigpt.internals.study import Study
 from minigpt.model.fast import fast
 from minigpt.model.gpt import GPT
 from minigpt.sampling.sampler import Sampler
-from minigpt.training import loss as loss_module
-from minigpt.training.loss import compiled_loss, plain_loss
+from minigpt.training.recipe import loss as loss_module
+from minigpt.training.recipe.loss import compiled_loss, plain_loss
 
 pytestmark = pytest.mark.gpu
 

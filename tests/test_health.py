@@ -13,11 +13,11 @@ from training_runs import forked, losses, run_and_read, tiny_run
 
 from minigpt.errors import NotLearning
 from minigpt.model.gpt import GPT
-from minigpt.training import fit, module, rehearsal
-from minigpt.training.health import not_zero
 from minigpt.training.launch import train
-from minigpt.training.loss import next_token_loss
-from minigpt.training.metrics import read_metrics
+from minigpt.training.recipe.loss import next_token_loss
+from minigpt.training.run import fit, module, rehearsal
+from minigpt.training.run.health import not_zero
+from minigpt.training.run.metrics import read_metrics
 
 
 def without_gradient(value: Tensor) -> Tensor:

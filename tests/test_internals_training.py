@@ -14,7 +14,7 @@ from minigpt.errors import ConfigError
 from minigpt.internals.dynamics.context import held_out_windows
 from minigpt.internals.dynamics.snapshot import numbers, snapshot
 from minigpt.internals.study import Study
-from minigpt.training.internals import due_by_doublings
+from minigpt.training.run.internals import due_by_doublings
 
 LOG = {"internals__every": "log"}
 

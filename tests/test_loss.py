@@ -11,8 +11,8 @@ from torch import Tensor
 
 from minigpt.data.batches import IGNORED
 from minigpt.model.gpt import GPT
-from minigpt.training import loss
-from minigpt.training.loss import chunked_loss, next_token_loss, plain_loss
+from minigpt.training.recipe import loss
+from minigpt.training.recipe.loss import chunked_loss, next_token_loss, plain_loss
 
 Loss = Callable[[GPT, Tensor, Tensor], Tensor]
 

@@ -17,12 +17,12 @@ from training_runs import run_and_read, tiny_run
 from minigpt.data.batches import Batches
 from minigpt.data.shards import prepare
 from minigpt.model.cost import cost_of
-from minigpt.training import hardware
-from minigpt.training import metrics as metrics_module
 from minigpt.training.config import TrainConfig
-from minigpt.training.hardware import accelerator_named, machine_memory, measured_peak, peak_flops, peak_memory
-from minigpt.training.loader import MicroBatches
-from minigpt.training.metrics import Metrics
+from minigpt.training.plan import hardware
+from minigpt.training.plan.hardware import accelerator_named, machine_memory, measured_peak, peak_flops, peak_memory
+from minigpt.training.run import metrics as metrics_module
+from minigpt.training.run.loader import MicroBatches
+from minigpt.training.run.metrics import Metrics
 
 
 def batches_of(config: TrainConfig) -> Batches:

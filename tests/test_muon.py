@@ -8,9 +8,9 @@ from conftest import PRESETS, tiny_config
 
 from minigpt.model.gpt import GPT
 from minigpt.training.config import OptimizerConfig, TrainConfig, TrainerConfig
-from minigpt.training.module import TrainingModule
-from minigpt.training.muon import MuonAdamW, orthogonalize
-from minigpt.training.optimizer import make_optimizer
+from minigpt.training.recipe.muon import MuonAdamW, orthogonalize
+from minigpt.training.recipe.optimizer import make_optimizer
+from minigpt.training.run.module import TrainingModule
 
 SHAPES = [(32, 32), (32, 32), (48, 16), (16, 48), (24, 40), (8, 64), (1, 16)]
 

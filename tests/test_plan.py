@@ -19,12 +19,12 @@ from minigpt.model.config import PRESETS
 from minigpt.model.cost import activations_of, cost_of
 from minigpt.model.explicit import explicit_forward
 from minigpt.model.gpt import GPT
-from minigpt.training import plan as plan_module
 from minigpt.training.config import OptimizerConfig
-from minigpt.training.hardware import ACCELERATORS
-from minigpt.training.loss import plain_loss
-from minigpt.training.optimizer import make_optimizer
-from minigpt.training.plan import make_plan, measured_step, memory_of, show
+from minigpt.training.plan import plan as plan_module
+from minigpt.training.plan.hardware import ACCELERATORS
+from minigpt.training.plan.plan import make_plan, measured_step, memory_of, show
+from minigpt.training.recipe.loss import plain_loss
+from minigpt.training.recipe.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = [

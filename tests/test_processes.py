@@ -14,8 +14,8 @@ import torch
 
 from minigpt.durable import locked
 from minigpt.errors import ConfigError
-from minigpt.training import processes
-from minigpt.training.processes import Processes
+from minigpt.training.processes import processes
+from minigpt.training.processes.processes import Processes
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),

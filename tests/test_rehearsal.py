@@ -12,10 +12,10 @@ import torch
 from training_runs import losses, run_and_read, tiny_run
 
 from minigpt.errors import MemoryExceeded
-from minigpt.training import module as training_module
-from minigpt.training import rehearsal
 from minigpt.training.launch import train
-from minigpt.training.rehearsal import Rehearsal, memory_errors, training_advice
+from minigpt.training.run import module as training_module
+from minigpt.training.run import rehearsal
+from minigpt.training.run.rehearsal import Rehearsal, memory_errors, training_advice
 
 
 def test_a_run_is_the_same_with_and_without_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_t
 
 from minigpt.errors import ConfigError, Interrupted
 from minigpt.training import launch
-from minigpt.training.each_step import EachStep
-from minigpt.training.metrics import read_metrics
-from minigpt.training.settle import settle
-from minigpt.training.stopping import Agreement
+from minigpt.training.run.each_step import EachStep
+from minigpt.training.run.metrics import read_metrics
+from minigpt.training.run.settle import settle
+from minigpt.training.run.stopping import Agreement
 
 # Everything on that could disturb: dropout, accumulation, validation, samples, and an epoch that ends in between.
 BUSY = {
@@ -115,7 +115,7 @@ def test_a_crash_between_saves_repeats_the_steps_since(tmp_path: Path, monkeypat
 
 
 def test_a_validation_missed_by_a_kill_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigpt.training.observing import Validation
+    from minigpt.training.run.observing import Validation
 
     class Crash(Exception):
         pass

@@ -27,13 +27,13 @@ from minigpt.data.corpus import find_source
 from minigpt.data.decoding import ReadingLog
 from minigpt.errors import DataError
 from minigpt.model.gpt import GPT
-from minigpt.training import loss
-from minigpt.training.join import connect, join
-from minigpt.training.loss import plain_loss
-from minigpt.training.metrics import read_metrics
-from minigpt.training.module import TrainingModule
-from minigpt.training.sharding import shard, whole
-from minigpt.training.strategy import recompute_blocks
+from minigpt.training.processes.join import connect, join
+from minigpt.training.recipe import loss
+from minigpt.training.recipe.loss import plain_loss
+from minigpt.training.recipe.sharding import shard, whole
+from minigpt.training.recipe.strategy import recompute_blocks
+from minigpt.training.run.metrics import read_metrics
+from minigpt.training.run.module import TrainingModule
 
 LAUNCH = Path(__file__).parents[1] / "configs" / "launch"
 

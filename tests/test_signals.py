@@ -14,9 +14,9 @@ from training_runs import StartedFork, assert_equal_to_the_bit, losses, run_and_
 from minigpt.checkpoint.checkpoint import verify
 from minigpt.errors import Interrupted
 from minigpt.training import launch
-from minigpt.training.checkpoints import Checkpoints
-from minigpt.training.loader import MicroBatches
-from minigpt.training.metrics import read_metrics
+from minigpt.training.run.checkpoints import Checkpoints
+from minigpt.training.run.loader import MicroBatches
+from minigpt.training.run.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
 
@@ -77,7 +77,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, monkeypatch: pytest.Monk
 
     def on_step_end(self: Checkpoints, trainer, module, step: int) -> None:
         if step == 5:  # stopping, after the first Ctrl-C
-            monkeypatch.setattr("minigpt.training.checkpoints.save_checkpoint", interrupted_save)
+            monkeypatch.setattr("minigpt.training.run.checkpoints.save_checkpoint", interrupted_save)
         real(self, trainer, module, step)
         if step == 4:
             os.kill(os.getpid(), signal.SIGINT)

@@ -20,12 +20,12 @@ from minigpt.data.batches import Batches
 from minigpt.data.shards import prepare
 from minigpt.errors import CheckpointError, ConfigError, DataError, Interrupted, MemoryExceeded, NonFiniteError
 from minigpt.model.gpt import GPT
-from minigpt.training import module as training_module
 from minigpt.training.config import OptimizerConfig, TrainConfig
 from minigpt.training.launch import train
-from minigpt.training.metrics import read_metrics, rewind_metrics
-from minigpt.training.schedule import learning_rate
-from minigpt.training.settle import settle
+from minigpt.training.recipe.schedule import learning_rate
+from minigpt.training.run import module as training_module
+from minigpt.training.run.metrics import read_metrics, rewind_metrics
+from minigpt.training.run.settle import settle
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama"])
@@ -185,7 +185,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_ctrl_c_before_the_first_step_has_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigpt.training.checkpoints import Checkpoints
+    from minigpt.training.run.checkpoints import Checkpoints
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -201,7 +201,7 @@ def test_wandb_goes_offline_where_its_server_does_not_answer(
 ) -> None:
     import lightning.pytorch.loggers
 
-    from minigpt.training.loggers import make_loggers
+    from minigpt.training.run.loggers import make_loggers
 
     class Unreachable:
         def __init__(self, offline: bool, **options: object) -> None:
@@ -257,7 +257,7 @@ def test_another_processor_is_announced_at_resume(
     train(tiny_run(tmp_path))
     train(tiny_run(tmp_path, trainer__max_steps=9))
     assert "not to the bit" not in capsys.readouterr().err
-    monkeypatch.setattr("minigpt.training.checkpoints.processor", lambda: "Z80")
+    monkeypatch.setattr("minigpt.training.run.checkpoints.processor", lambda: "Z80")
     train(tiny_run(tmp_path, trainer__max_steps=10))
     assert re.search(r"goes on, but not to the bit, since this changed: processor .+ -> Z80\n", capsys.readouterr().err)
 
@@ -334,7 +334,7 @@ def test_a_changed_text_is_noticed_at_resume(tmp_path: Path) -> None:
 def test_lightning_still_has_what_progress_touches() -> None:
     import lightning.pytorch as pl
 
-    from minigpt.training.progress import LightModule, set_progress, without_signals
+    from minigpt.training.run.progress import LightModule, set_progress, without_signals
 
     trainer = pl.Trainer(max_steps=9, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     set_progress(trainer, 5)

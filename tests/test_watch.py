@@ -14,10 +14,10 @@ from forks import in_forks
 from training_runs import forked, tiny_run
 
 from minigpt.checkpoint.checkpoint import verify
-from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.launch import train
-from minigpt.training.module import TrainingModule
-from minigpt.training.watch import BACKWARD, BETWEEN, FORWARD, UPDATE, Seen, hanging
+from minigpt.training.processes.watch import BACKWARD, BETWEEN, FORWARD, UPDATE, Seen, hanging
+from minigpt.training.run.checkpoints import Checkpoints
+from minigpt.training.run.module import TrainingModule
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 

@@ -25,7 +25,7 @@ from minigpt.data.config import DataConfig
 from minigpt.errors import MinigptError
 from minigpt.model.config import GPTConfig
 from minigpt.tokenizer.config import TokenizerConfig
-from minigpt.training import processes, worker
+from minigpt.training import worker
 from minigpt.training.config import (
     BatchConfig,
     CheckpointConfig,
@@ -36,8 +36,9 @@ from minigpt.training.config import (
     TrainerConfig,
 )
 from minigpt.training.launch import train
-from minigpt.training.metrics import read_metrics
-from minigpt.training.settle import settle
+from minigpt.training.processes import processes
+from minigpt.training.run.metrics import read_metrics
+from minigpt.training.run.settle import settle
 
 
 def corpus_file(folder: Path) -> Path:

@@ -23,10 +23,10 @@ from minigpt.errors import ConfigError, MemoryExceeded, MinigptError, NotLearnin
 from minigpt.model.cost import cost_of
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
-from minigpt.training.hardware import peak_flops
-from minigpt.training.metrics import read_metrics
-from minigpt.training.settle import Job
-from minigpt.training.standing import Standing
+from minigpt.training.plan.hardware import peak_flops
+from minigpt.training.run.metrics import read_metrics
+from minigpt.training.run.settle import Job
+from minigpt.training.run.standing import Standing
 
 FIRST_STEPS = 3  # of the first probe: one that compiles, and two to learn from
 MOST_STEPS = 400  # of the second

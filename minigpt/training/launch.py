@@ -15,10 +15,10 @@ from minigpt.errors import ConfigError, DistributedError, Interrupted, MinigptEr
 from minigpt.terminal import notice
 from minigpt.training.budget import plan, report
 from minigpt.training.config import TrainConfig
-from minigpt.training.fit import fit
-from minigpt.training.join import STARTED_BY_TORCHRUN, agree, connect, tell
-from minigpt.training.processes import Processes, search_path
-from minigpt.training.settle import Job, settle
+from minigpt.training.processes.join import STARTED_BY_TORCHRUN, agree, connect, tell
+from minigpt.training.processes.processes import Processes, search_path
+from minigpt.training.run.fit import fit
+from minigpt.training.run.settle import Job, settle
 
 
 def train(config: TrainConfig) -> Path:

@@ -17,8 +17,8 @@ from types import FrameType, TracebackType
 
 from minigpt.durable import held
 from minigpt.errors import DistributedError
-from minigpt.training.join import LOCAL, listen, serve, store_of_one_start
-from minigpt.training.watch import VERDICT
+from minigpt.training.processes.join import LOCAL, listen, serve, store_of_one_start
+from minigpt.training.processes.watch import VERDICT
 
 LEAVE_SECONDS = 20.0  # that the others have, after one was lost, to finish a save and leave by themselves
 POLL_SECONDS = 0.05
@@ -26,7 +26,7 @@ POLL_SECONDS = 0.05
 
 def search_path() -> dict[str, str]:
     """What lets a child process find minigpt in a repository, wherever train.py was called from."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / "train.py").is_file():  # it is installed
         return {}
     return {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}

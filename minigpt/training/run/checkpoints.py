@@ -27,14 +27,14 @@ from minigpt.durable import check_space
 from minigpt.model.cost import cost_of
 from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
-from minigpt.training.average import Average
 from minigpt.training.config import TrainConfig
-from minigpt.training.each_step import EachStep, due
-from minigpt.training.metrics import Metrics
-from minigpt.training.module import TrainingModule
-from minigpt.training.optimizer import optimizer_tensors, restore_optimizer
-from minigpt.training.sharding import gather, share_out
-from minigpt.training.stopping import Agreement
+from minigpt.training.recipe.average import Average
+from minigpt.training.recipe.optimizer import optimizer_tensors, restore_optimizer
+from minigpt.training.recipe.sharding import gather, share_out
+from minigpt.training.run.each_step import EachStep, due
+from minigpt.training.run.metrics import Metrics
+from minigpt.training.run.module import TrainingModule
+from minigpt.training.run.stopping import Agreement
 
 RAW = "raw/"  # before the names of the raw weights, where model.safetensors holds averaged ones
 

@@ -18,15 +18,15 @@ from minigpt.sampling.sampler import Sampler
 from minigpt.sampling.settings.config import SamplingConfig
 from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
-from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig
-from minigpt.training.each_step import EachStep, due
-from minigpt.training.metrics import Metrics
-from minigpt.training.module import TrainingModule
-from minigpt.training.reduction import sum_over_processes
-from minigpt.training.sharding import plain
-from minigpt.training.standing import Standing
-from minigpt.training.stopping import Agreement
+from minigpt.training.recipe.reduction import sum_over_processes
+from minigpt.training.recipe.sharding import plain
+from minigpt.training.run.checkpoints import Checkpoints
+from minigpt.training.run.each_step import EachStep, due
+from minigpt.training.run.metrics import Metrics
+from minigpt.training.run.module import TrainingModule
+from minigpt.training.run.standing import Standing
+from minigpt.training.run.stopping import Agreement
 
 
 class Validation(EachStep):

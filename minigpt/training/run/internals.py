@@ -17,10 +17,10 @@ from torch import Tensor
 from minigpt.internals.dynamics.snapshot import numbers, snapshot
 from minigpt.internals.study import Study
 from minigpt.training.config import TrainConfig
-from minigpt.training.each_step import EachStep, due
-from minigpt.training.metrics import Metrics
-from minigpt.training.module import TrainingModule
-from minigpt.training.sharding import plain
+from minigpt.training.recipe.sharding import plain
+from minigpt.training.run.each_step import EachStep, due
+from minigpt.training.run.metrics import Metrics
+from minigpt.training.run.module import TrainingModule
 
 
 def due_by_doublings(step: int, last: int) -> bool:

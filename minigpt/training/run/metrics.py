@@ -31,12 +31,12 @@ from minigpt.durable import disk_errors, write_text
 from minigpt.model.cost import cost_of
 from minigpt.terminal import Progress, notice, progress, readable
 from minigpt.training.config import TrainConfig
-from minigpt.training.each_step import EachStep, due
-from minigpt.training.hardware import peak_flops, peak_memory
-from minigpt.training.loader import MicroBatches, batch_hash
-from minigpt.training.module import TrainingModule
-from minigpt.training.reduction import sum_over_processes
-from minigpt.training.stopping import Agreement
+from minigpt.training.plan.hardware import peak_flops, peak_memory
+from minigpt.training.recipe.reduction import sum_over_processes
+from minigpt.training.run.each_step import EachStep, due
+from minigpt.training.run.loader import MicroBatches, batch_hash
+from minigpt.training.run.module import TrainingModule
+from minigpt.training.run.stopping import Agreement
 
 
 def rewind_metrics(path: Path, step: int) -> None:

@@ -18,9 +18,9 @@ import torch
 
 from minigpt.errors import Interrupted
 from minigpt.terminal import notice
-from minigpt.training.each_step import EachStep
-from minigpt.training.module import TrainingModule
-from minigpt.training.reduction import sum_over_processes
+from minigpt.training.recipe.reduction import sum_over_processes
+from minigpt.training.run.each_step import EachStep
+from minigpt.training.run.module import TrainingModule
 
 SAVE_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none
 SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, SAVE_SIGNAL) if number is not None]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minigpt.training.sharding import like, local
+from minigpt.training.recipe.sharding import like, local
 
 
 class Average:

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from minigpt.training.module import TrainingModule
+from minigpt.training.run.module import TrainingModule
 
 
 class EachStep(pl.Callback):

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from minigpt.model.gpt import GPT
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
-from minigpt.training.loss import next_token_loss
-from minigpt.training.sharding import Loss, is_sharded, shard
+from minigpt.training.recipe.loss import next_token_loss
+from minigpt.training.recipe.sharding import Loss, is_sharded, shard
 
 
 def make_strategy(config: TrainConfig) -> Strategy | str:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from minigpt.data.batches import IGNORED
 from minigpt.errors import NotLearning
-from minigpt.training.reduction import sum_over_processes
-from minigpt.training.sharding import local
+from minigpt.training.recipe.reduction import sum_over_processes
+from minigpt.training.recipe.sharding import local
 
 FIRST_STEPS = 5  # a parameter whose gradient is zero in all of these is idle; zero-initialised layers take two
 PARTS = 4  # the uncompiled step is taken in so many parts: it must not need more memory than the compiled one

@@ -11,8 +11,8 @@ from minigpt.errors import CheckpointError
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT
 from minigpt.training.config import OptimizerConfig
-from minigpt.training.muon import MuonAdamW
-from minigpt.training.sharding import like
+from minigpt.training.recipe.muon import MuonAdamW
+from minigpt.training.recipe.sharding import like
 
 EMBEDDINGS = ("trunk.embed.", "trunk.bigram.", "trunk.trigram.")
 

@@ -22,21 +22,21 @@ from minigpt.internals.dynamics.context import held_out_windows
 from minigpt.model.gpt import GPT
 from minigpt.sampling.settings.config import SamplingConfig
 from minigpt.terminal import hushed
-from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.config import TrainConfig
-from minigpt.training.internals import Internals
-from minigpt.training.join import agree, code_identity, connect, join
-from minigpt.training.loader import MicroBatches
-from minigpt.training.loggers import finish, make_loggers
-from minigpt.training.metrics import Metrics, rewind_metrics
-from minigpt.training.module import TrainingModule
-from minigpt.training.observing import Samples, Validation
-from minigpt.training.progress import NoProfiler, set_progress, without_signals
-from minigpt.training.rehearsal import Rehearsal, memory_errors, training_advice
-from minigpt.training.settle import Job
-from minigpt.training.stopping import Agreement
-from minigpt.training.strategy import make_strategy
-from minigpt.training.watch import Watch
+from minigpt.training.processes.join import agree, code_identity, connect, join
+from minigpt.training.processes.watch import Watch
+from minigpt.training.recipe.strategy import make_strategy
+from minigpt.training.run.checkpoints import Checkpoints
+from minigpt.training.run.internals import Internals
+from minigpt.training.run.loader import MicroBatches
+from minigpt.training.run.loggers import finish, make_loggers
+from minigpt.training.run.metrics import Metrics, rewind_metrics
+from minigpt.training.run.module import TrainingModule
+from minigpt.training.run.observing import Samples, Validation
+from minigpt.training.run.progress import NoProfiler, set_progress, without_signals
+from minigpt.training.run.rehearsal import Rehearsal, memory_errors, training_advice
+from minigpt.training.run.settle import Job
+from minigpt.training.run.stopping import Agreement
 
 
 def fit(job: Job) -> None:

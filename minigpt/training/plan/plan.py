@@ -15,11 +15,11 @@ from minigpt.errors import ConfigError
 from minigpt.model.cost import activations_of, cost_of
 from minigpt.model.gpt import GPT
 from minigpt.terminal import clock, readable
-from minigpt.training.choose import pick_precision
 from minigpt.training.config import TrainConfig
-from minigpt.training.hardware import ACCELERATORS, machine_memory, peak_flops
-from minigpt.training.loss import CPU_LOGITS, GPU_LOGITS, next_token_loss
-from minigpt.training.optimizer import make_optimizer
+from minigpt.training.plan.choose import pick_precision
+from minigpt.training.plan.hardware import ACCELERATORS, machine_memory, peak_flops
+from minigpt.training.recipe.loss import CPU_LOGITS, GPU_LOGITS, next_token_loss
+from minigpt.training.recipe.optimizer import make_optimizer
 
 OPTIMAL_TOKENS = 20  # a parameter, for the least loss of so many FLOPs (Hoffmann et al. 2022, arXiv 2203.15556)
 MOST_EPOCHS = 4  # as good as new text, about (Muennighoff et al. 2023, arXiv 2305.16264)

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from minigpt.errors import DistributedError, leave
 from minigpt.terminal import notice
-from minigpt.training.join import connect
+from minigpt.training.processes.join import connect
 
 FORWARD, BACKWARD, UPDATE, BETWEEN = range(4)
 PHASES = ("forward pass", "backward pass", "update", "between steps")

@@ -24,7 +24,7 @@ def pick_precision(config: TrainConfig) -> tuple[str, str]:
     """bf16-mixed where its matrix products are faster, 32-true elsewhere, and why."""
     import torch
 
-    from minigpt.training.hardware import bfloat16_gain
+    from minigpt.training.plan.hardware import bfloat16_gain
 
     if config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):

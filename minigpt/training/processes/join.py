@@ -211,7 +211,7 @@ def code_identity() -> dict[str, str]:
     """What code this process runs: a hash of minigpt's own files, and the versions of what it stands on."""
     import lightning
 
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())

@@ -21,12 +21,12 @@ from minigpt.data.shards import Corpus, prepare
 from minigpt.durable import disk_errors, locked, write_text
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.terminal import notice
-from minigpt.training.choose import choose
 from minigpt.training.config import TrainConfig, flatten
-from minigpt.training.each_step import due
-from minigpt.training.loggers import check_tracker
-from minigpt.training.metrics import read_metrics
-from minigpt.training.standing import Standing, settle_best, standing_at
+from minigpt.training.plan.choose import choose
+from minigpt.training.run.each_step import due
+from minigpt.training.run.loggers import check_tracker
+from minigpt.training.run.metrics import read_metrics
+from minigpt.training.run.standing import Standing, settle_best, standing_at
 
 # A run with other values here is another run. (Tokenizer and text are held by the hash of the tokens.) Losses
 # of validation on other tokens cannot be compared, and which checkpoint is the best could not be told.

@@ -20,9 +20,9 @@ from minigpt.errors import MemoryExceeded
 from minigpt.evaluation.loss import TOKENS_AT_ONCE, evaluate
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
-from minigpt.training.health import TOLERANCES, check_compiled, check_gradients, mean_loss
-from minigpt.training.metrics import Metrics
-from minigpt.training.module import TrainingModule
+from minigpt.training.run.health import TOLERANCES, check_compiled, check_gradients, mean_loss
+from minigpt.training.run.metrics import Metrics
+from minigpt.training.run.module import TrainingModule
 
 
 class Rehearsal(pl.Callback):

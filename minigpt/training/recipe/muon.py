@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from minigpt.training.sharding import by_whole_matrices, local
+from minigpt.training.recipe.sharding import by_whole_matrices, local
 
 # The quintic whose repeated use drives singular values towards 1 (Jordan 2024, kellerjordan.github.io/posts/muon).
 QUINTIC = (3.4445, -4.7750, 2.0315)

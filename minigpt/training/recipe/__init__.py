@@ -1,0 +1,1 @@
+"""What a step computes, on one process or many."""
