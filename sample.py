@@ -2,7 +2,7 @@
 
 import sys
 
-from minigpt.cli import run
+from minigpt.cli.main import run
 
 if __name__ == "__main__":
     run("sample", *sys.argv[1:])

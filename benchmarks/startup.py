@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from minigpt.cli import VERBS
+from minigpt.cli.main import VERBS
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 7

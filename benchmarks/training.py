@@ -24,7 +24,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from minigpt.arguments import shipped
+from minigpt.cli.arguments import shipped
 from minigpt.data.batches import Batches
 from minigpt.model.gpt import GPT
 from minigpt.training.config import TrainConfig

@@ -1,5 +1,5 @@
 """`python -m minigpt`: the same as the `minigpt` command."""
 
-from minigpt.cli import run
+from minigpt.cli.main import run
 
 run()

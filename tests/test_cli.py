@@ -14,7 +14,7 @@ from training_runs import corpus_file, tiny_run
 
 import minigpt
 from minigpt.checkpoint.checkpoint import save_checkpoint
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.training.launch import train
@@ -108,8 +108,8 @@ def test_training_needs_no_arguments(said, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_every_shipped_config_is_valid() -> None:
-    from minigpt.arguments import parse
-    from minigpt.cli import _fields, _parser, add_training_settings
+    from minigpt.cli.arguments import parse
+    from minigpt.cli.main import _fields, _parser, add_training_settings
     from minigpt.training.config import TrainConfig
 
     shipped = sorted((ROOT / "configs").glob("*.yaml"))

@@ -8,7 +8,7 @@ import pytest
 from planted import induction_model
 
 from minigpt.checkpoint.checkpoint import save_checkpoint
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.tokenizer.plain import CharTokenizer
 
 TEXTS = ["--clean", "abcdab", "--corrupted", "axcdab"]

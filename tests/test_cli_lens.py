@@ -9,7 +9,7 @@ import pytest
 from training_runs import tiny_run
 
 from minigpt.checkpoint.checkpoint import load
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.internals.study import Study
 from minigpt.training.launch import train
 

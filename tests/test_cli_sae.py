@@ -10,7 +10,7 @@ import pytest
 from conftest import random_ids, random_model, tiny_config
 
 from minigpt.checkpoint.checkpoint import save_checkpoint
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.internals.features.autoencoder_training import Learner
 from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer
 

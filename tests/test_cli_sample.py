@@ -15,7 +15,7 @@ from conftest import random_model, tiny_config
 
 import minigpt
 from minigpt.checkpoint.checkpoint import save_checkpoint
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
 from minigpt.sampling.sampler import Sampler

@@ -11,7 +11,7 @@ from conftest import random_model, tiny_config
 import minigpt
 from minigpt.checkpoint import checkpoint
 from minigpt.checkpoint.checkpoint import save_checkpoint
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.errors import ConfigError
 from minigpt.model.device import pick_device
 from minigpt.tokenizer.plain import ByteTokenizer

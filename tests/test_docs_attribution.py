@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from training_runs import tiny_run, train
 
-from minigpt.cli import main
+from minigpt.cli.main import main
 
 PAGE = Path(__file__).parents[1] / "docs/study/attribution.md"
 SMALL = {  # what the page leaves at its default, and what is enough here

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from training_runs import tiny_run, train
 
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.internals.features import autoencoder_training
 from minigpt.internals.features.autoencoder_config import AutoencoderConfig
 from minigpt.model.config import GPTConfig

@@ -24,7 +24,7 @@ from table_model import FixedLM
 
 import minigpt.sampling
 from minigpt.checkpoint.checkpoint import save_checkpoint
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.errors import ConfigError
 from minigpt.sampling.sampler import Sampler
 from minigpt.sampling.search.expansion import RANKINGS

@@ -17,7 +17,7 @@ import pytest
 from planted import induction_model
 
 from minigpt.checkpoint.checkpoint import save_checkpoint
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.tokenizer.plain import CharTokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"

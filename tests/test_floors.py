@@ -170,7 +170,7 @@ def test_importing_minigpt_loads_nothing_heavy() -> None:
 )
 def test_help_loads_no_framework(verb: str) -> None:
     code = (
-        "import sys; from minigpt.cli import main\n"
+        "import sys; from minigpt.cli.main import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'lightning', 'tiktoken', 'tokenizers', 'wandb'} & set(sys.modules)\n"
         "print('HEAVY', *heavy)"

@@ -13,7 +13,7 @@ from conftest import random_model, tiny_config
 from training_runs import tiny_run
 
 import minigpt
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, DataError, MissingExtra
 from minigpt.internals.dynamics.series import of_checkpoints, of_run

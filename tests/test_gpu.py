@@ -15,7 +15,7 @@ from table_model import LetterTokenizer
 from training_runs import losses, run_and_read, saved_tensors, tiny_run
 
 from minigpt.checkpoint.checkpoint import load
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.internals.study import Study
 from minigpt.model.fast import fast
 from minigpt.model.gpt import GPT

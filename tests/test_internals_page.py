@@ -20,7 +20,7 @@ from conftest import PRESETS, random_ids, random_model, tiny_config
 from processor_cases import context_of
 
 from minigpt.checkpoint.checkpoint import save_checkpoint
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.attribution.translators import Translators, fingerprint, saved_lens, translated

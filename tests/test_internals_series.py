@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from training_runs import run_and_read, tiny_run
 
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.errors import CheckpointError, DataError
 from minigpt.internals.access.result import Result
 from minigpt.internals.dynamics.curves import HIGH, WIDE, chart, page, ticks

@@ -9,7 +9,7 @@ import torch
 from conftest import PRESETS, random_model, tiny_config
 
 from minigpt.checkpoint.checkpoint import save_checkpoint, save_tensors
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.features.steering import Steered, Steering
 from minigpt.internals.study import Study

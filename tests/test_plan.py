@@ -12,7 +12,7 @@ from conftest import random_ids, tiny_config
 from torch import Tensor
 from training_runs import tiny_run
 
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.data.shards import prepare
 from minigpt.errors import ConfigError
 from minigpt.model.config import PRESETS

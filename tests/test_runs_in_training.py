@@ -15,7 +15,7 @@ import minigpt
 from minigpt.checkpoint import runs
 from minigpt.checkpoint.checkpoint import save_checkpoint, state_of
 from minigpt.checkpoint.runs import TRIES, Best, Replaced, checkpoints_of, record_best, step_of
-from minigpt.cli import main
+from minigpt.cli.main import main
 from minigpt.data.config import DataConfig
 from minigpt.errors import CheckpointError
 from minigpt.evaluation.text import evaluate_run

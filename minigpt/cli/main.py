@@ -12,11 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minigpt.arguments import add_device, make_parser, parse, print_json, run_or_latest, split_positional
-from minigpt.cli_lens import lens
-from minigpt.cli_sae import sae
-from minigpt.cli_sample import sample
-from minigpt.cli_study import dynamics, heads, inspect, patch
+from minigpt.cli.arguments import add_device, make_parser, parse, print_json, run_or_latest, split_positional
+from minigpt.cli.lens import lens
+from minigpt.cli.sae import sae
+from minigpt.cli.sample import sample
+from minigpt.cli.study import dynamics, heads, inspect, patch
 from minigpt.errors import ConfigError, MinigptError, leave
 from minigpt.terminal import show_what_can_be_shown, spelled
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from minigpt.arguments import add_device, make_parser, parse, print_json, run_or_latest, split_positional
+from minigpt.cli.arguments import add_device, make_parser, parse, print_json, run_or_latest, split_positional
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from minigpt.errors import ConfigError
 
 def shipped(name: str, folder: str = "") -> Path | None:
     """A file that comes with minigpt (configs/FOLDER/NAME): from the repository, or from the wheel."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for root in (package / "_shipped", package.parent):
         for path in (root / "configs" / folder / name, root / "configs" / folder / f"{name}.yaml"):
             if path.is_file():
@@ -24,7 +24,7 @@ def shipped(name: str, folder: str = "") -> Path | None:
 
 def shipped_in(folder: str = "") -> list[Path]:
     """The shipped files of configs/FOLDER/."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return next(
         (
             list((root / "configs" / folder).glob("*.yaml"))
