@@ -3,8 +3,8 @@
     python benchmarks/long_vocabulary.py                              GPT-2's vocabulary, 1,024 tokens
     python benchmarks/long_vocabulary.py --vocabulary 4096 --width 384 --tokens 8192
 
-    plain           all logits at once, F.cross_entropy   minigpt.training.recipe.loss.plain_loss
-    chunks          minigpt's: gradients worked out with each chunk             minigpt.training.recipe.loss.chunked_loss
+    plain           all logits at once, F.cross_entropy (loss.py's plain_loss)
+    chunks          minigpt's: gradients worked out with each chunk (chunked_loss)
     torch's         torch.nn.functional.linear_cross_entropy (torch 2.13), same chunks; it knows no softcap
     checkpointed    torch.utils.checkpoint around each chunk: its logits are computed twice
 

@@ -78,7 +78,7 @@ class Sampler:
         - A text begins with what its tokenizer puts in front of one (`Tokenizer.prefix_ids`); token ids are as given.
         - An empty prompt starts from that, else from end-of-text, or else from a newline; none shows in the text.
         - Special tokens named in a prompt's text are ordinary text.
-        - Longer than the model's context: see `SamplingConfig.overflow`, and `minigpt.sampling.loop.batch` on the window.
+        - Longer than the model's context: see `SamplingConfig.overflow`, and batch.py on the window.
         - max_new_tokens = 0 gives empty completions with the reason "length".
         - A sample with no token left to choose ends with the reason "error" and says why; the others go on.
         - Ids that the model has and the tokenizer has not are never written.

@@ -1,6 +1,6 @@
 """Watching and steering a model while it writes: a model for the sampler whose every forward is a watched one.
 
-Samplers ask a model for little (minigpt.sampling.draws.decodable), so a study's edits reach whatever is written with it:
+A sampler asks little of a model (see decodable.py), so a study's edits reach whatever is written with it:
 
     with study.hooks({"resid_post": add(vector)}):
         Sampler(Written(study), study.tokenizer).generate("ROMEO:")
