@@ -14,7 +14,7 @@ from minigpt.internals.access.names import Names, select
 from minigpt.internals.access.text import Text, refuse_other_than_ids
 
 if TYPE_CHECKING:
-    from minigpt.internals.study import Study
+    from minigpt.internals.access.access import Access
 
 
 class Tokens(Protocol):
@@ -39,7 +39,7 @@ class InMemory:
         return self.ids[np.asarray(starts)[:, None] + np.arange(length)]
 
 
-def tokens_of(study: Study, text: str | Sequence[int] | Tensor | Tokens | None = None, split: str = "val") -> Tokens:
+def tokens_of(study: Access, text: str | Sequence[int] | Tensor | Tokens | None = None, split: str = "val") -> Tokens:
     """Tokens to study a model on.
 
     Args:
@@ -100,7 +100,7 @@ def draws(tokens: Tokens, width: int, rows: int, seed: int) -> Iterator[Tensor]:
         yield torch.from_numpy(tokens.read(generator.integers(len(tokens) - width + 1, size=rows), width))
 
 
-def site_of(study: Study, name: Names, axes: tuple[str, ...] = ("batch", "pos")) -> str:
+def site_of(study: Access, name: Names, axes: tuple[str, ...] = ("batch", "pos")) -> str:
     """The full name of the one activation that is meant.
 
     Raises ConfigError where several are, or where it does not begin with these axes.
@@ -116,7 +116,7 @@ def site_of(study: Study, name: Names, axes: tuple[str, ...] = ("batch", "pos"))
     return found[0]
 
 
-def gather(study: Study, texts: Sequence[Text], names: Sequence[str], position: int | None = -1) -> dict[str, Tensor]:
+def gather(study: Access, texts: Sequence[Text], names: Sequence[str], position: int | None = -1) -> dict[str, Tensor]:
     """One vector a text of each activation: name -> (texts, ...).
 
     Args:

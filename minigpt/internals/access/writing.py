@@ -18,7 +18,7 @@ from minigpt.internals.access.activations import Activations
 from minigpt.model.cache import KVCache
 
 if TYPE_CHECKING:
-    from minigpt.internals.study import Study
+    from minigpt.internals.access.access import Access
 
 
 class Written:
@@ -29,7 +29,7 @@ class Written:
         keep: full names of activations to keep, of every forward.
     """
 
-    def __init__(self, study: Study, keep: list[str] | None = None) -> None:
+    def __init__(self, study: Access, keep: list[str] | None = None) -> None:
         self.study, self.keep = study, keep or []
         self.model = study.model
         self.vocab_size, self.max_context, self.device = (
@@ -66,7 +66,7 @@ class Written:
         return self.model.unembed(self.hidden(ids, cache))
 
 
-def write(study: Study, prompt: str, keep: list[str], settings: dict[str, Any]) -> tuple[Any, Activations]:
+def write(study: Access, prompt: str, keep: list[str], settings: dict[str, Any]) -> tuple[Any, Activations]:
     """One completion of one prompt and the activations on the way; see `Study.generate`.
 
     Raises ConfigError for settings that write several texts, and for a text that outgrows the model's context while
@@ -95,7 +95,7 @@ def write(study: Study, prompt: str, keep: list[str], settings: dict[str, Any]) 
     return completion, Activations(study.config, {name: _joined(study, name, model.seen, read) for name in keep})
 
 
-def _joined(study: Study, name: str, seen: list[dict[str, Tensor]], length: int) -> Tensor:
+def _joined(study: Access, name: str, seen: list[dict[str, Tensor]], length: int) -> Tensor:
     """An activation of successive forwards as that of one: joined along its positions, slots filled up."""
     axes = study.table[name].axes
     parts = [forward[name] for forward in seen]

@@ -11,25 +11,23 @@ later blocks counts for those. A logit is meant before any cap on it (`logit_sof
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.decomposition import By, one_text, parts_of, point_of, precise, writers
 from minigpt.model.layers import LayerNorm
 
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
-
 NEURONS = 20  # that have a row of their own where nothing else is asked for
 
 
 def attribute_logit(
-    study: Study,
+    study: Access,
     text: Text,
     answer: str | int,
     versus: str | int | None = None,
@@ -103,14 +101,14 @@ def attribute_logit(
     return Result(title, values[0].numpy(), (axis,), "logits", notes)
 
 
-def _direction(study: Study, answer: str | int, versus: str | int | None) -> Tensor:  # -> (C)
+def _direction(study: Access, answer: str | int, versus: str | int | None) -> Tensor:  # -> (C)
     """What the normed stream is multiplied with to give the logit, or the difference."""
     rows = study.model.unembed.weight
     towards = precise(rows[study.token_id(answer)])
     return towards if versus is None else towards - precise(rows[study.token_id(versus)])
 
 
-def _through_norm(study: Study, towards: Tensor) -> Tensor:  # (C) -> (C)
+def _through_norm(study: Access, towards: Tensor) -> Tensor:  # (C) -> (C)
     """The same for the stream before the norm, up to its scale: (c - mean c) . d is c . (d - mean d)."""
     norm = study.model.trunk.norm
     if norm.weight is not None:
@@ -118,7 +116,7 @@ def _through_norm(study: Study, towards: Tensor) -> Tensor:  # (C) -> (C)
     return towards - towards.mean() if isinstance(norm, LayerNorm) else towards
 
 
-def _logit(study: Study, normalized: Tensor, towards: Tensor) -> Tensor:  # (T, C), (C) -> (T)
+def _logit(study: Access, normalized: Tensor, towards: Tensor) -> Tensor:  # (T, C), (C) -> (T)
     """The logit before any cap, from the model's own normed stream."""
     norm = study.model.trunk.norm
     hidden = normalized if norm.weight is None else normalized * precise(norm.weight)
@@ -126,13 +124,13 @@ def _logit(study: Study, normalized: Tensor, towards: Tensor) -> Tensor:  # (T, 
     return (hidden if bias is None else hidden + precise(bias)) @ towards
 
 
-def _difference(study: Study, logits: Tensor, answer: str | int, versus: str | int | None) -> Tensor:
+def _difference(study: Access, logits: Tensor, answer: str | int, versus: str | int | None) -> Tensor:
     """The same number of the model's logits (T, V), after the cap."""
     found = logits[:, study.token_id(answer)]
     return found if versus is None else found - logits[:, study.token_id(versus)]
 
 
-def _named(study: Study, answer: str | int, versus: str | int | None) -> str:
+def _named(study: Access, answer: str | int, versus: str | int | None) -> str:
     """The tokens in words, for a title."""
     names = [repr(study.token(study.token_id(token))) for token in (answer, versus) if token is not None]
     return " - ".join(names)

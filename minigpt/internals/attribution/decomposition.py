@@ -10,21 +10,19 @@ The terms follow Elhage et al. 2021, "A Mathematical Framework for Transformer C
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.activations import Activations
 from minigpt.internals.access.names import Names, listed, select
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import Block
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 By = Literal["layer", "component", "head", "neuron"]
 UNITS = ("layer", "component", "head", "neuron")
@@ -103,7 +101,7 @@ def point_of(config: GPTConfig, at: Names) -> Point:
     return Point(int(found[0].split(".")[1]), found[0].rpartition("hook_")[2])
 
 
-def one_text(study: Study, text: Text) -> tuple[Tensor, list[str]]:
+def one_text(study: Access, text: Text) -> tuple[Tensor, list[str]]:
     """Ids (1, T) of one text, and a label that is its own for each token: "3 the".
 
     Raises DataError for several texts.
@@ -132,7 +130,7 @@ def writers(config: GPTConfig, by: str, end: Point) -> list[str]:
     return names
 
 
-def parts_of(study: Study, cache: Activations, by: str, end: Point) -> list[Part]:
+def parts_of(study: Access, cache: Activations, by: str, end: Point) -> list[Part]:
     """The terms that sum to the stream at `end`, of a run that kept `writers` and the stream there.
 
     Edits that are open (`Study.hooks`) may change the stream itself, so that no component wrote what is in it: then the
@@ -172,7 +170,7 @@ def _bias(label: str, bias: Tensor | None, like: Tensor) -> list[Part]:
 
 
 def components(
-    study: Study,
+    study: Access,
     text: Text,
     by: By = "component",
     at: Names = ("resid_post", -1),
@@ -228,7 +226,7 @@ def _read(terms: Tensor, stream: Tensor, read: str) -> Tensor:  # (T, n, C), (T,
     return (terms @ stream[:, :, None])[..., 0] / stream.square().sum(-1, keepdim=True)
 
 
-def accumulated(study: Study, text: Text, at: str | Iterable[str] = KINDS) -> Result:
+def accumulated(study: Access, text: Text, at: str | Iterable[str] = KINDS) -> Result:
     """The stream from place to place, as each block adds to it.
 
     Args:

@@ -12,23 +12,19 @@ Neither sees what MLPs and norms do, and neither is causal: what they suggest is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.activations import Activations
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.decomposition import precise
 from minigpt.internals.attribution.weights import write_weights
 
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
-
-def rollout(study: Study, text: Text, layer: int = -1) -> Result:
+def rollout(study: Access, text: Text, layer: int = -1) -> Result:
     """Where the stream after a block came from: position x source, rows sum to 1.
 
     Args:
@@ -47,7 +43,7 @@ def rollout(study: Study, text: Text, layer: int = -1) -> Result:
     return _product(study, text, shares, "Attention rollout")
 
 
-def value_flow(study: Study, text: Text, layer: int = -1) -> Result:
+def value_flow(study: Access, text: Text, layer: int = -1) -> Result:
     """Where the stream after a block came from, by the vectors added: position x source, rows sum to 1.
 
     Args:
@@ -67,7 +63,7 @@ def value_flow(study: Study, text: Text, layer: int = -1) -> Result:
     return _product(study, text, shares, "Value-weighted flow")
 
 
-def _lengths(study: Study, cache: Activations, layer: int) -> Tensor:  # (T, T)
+def _lengths(study: Access, cache: Activations, layer: int) -> Tensor:  # (T, T)
     """How long the vector is that each source adds to each position."""
     weights = write_weights(study.model, layer)  # (H, D, C)
     group = len(weights) // cache["v", layer].shape[2]
@@ -81,7 +77,7 @@ def _lengths(study: Study, cache: Activations, layer: int) -> Tensor:  # (T, T)
     return torch.einsum("hij,jhk,kij->ij", shares, between, shares).clamp(min=0).sqrt()
 
 
-def _product(study: Study, text: Text, shares: list[Tensor], title: str) -> Result:
+def _product(study: Access, text: Text, shares: list[Tensor], title: str) -> Result:
     total = shares[0]
     for share in shares[1:]:
         total = share @ total
@@ -90,7 +86,7 @@ def _product(study: Study, text: Text, shares: list[Tensor], title: str) -> Resu
     return Result(title, precise(total).numpy(), axes, "share", {"layer": len(shares) - 1})
 
 
-def _checked(study: Study, text: Text, layer: int) -> tuple[int, Tensor]:
+def _checked(study: Access, text: Text, layer: int) -> tuple[int, Tensor]:
     layers, ids = study.config.n_layer, study.ids(text)
     if len(ids) > 1:
         raise DataError(f"text: {len(ids)} texts; give one text at a time")

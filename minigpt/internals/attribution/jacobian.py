@@ -12,23 +12,20 @@ mean of the last stream, which makes rare tokens rare, is missing there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.corpus import Tokens, draws, tokens_of
 from minigpt.internals.attribution.decomposition import points
 from minigpt.internals.attribution.translators import Translators, fingerprint, saved_lens, translated
 from minigpt.terminal import progress
 
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
-
 
 def fit_jacobian_lens(
-    study: Study,
+    study: Access,
     text: str | Sequence[int] | Tensor | Tokens | None = None,
     *,
     centred: bool = True,

@@ -13,20 +13,18 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result, _colour, _shade, _visible
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.decomposition import KINDS, Point, one_text, points
 from minigpt.model.explicit import explicit_norm
 from minigpt.model.layers import widen
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 Stat = Literal["top", "probability", "rank", "loss", "entropy", "kl"]
 Reader = Callable[[Point, Tensor], Tensor]
@@ -112,7 +110,7 @@ class Lens(Result):
 
 
 def lens_logits(
-    study: Study, text: Text, where: Sequence[Point], reader: Reader | None = None
+    study: Access, text: Text, where: Sequence[Point], reader: Reader | None = None
 ) -> Iterator[tuple[Point, Tensor]]:
     """The logits (B, T, V) that each place stands for; of the last stream they are the model's own, to the bit."""
     ids = study.ids(text)
@@ -130,7 +128,7 @@ def lens_logits(
 
 
 def logit_lens(
-    study: Study,
+    study: Access,
     text: Text,
     at: str | Iterable[str] = KINDS,
     stat: Stat = "top",

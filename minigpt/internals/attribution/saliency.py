@@ -15,18 +15,16 @@ positions' embeddings stay as they are: they are not the token's.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.decomposition import one_text, precise
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 Method = Literal["gradient", "gradient_x_input", "integrated_gradients", "occlusion"]
 AT_ONCE = 2**12  # tokens a forward, about
@@ -36,7 +34,7 @@ GRADING = 2  # see _way
 
 
 def saliency(
-    study: Study,
+    study: Access,
     text: Text,
     answer: str | int,
     versus: str | int | None = None,
@@ -101,7 +99,7 @@ def saliency(
 class _Asked:
     """The number that is explained, as a function of what the tokens put into the stream."""
 
-    def __init__(self, study: Study, ids: Tensor, position: int, answer: int, versus: int | None) -> None:
+    def __init__(self, study: Access, ids: Tensor, position: int, answer: int, versus: int | None) -> None:
         self.study, self.ids, self.position, self.answer, self.versus = study, ids, position, answer, versus
         self.at_once = max(1, AT_ONCE // ids.shape[1])
 
@@ -126,17 +124,17 @@ class _Asked:
             return precise(torch.autograd.grad(self.of(inputs).sum(), inputs)[0])
 
 
-def _terms(study: Study) -> list[str]:
+def _terms(study: Access) -> list[str]:
     """The full names of what tokens put into the stream."""
     return [name for name in study.table if name.endswith("embed") and not name.endswith("pos_embed")]
 
 
-def _inputs(study: Study, ids: Tensor) -> Tensor:  # (1, T) -> (T, C)
+def _inputs(study: Access, ids: Tensor) -> Tensor:  # (1, T) -> (T, C)
     _, cache = study.run_with_cache(ids, _terms(study), stop=True)
     return torch.stack([cache[name][0] for name in _terms(study)]).sum(0)
 
 
-def _baseline(study: Study, ids: Tensor, baseline: Any) -> Tensor:  # -> (T, C)
+def _baseline(study: Access, ids: Tensor, baseline: Any) -> Tensor:  # -> (T, C)
     trunk, length = study.model.trunk, ids.shape[1]
     if isinstance(baseline, str) and baseline in ("mean", "zero"):
         tables = [table for table in (trunk.embed, trunk.bigram, trunk.trigram) if table is not None]

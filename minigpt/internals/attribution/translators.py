@@ -14,13 +14,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minigpt.checkpoint.checkpoint import load_metadata, load_tensors, save_tensors, state_of
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.corpus import Tokens, tokens_of, windows
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text, need_two
@@ -29,9 +30,6 @@ from minigpt.internals.attribution.lens import Lens, Reader, Stat, lens_logits, 
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import widen
 from minigpt.terminal import notice
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 LOGITS_AT_ONCE = 2**22
 MADE_BY = {"tuned": "train_tuned_lens", "jacobian": "fit_jacobian_lens"}
@@ -72,7 +70,7 @@ class Translators:
         return path
 
     @classmethod
-    def load(cls, path: str | Path, study: Study) -> Translators:
+    def load(cls, path: str | Path, study: Access) -> Translators:
         """Read what `save` wrote. Raises CheckpointError for anything else, and for a lens of another model."""
         path = Path(path)
         if not path.is_file():
@@ -109,12 +107,12 @@ def fingerprint(model: GPT) -> str:
     return digest.hexdigest()
 
 
-def translated(study: Study) -> list[Point]:
+def translated(study: Access) -> list[Point]:
     """The places that a lens translates: all but the last."""
     return points(study.config)[:-1]
 
 
-def saved_lens(study: Study, kind: str) -> Path:
+def saved_lens(study: Access, kind: str) -> Path:
     """Where the lens of a run is kept. Raises ConfigError for a study of no run."""
     if study.run is None or study.run.path.parent.name != "checkpoints":
         raise ConfigError(
@@ -124,7 +122,7 @@ def saved_lens(study: Study, kind: str) -> Path:
     return study.run.path.parent.parent / f"{kind}_lens.safetensors"
 
 
-def _saved(study: Study, kind: str) -> Translators:
+def _saved(study: Access, kind: str) -> Translators:
     path = saved_lens(study, kind)
     if not path.is_file():
         raise CheckpointError(
@@ -135,7 +133,7 @@ def _saved(study: Study, kind: str) -> Translators:
 
 
 def tuned_lens(
-    study: Study,
+    study: Access,
     text: Text,
     at: str | Iterable[str] = KINDS,
     stat: Stat = "top",
@@ -162,7 +160,7 @@ def tuned_lens(
 
 
 def jacobian_lens(
-    study: Study,
+    study: Access,
     text: Text,
     at: str | Iterable[str] = KINDS,
     stat: Stat = "top",
@@ -189,7 +187,7 @@ def jacobian_lens(
 
 
 def lens_quality(
-    study: Study, *lenses: Translators, text: str | Sequence[int] | Tensor | Tokens | None = None, tokens: int = 2**14
+    study: Access, *lenses: Translators, text: str | Sequence[int] | Tensor | Tokens | None = None, tokens: int = 2**14
 ) -> Result:
     """How close each place comes to the model's output, read by the logit lens and by others.
 

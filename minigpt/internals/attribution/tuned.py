@@ -9,13 +9,13 @@ it is; only the maps learn, all places at once from the same forwards.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.corpus import Tokens, draws, tokens_of
 from minigpt.internals.attribution.decomposition import points
 from minigpt.internals.attribution.translators import Translators, fingerprint, saved_lens, translated
@@ -23,12 +23,9 @@ from minigpt.model.explicit import explicit_norm
 from minigpt.model.layers import widen
 from minigpt.terminal import notice, progress
 
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
-
 
 def train_tuned_lens(
-    study: Study,
+    study: Access,
     text: str | Sequence[int] | Tensor | Tokens | None = None,
     *,
     steps: int = 120,
@@ -94,7 +91,7 @@ def train_tuned_lens(
     return lens
 
 
-def _learn(study: Study, streams: Tensor, matrices: Tensor, biases: Tensor) -> float:
+def _learn(study: Access, streams: Tensor, matrices: Tensor, biases: Tensor) -> float:
     """Set the gradients of all maps, one place after the other, as each makes logits of its own; their mean KL."""
     norm, unembed = study.model.trunk.norm, study.model.unembed
 

@@ -14,22 +14,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result, Tabled
 from minigpt.internals.attribution.decomposition import precise
 from minigpt.model.config import GPTConfig
 from minigpt.model.explicit import explicit_norm
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import LayerNorm, RMSNorm, widen
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 
 def head_labels(config: GPTConfig) -> list[str]:
@@ -43,7 +41,7 @@ def grid(config: GPTConfig) -> tuple[Axis, Axis]:
     return Axis("layer", [str(layer) for layer in layers]), Axis("head", [f"H{head}" for head in heads])
 
 
-def ordinary_ids(study: Study) -> Tensor:
+def ordinary_ids(study: Access) -> Tensor:
     """The ids that stand for text: no special tokens, none that the tokenizer leaves unused, no padding rows."""
     size = study.model.vocab_size
     try:
@@ -160,7 +158,7 @@ class TokenMatrix(Tabled):
 
 
 @torch.no_grad()
-def ov_circuit(study: Study, layer: int, head: int) -> TokenMatrix:
+def ov_circuit(study: Access, layer: int, head: int) -> TokenMatrix:
     """What a head adds to the logits when it looks at each token: rows tokens looked at, columns logits.
 
     The head's value bias is left out, as it adds the same whatever is looked at.
@@ -178,7 +176,7 @@ def ov_circuit(study: Study, layer: int, head: int) -> TokenMatrix:
 
 
 @torch.no_grad()
-def qk_circuit(study: Study, layer: int, head: int, distance: int = 1) -> TokenMatrix:
+def qk_circuit(study: Access, layer: int, head: int, distance: int = 1) -> TokenMatrix:
     """The score, before the softmax, between tokens: rows queries, columns keys.
 
     Args:
@@ -207,7 +205,7 @@ def qk_circuit(study: Study, layer: int, head: int, distance: int = 1) -> TokenM
     return TokenMatrix(title, left, widen(key), _tokens(study, ids), _caveats(study, layer, "QK"))
 
 
-def copying_from_weights(study: Study) -> Result:
+def copying_from_weights(study: Access) -> Result:
     """The copying score of every head's OV circuit, from -1 to 1: layer x head; see `TokenMatrix.copying`."""
     layers, count = range(study.config.n_layer), range(study.config.n_head)
     values = [[ov_circuit(study, layer, head).copying() for head in count] for layer in layers]
@@ -216,7 +214,7 @@ def copying_from_weights(study: Study) -> Result:
 
 
 @torch.no_grad()
-def composition(study: Study, kind: Literal["Q", "K", "V"]) -> Result:
+def composition(study: Access, kind: Literal["Q", "K", "V"]) -> Result:
     """How much heads read what earlier heads write, by weights alone: earlier head x later head.
 
         ||W_OV X|| / (||W_OV|| ||X||) - 1 / sqrt(C)
@@ -261,17 +259,17 @@ def _norm(left: Tensor, right: Tensor) -> Tensor:  # of left right^T, (H)
     return (_gram(left) * _gram(right)).sum((1, 2)).clamp(min=0).sqrt()
 
 
-def _tokens(study: Study, ids: Tensor) -> list[str]:
+def _tokens(study: Access, ids: Tensor) -> list[str]:
     return [study.token(id) for id in ids.tolist()]
 
 
-def _check(study: Study, layer: int, head: int) -> None:
+def _check(study: Access, layer: int, head: int) -> None:
     layers, heads = study.config.n_layer, study.config.n_head
     if not 0 <= layer < layers or not 0 <= head < heads:
         raise ConfigError(f"L{layer}H{head}: no such head; the model's are L0H0 to L{layers - 1}H{heads - 1}")
 
 
-def _caveats(study: Study, layer: int | None, circuit: str) -> dict[str, Any]:
+def _caveats(study: Access, layer: int | None, circuit: str) -> dict[str, Any]:
     """What a reading of the weights leaves out for this model, in words."""
     config, left_out = study.config, []
     if layer != 0:

@@ -11,26 +11,24 @@ With "zero" a model may meet a stream that it never meets, so that the mean is o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.weights import write_weights
 from minigpt.internals.causal.effect import MEASURES, changes
 from minigpt.internals.causal.resume import Base, Change
 
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
-
 How = Literal["zero", "mean", "resample"]
 
 
 def ablate(
-    study: Study,
+    study: Access,
     text: Text,
     how: How = "zero",
     *,
@@ -86,14 +84,14 @@ def ablate(
     return Result(f"Without each part ({how})", torch.cat(values).numpy(force=True), axes, unit, notes)
 
 
-def refuse_edits(study: Study, what: str) -> None:
+def refuse_edits(study: Access, what: str) -> None:
     """Raise ConfigError where edits are open: what goes on from a base run would not see them."""
     if study.watch().edits:
         raise ConfigError(f"{what}: inside `with study.hooks(...)`, whose edits it would not see; call it outside")
 
 
 def _instead(
-    study: Study, ids: Tensor, base: Base, how: str, sample: Text | None, seed: int
+    study: Access, ids: Tensor, base: Base, how: str, sample: Text | None, seed: int
 ) -> dict[tuple[str, int], Tensor]:
     """What stands in each part's place: of every layer z (B, T, H, D) and mlp_out (B, T, C)."""
     other, names = (ids if sample is None else study.ids(sample)), ("z", "mlp_out")

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,13 +31,11 @@ from torch import Tensor
 
 from minigpt.durable import to_json, write_text
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.access import Access, Edit, Site
 from minigpt.internals.access.activations import Activations
 from minigpt.internals.access.result import Axis, Result, Tabled
 from minigpt.internals.access.text import Text
 from minigpt.internals.causal.effect import Bound, Metric, as_metric
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Edit, Site, Study
 
 
 class Connection(NamedTuple):
@@ -116,7 +114,7 @@ class Wiring:
         metric: bound to the clean text.
     """
 
-    def __init__(self, study: Study, clean: Tensor, corrupted: Tensor, metric: Bound) -> None:
+    def __init__(self, study: Access, clean: Tensor, corrupted: Tensor, metric: Bound) -> None:
         self.study, self.clean, self.metric = study, clean, metric
         config = study.config
         heads, groups = config.n_head, config.n_kv_head or config.n_head
@@ -219,7 +217,7 @@ class Wiring:
 
 
 def find_circuit(
-    study: Study,
+    study: Access,
     clean: Text,
     corrupted: Text,
     metric: Metric | Callable[[Tensor], Tensor],

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access, Edits
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text, need_two
 from minigpt.model.layers import widen
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Edits, Study
 
 Tokens = str | int | Sequence[str] | Sequence[int]
 MEASURES = ("loss", "KL", "flips")
@@ -50,7 +48,7 @@ def changes(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
 
 
 def effect(
-    study: Study,
+    study: Access,
     text: Text,
     edits: Edits,
     *,
@@ -103,14 +101,14 @@ class Metric:
 
     name: str
     unit: str
-    bind: Callable[[Study, Tensor], Bound]
+    bind: Callable[[Access, Tensor], Bound]
     """(study, ids (B, T) of the clean text) -> what it is for them."""
 
 
 def logit_difference(answer: Tokens, versus: Tokens | None = None, position: int = -1) -> Metric:
     """The logit of an answer, less that of another token, after a position; tokens as text or ids, one or one a row."""
 
-    def bind(study: Study, clean: Tensor) -> Bound:
+    def bind(study: Access, clean: Tensor) -> Bound:
         rows, length = clean.shape
         signed = [(1, _each(study, answer, rows))]
         if versus is not None:
@@ -130,7 +128,7 @@ def logit_difference(answer: Tokens, versus: Tokens | None = None, position: int
 def loss() -> Metric:
     """The mean nats that the clean text's tokens cost, each after those before it."""
 
-    def bind(study: Study, clean: Tensor) -> Bound:
+    def bind(study: Access, clean: Tensor) -> Bound:
         need_two(clean.shape[1])
         following = clean[:, 1:]
 
@@ -146,7 +144,7 @@ def loss() -> Metric:
 def kl(position: int | None = -1) -> Metric:
     """KL(clean || run) of the next token after a position; after None: the mean over all positions."""
 
-    def bind(study: Study, clean: Tensor) -> Bound:
+    def bind(study: Access, clean: Tensor) -> Bound:
         length = clean.shape[1]
         places = list(range(length)) if position is None else [_place(position, length)]
         reference = widen(study.logits(clean)[:, places]).log_softmax(-1)  # (B, P, V)
@@ -179,7 +177,7 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
     )
 
 
-def _each(study: Study, tokens: Tokens, rows: int) -> Tensor:  # (B, 1)
+def _each(study: Access, tokens: Tokens, rows: int) -> Tensor:  # (B, 1)
     each: list[Any] = [tokens] * rows if isinstance(tokens, str | int) else list(tokens)
     if len(each) != rows:
         raise ConfigError(f"answer: {len(each)} tokens for {rows} texts; give one, or one a text")

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.names import listed
 from minigpt.internals.access.result import Axis, Result, Tabled
 from minigpt.internals.access.text import Text
@@ -30,9 +30,6 @@ from minigpt.internals.attribution.weights import grid, ordinary_ids, read_out, 
 from minigpt.internals.causal.ablation import ablate
 from minigpt.model.layers import widen
 from minigpt.terminal import notice
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 LONGEST = 64  # tokens of a block, where the model holds more
 
@@ -64,16 +61,16 @@ LOOKS: dict[str, Looks] = {
 KINDS = (*LOOKS, "copying")
 
 
-def repeats_fit(study: Study) -> bool:
+def repeats_fit(study: Access) -> bool:
     """Whether the model holds two tokens that come twice."""
     return _most(study) >= 2
 
 
-def _most(study: Study) -> int:  # tokens of a block that comes twice
+def _most(study: Access) -> int:  # tokens of a block that comes twice
     return min(study.config.block_size // 2, len(ordinary_ids(study)))
 
 
-def repeated_block(study: Study, rows: int = 8, length: int | None = None, seed: int = 0) -> Tensor:
+def repeated_block(study: Access, rows: int = 8, length: int | None = None, seed: int = 0) -> Tensor:
     """Ids (rows, 2 length) of random blocks that come twice, no token twice within a block.
 
     Args:
@@ -135,7 +132,7 @@ def copying_score(pattern: Tensor, written: Tensor, ids: Tensor) -> Tensor:
     return (looked_at * share.to(pattern.dtype)).sum(-1).mean((0, 2))
 
 
-def head_scores(study: Study, kind: str, text: Text | None = None, *, offset: int = 2, seed: int = 0) -> Result:
+def head_scores(study: Access, kind: str, text: Text | None = None, *, offset: int = 2, seed: int = 0) -> Result:
     """How much each head is of one kind: layer x head, from 0 to 1.
 
     Args:
@@ -151,7 +148,7 @@ def head_scores(study: Study, kind: str, text: Text | None = None, *, offset: in
 
 
 def heads(
-    study: Study,
+    study: Access,
     text: Text | None = None,
     *,
     kinds: str | Sequence[str] | None = None,
@@ -176,7 +173,7 @@ def heads(
 
 
 def _scores(
-    study: Study, kinds: Sequence[str], text: Text | None, offset: int, seed: int, leave_out: bool = False
+    study: Access, kinds: Sequence[str], text: Text | None, offset: int, seed: int, leave_out: bool = False
 ) -> dict[str, Result]:
     for kind in kinds:
         if kind not in KINDS:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.activations import Activations
 from minigpt.internals.access.names import listed
 from minigpt.internals.access.result import Axis, Result
@@ -35,9 +36,6 @@ from minigpt.internals.causal.resume import Base, Change
 from minigpt.model.cache import causal_step
 from minigpt.model.explicit import explicit_attention
 from minigpt.model.gpt import Block
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 # Where one can patch, and what must be known of both runs for it.
 STREAM: dict[str, list[str]] = {
@@ -68,7 +66,7 @@ class Place(NamedTuple):
 
 
 def patch(
-    study: Study,
+    study: Access,
     clean: Text,
     corrupted: Text,
     metric: AnyMetric,
@@ -111,7 +109,7 @@ def patch(
 
 
 def attribution_patch(
-    study: Study,
+    study: Access,
     clean: Text,
     corrupted: Text,
     metric: AnyMetric,
@@ -169,7 +167,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def bind_pair(study: Study, clean: Text, corrupted: Text, metric: AnyMetric) -> tuple[Tensor, Tensor, Bound, Metric]:
+def bind_pair(study: Access, clean: Text, corrupted: Text, metric: AnyMetric) -> tuple[Tensor, Tensor, Bound, Metric]:
     """The ids (B, T) of two texts, and the metric bound to them and by itself. Raises DataError where they differ in
     shape.
     """
@@ -185,7 +183,7 @@ def bind_pair(study: Study, clean: Text, corrupted: Text, metric: AnyMetric) -> 
 
 
 def _places(
-    study: Study, ids: Tensor, other: Tensor, at: str, by: str | Sequence[str] | None
+    study: Access, ids: Tensor, other: Tensor, at: str, by: str | Sequence[str] | None
 ) -> tuple[list[Place], tuple[Axis, ...]]:
     """What is patched, in the order of the result's values, and the result's axes."""
     if at not in SITES:
@@ -210,7 +208,7 @@ def _places(
     return places, tuple(Axis(axis, labels[axis]) for axis in axes)
 
 
-def _positions(study: Study, ids: Tensor, other: Tensor) -> list[str]:
+def _positions(study: Access, ids: Tensor, other: Tensor) -> list[str]:
     """Labels of positions: the token, or of one text what it is in both where they differ."""
     if len(ids) > 1:
         return [str(position) for position in range(ids.shape[1])]
@@ -221,7 +219,7 @@ def _positions(study: Study, ids: Tensor, other: Tensor) -> list[str]:
 # The definition: an edit and a whole forward for each site.
 
 
-def _by_edits(study: Study, ids: Tensor, other: Tensor, bound: Bound, at: str, places: Sequence[Place]) -> Tensor:
+def _by_edits(study: Access, ids: Tensor, other: Tensor, bound: Bound, at: str, places: Sequence[Place]) -> Tensor:
     _, clean = study.run_with_cache(ids, at)
     axes = [{"kv_head": "head"}.get(axis, axis) for axis in clean.axes((at, 0))]
     values = []
@@ -241,7 +239,7 @@ def _by_edits(study: Study, ids: Tensor, other: Tensor, bound: Bound, at: str, p
 # The same, going on from the middle of the corrupted run.
 
 
-def _by_resuming(study: Study, ids: Tensor, other: Tensor, bound: Bound, at: str, places: Sequence[Place]) -> Tensor:
+def _by_resuming(study: Access, ids: Tensor, other: Tensor, bound: Bound, at: str, places: Sequence[Place]) -> Tensor:
     base = Base(study, other, SITES[at])
     _, clean = study.run_with_cache(ids, SITES[at])
     with study.running():

@@ -16,21 +16,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.decomposition import precise
 from minigpt.internals.attribution.weights import head_labels
 from minigpt.internals.causal.patching import AnyMetric, bind_pair
 from minigpt.internals.causal.resume import TOKENS
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 Parts = str | tuple[str, ...]
 
@@ -46,7 +44,7 @@ class _Part(NamedTuple):
 
 
 def patch_paths(
-    study: Study,
+    study: Access,
     clean: Text,
     corrupted: Text,
     metric: AnyMetric,
@@ -115,12 +113,12 @@ def patch_paths(
     return Result(f"Change of {metric.name} along paths", values.numpy(), axes, metric.unit, notes)
 
 
-def every_sender(study: Study) -> list[str]:
+def every_sender(study: Access) -> list[str]:
     """The embeddings, every head and every MLP."""
     return ["embed", *head_labels(study.config), *(f"L{layer} mlp" for layer in range(study.config.n_layer))]
 
 
-def every_receiver(study: Study) -> list[str]:
+def every_receiver(study: Access) -> list[str]:
     """Queries, keys and values of every head, every MLP, and the logits."""
     config = study.config
     counts = {"q": config.n_head, "k": config.n_kv_head or 0, "v": config.n_kv_head or 0}
@@ -131,7 +129,7 @@ def every_receiver(study: Study) -> list[str]:
     return [*found, "logits"]
 
 
-def _reads(study: Study, reader: _Part) -> tuple[tuple[str, int], tuple[str, int]]:
+def _reads(study: Access, reader: _Part) -> tuple[tuple[str, int], tuple[str, int]]:
     """The activation that a receiver reads by itself, and the stream that it is a copy of."""
     if reader.kind == "logits":
         return ("resid_post", -1), ("resid_post", -1)
@@ -162,7 +160,7 @@ def _name(names: Parts) -> str:
     return " + ".join(_group(names))
 
 
-def _sender(study: Study, name: str) -> _Part:
+def _sender(study: Access, name: str) -> _Part:
     if name == "embed":
         return _Part(0, "embed", 0, 0)
     found = re.fullmatch(r"L(\d+)(?:H(\d+)| (attn|mlp))", name)
@@ -175,7 +173,7 @@ def _sender(study: Study, name: str) -> _Part:
     )
 
 
-def _receiver(study: Study, name: str) -> _Part:
+def _receiver(study: Access, name: str) -> _Part:
     config = study.config
     if name == "logits":
         return _Part(2 * config.n_layer + 1, "logits", -1, 0)

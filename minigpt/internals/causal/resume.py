@@ -15,19 +15,17 @@ model's plain blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.names import Names
 from minigpt.model.attention import Attention
 from minigpt.model.cache import KVCache, Step
 from minigpt.model.gpt import Block
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 TOKENS = 4096  # of all rows of a batch together: enough for full speed, little enough for any memory
 
@@ -54,7 +52,7 @@ class Base:
         names: activations to keep beside the stream, in `seen`.
     """
 
-    def __init__(self, study: Study, ids: Tensor, names: Names = ()) -> None:
+    def __init__(self, study: Access, ids: Tensor, names: Names = ()) -> None:
         self.model, self.ids = study.model, ids
         names = [names] if isinstance(names, str) else list(names)  # type: ignore[arg-type]
         logits, self.seen = study.run_with_cache(ids, [("resid_pre", 0), "resid_mid", "resid_post", *names])

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minigpt.errors import DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
 from minigpt.internals.dynamics.context import in_parts
 from minigpt.model.config import GPTConfig
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Comparison:
         return "".join(part._repr_html_() for part in self.parts)
 
 
-def compare(study: Study, other: Study, text: Text) -> Comparison:
+def compare(study: Access, other: Access, text: Text) -> Comparison:
     """Where two models differ.
 
     Args:
@@ -98,7 +95,7 @@ class _Seen:
     streams: list[Tensor]  # before the first block and after each, (B T, C)
 
 
-def _run(study: Study, ids: Tensor) -> _Seen:
+def _run(study: Access, ids: Tensor) -> _Seen:
     losses, streams = [], []
     for part in in_parts(study, ids):
         names: list[str | tuple[str, int]] = [("resid_pre", 0), "resid_post"]

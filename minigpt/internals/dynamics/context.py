@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
 
 if TYPE_CHECKING:
     from minigpt.data.shards import Corpus
-    from minigpt.internals.study import Study
 
 TOKENS = 4096  # in all windows together
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**25  # at most, in a forward
@@ -38,7 +38,7 @@ def held_out_windows(corpus: Corpus, length: int, tokens: int = TOKENS) -> Tenso
     return torch.from_numpy(stream.read(starts, length))
 
 
-def held_out(study: Study, tokens: int = TOKENS) -> Tensor:
+def held_out(study: Access, tokens: int = TOKENS) -> Tensor:
     """`held_out_windows` (B, block_size) of the corpus that the study's run was trained on.
 
     Raises ConfigError for a study that is of no run, DataError where that text is another by now.
@@ -50,19 +50,19 @@ def held_out(study: Study, tokens: int = TOKENS) -> Tensor:
     return held_out_windows(corpus_of(study.run), study.config.block_size, tokens)
 
 
-def in_parts(study: Study, ids: Tensor) -> tuple[Tensor, ...]:
+def in_parts(study: Access, ids: Tensor) -> tuple[Tensor, ...]:
     """Ids (B, T) in parts of whole rows that are small enough for a watched forward."""
     tokens = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // study.model.vocab_size)
     return ids.split(max(1, tokens // ids.shape[1]))
 
 
-def losses(study: Study, text: Text | None = None) -> Tensor:
+def losses(study: Access, text: Text | None = None) -> Tensor:
     """Nats of each token after those before it, (B, T - 1); None: of `held_out`."""
     ids = study.ids(held_out(study) if text is None else text)
     return torch.cat([study.losses(part) for part in in_parts(study, ids)])
 
 
-def loss_by_position(study: Study, text: Text | None = None) -> Result:
+def loss_by_position(study: Access, text: Text | None = None) -> Result:
     """How well each position of the context is predicted: nats, mean over the text's rows.
 
     Args:
@@ -83,7 +83,7 @@ def loss_by_position(study: Study, text: Text | None = None) -> Result:
     )
 
 
-def in_context_score(study: Study, text: Text | None = None) -> Result:
+def in_context_score(study: Access, text: Text | None = None) -> Result:
     """How many nats a token costs less late in the context than early (Olsson et al. 2022, arXiv 2209.11895).
 
     There it is the 500th token's loss minus the 50th's; here that of the tokens around nine tenths of the context minus

@@ -13,10 +13,10 @@ from minigpt.checkpoint.checkpoint import load
 from minigpt.checkpoint.runs import checkpoints_of, is_whole, read_metrics, step_of
 from minigpt.durable import named_path
 from minigpt.errors import CheckpointError, DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.dynamics.context import held_out
 from minigpt.internals.dynamics.snapshot import KINDS, Kind, numbers, snapshot
-from minigpt.internals.study import Study
 from minigpt.terminal import notice
 
 LOSSES = Kind("split", "Loss", "nats", "Of the batches that it trained on, and of the validation split.")
@@ -91,7 +91,7 @@ def of_checkpoints(run: Path | str, device: torch.device | str = "cpu") -> Itera
     ids = None
     for folder in folders:
         try:
-            study = Study(load(folder, device=device))
+            study = Access(load(folder, device=device))
         except CheckpointError:
             if folder.is_dir():
                 raise

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text, need_two
 from minigpt.internals.attribution.weights import head_labels
@@ -20,9 +21,6 @@ from minigpt.internals.causal.effect import MEASURES
 from minigpt.internals.causal.heads import LONGEST, heads
 from minigpt.internals.dynamics.context import held_out, in_parts, score_of
 from minigpt.model.layers import widen
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 
 class Kind(NamedTuple):
@@ -56,7 +54,7 @@ ABLATED = 512  # tokens, the first of the text, for the ablations
 REPEATS = 8  # random sequences
 
 
-def snapshot(study: Study, text: Text | None = None) -> dict[str, Result]:
+def snapshot(study: Access, text: Text | None = None) -> dict[str, Result]:
     """All of the module's figures, by kind; those on random blocks that come twice where blocks of two tokens fit.
 
     Args:
@@ -111,7 +109,7 @@ class _Means:
         return torch.stack([total / self.rows[name] for name, total in self.sums.items()])
 
 
-def _on_text(study: Study, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _on_text(study: Access, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (B, T - 1), entropy of each head (L, H), and sizes of the stream (L + 1), of ids (B, T)."""
     entropy, stream = _Means(attention_entropy), _Means(lambda x: x.square().mean())
     with study.hooks({"pattern": entropy, ("resid_pre", 0): stream, "resid_post": stream}):
@@ -151,7 +149,7 @@ def in_doublings(losses: Tensor) -> dict[str, float]:
     return found
 
 
-def weight_norms(study: Study) -> dict[str, float]:
+def weight_norms(study: Access) -> dict[str, float]:
     """Euclidean norm of each block's parameters taken together, and of what lies beside the blocks."""
     squares = defaultdict[str, float](float)
     for name, parameter in study.model.named_parameters():

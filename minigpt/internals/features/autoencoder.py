@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,10 +29,8 @@ from minigpt.checkpoint.checkpoint import load_tensors, save_tensors
 from minigpt.checkpoint.runs import read_json
 from minigpt.durable import named_path, to_json, write_text
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.internals.access.access import Edit, Site
 from minigpt.internals.features.autoencoder_config import Kind
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Edit, Site
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 LAYOUT = "6.0.0"  # the version of SAELens whose layout is written

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.corpus import Tokens, tokens_of, windows
 from minigpt.internals.access.names import STREAM
 from minigpt.internals.access.result import Axis, Result
@@ -18,14 +17,11 @@ from minigpt.internals.features.neurons import AT_ONCE, Contexts, direct_effect,
 from minigpt.model.layers import widen
 from minigpt.terminal import progress
 
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
-
 LOGITS_AT_ONCE = 2**24
 
 
 def judge_autoencoder(
-    study: Study, autoencoder: Autoencoder, *, text: str | Tensor | Tokens | None = None, limit: int | None = None
+    study: Access, autoencoder: Autoencoder, *, text: str | Tensor | Tokens | None = None, limit: int | None = None
 ) -> tuple[Result, Result]:
     """The figures by which autoencoders are compared, and how often each feature fires.
 
@@ -125,7 +121,7 @@ def _kl(clean: Tensor, changed: Tensor) -> Tensor:
 
 
 def feature_contexts(
-    study: Study,
+    study: Access,
     autoencoder: Autoencoder,
     k: int = 10,
     *,
@@ -138,7 +134,7 @@ def feature_contexts(
     return found
 
 
-def feature_effect(study: Study, autoencoder: Autoencoder, feature: int) -> Result:
+def feature_effect(study: Access, autoencoder: Autoencoder, feature: int) -> Result:
     """What a feature, when it is 1, adds to the logits directly: its decoder row, seen by the unembedding.
 
     Raises ConfigError where its target is not the stream or what is added to it, or where there is no such feature.

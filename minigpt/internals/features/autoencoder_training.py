@@ -14,21 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError, NonFiniteError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.corpus import Tokens, draws, site_of, tokens_of
 from minigpt.internals.access.names import Names
 from minigpt.internals.features.autoencoder import Autoencoder, keep_greatest, keep_greatest_of_batch
 from minigpt.internals.features.autoencoder_config import AutoencoderConfig
 from minigpt.model.layers import widen
 from minigpt.terminal import notice, progress
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 BATCHES_AT_ONCE = 8  # gathered and shuffled together
 TOKENS_A_FEATURE = 100  # of text, below which a notice is given
@@ -196,7 +194,7 @@ def _scale(x: Tensor) -> float:
 
 
 def train_autoencoder(
-    study: Study,
+    study: Access,
     at: Names,
     target: Names | None = None,
     *,
@@ -264,7 +262,7 @@ def _check_amount(tokens: int, features: int) -> None:
 
 
 def _samples(
-    study: Study, site: str, goal: str, tokens: Tokens, config: AutoencoderConfig
+    study: Access, site: str, goal: str, tokens: Tokens, config: AutoencoderConfig
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What is read and what is reconstructed, (N, d_in) and (N, d_out), shuffled, without end."""
     width = min(study.config.block_size, len(tokens))

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.corpus import Tokens, site_of, tokens_of, windows
 from minigpt.internals.access.names import Names
 from minigpt.internals.access.result import Axis, Result
 from minigpt.model.layers import LayerNorm
 from minigpt.terminal import progress
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
-
 
 AT_ONCE = 4096  # tokens a forward
 
@@ -38,7 +35,7 @@ class Contexts(Result):
     places: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
     """(units, k) the token's number in the text; -1 where the text is shorter than k tokens."""
     tokens: Tokens | None = None
-    study: Study | None = None
+    study: Access | None = None
     width: int = 0
     """Tokens of the windows that the text was read in: no context reaches over a window's border."""
 
@@ -66,7 +63,7 @@ class Contexts(Result):
 
 
 def top_contexts(
-    study: Study,
+    study: Access,
     at: Names,
     k: int = 10,
     *,
@@ -114,7 +111,7 @@ def top_contexts(
     return Contexts(title, best.numpy(), axes, "", {"tokens": total}, places.numpy(), tokens, study, width)
 
 
-def direct_effect(study: Study, direction: Tensor) -> Tensor:
+def direct_effect(study: Access, direction: Tensor) -> Tensor:
     """What a direction of the stream does to the logits by itself, without any later block: (..., C) -> (..., V).
 
     The final norm's own scale, which depends on the text, is left out; its centring and its weight are not, nor is a
@@ -129,7 +126,7 @@ def direct_effect(study: Study, direction: Tensor) -> Tensor:
         return unembed.project(direction.to(unembed.weight))
 
 
-def neuron_effect(study: Study, layer: int, neuron: int) -> Result:
+def neuron_effect(study: Access, layer: int, neuron: int) -> Result:
     """What one neuron's output, when it is 1, adds to the logits directly: W_out[n] W_U, by the final norm's weight.
 
     `.top(10)` are the tokens that it raises, `.top(10, smallest=True)` those that it lowers (where its output is
@@ -147,7 +144,7 @@ def neuron_effect(study: Study, layer: int, neuron: int) -> Result:
     return vocabulary_result(study, f"direct effect of neuron {neuron} of block {layer % len(blocks)}", effect)
 
 
-def vocabulary_result(study: Study, title: str, values: Tensor) -> Result:
+def vocabulary_result(study: Access, title: str, values: Tensor) -> Result:
     """One value a token, (V)."""
     labels = [f"{id} {study.token(id)}" for id in range(len(values))]
     return Result(title, values.numpy(force=True), (Axis("token", labels),), "logits before the final norm's scale")

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.corpus import gather, site_of
 from minigpt.internals.access.names import Names, select
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 
 def ridge(x: Tensor, y: Tensor, l2: float) -> tuple[Tensor, Tensor]:
@@ -123,7 +120,7 @@ class Probed(Result):
 
 
 def probe(
-    study: Study,
+    study: Access,
     texts: Sequence[Text],
     labels: Sequence[str] | Sequence[float],
     at: Names = "resid_post",

@@ -15,20 +15,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from minigpt.checkpoint.checkpoint import load_metadata, load_tensors, save_tensors
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.internals.access.access import Access, Edit, Edits, Site
 from minigpt.internals.access.corpus import gather, site_of
 from minigpt.internals.access.text import Text
 from minigpt.internals.access.writing import Written
 from minigpt.model.cache import KVCache
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Edit, Edits, Site, Study
 
 KIND = "minigpt steering vector"
 
@@ -94,7 +92,7 @@ class Steered(Written):
     Raises ConfigError where the edits do not fit the model.
     """
 
-    def __init__(self, study: Study, edits: Edits) -> None:
+    def __init__(self, study: Access, edits: Edits) -> None:
         super().__init__(study)
         self.edits = edits
         with study.hooks(edits):
@@ -106,7 +104,7 @@ class Steered(Written):
 
 
 def steering_vector(
-    study: Study,
+    study: Access,
     positive: Sequence[Text],
     negative: Sequence[Text],
     at: str | tuple[str, int],

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from minigpt.checkpoint.runs import read_best, read_metrics, step_of
 from minigpt.durable import write_text
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Result
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.translators import MADE_BY, Translators, saved_lens
@@ -32,9 +33,6 @@ from minigpt.internals.page import views
 from minigpt.internals.page.render import as_json, render, unpacked
 from minigpt.model.cost import cost_of
 from minigpt.terminal import notice
-
-if TYPE_CHECKING:
-    from minigpt.internals.study import Study
 
 VERSION = 1  # of the data's form
 MOST = 256  # tokens: a page of more grows with their square
@@ -67,7 +65,7 @@ class Report:
         return f'<iframe sandbox="allow-scripts" style="width:100%;height:50rem;border:0" srcdoc="{page}"></iframe>'
 
 
-def report(study: Study, text: Text, *, results: Sequence[Result] = (), most: int = MOST) -> Report:
+def report(study: Access, text: Text, *, results: Sequence[Result] = (), most: int = MOST) -> Report:
     """The page about one text.
 
     Args:
@@ -115,7 +113,7 @@ def report(study: Study, text: Text, *, results: Sequence[Result] = (), most: in
     return Report(json.loads(as_json(data)))
 
 
-def card(study: Study) -> dict[str, Any]:
+def card(study: Access) -> dict[str, Any]:
     """What the model is, for the head of the page."""
     config, run = study.config, study.run
     made: dict[str, Any] = {
@@ -140,7 +138,7 @@ def card(study: Study) -> dict[str, Any]:
     return made
 
 
-def lenses(study: Study, ids: Tensor) -> dict[str, Any]:
+def lenses(study: Access, ids: Tensor) -> dict[str, Any]:
     """The logit lens, and those that were trained for this model, if they are in the run's folder."""
     made = {"logit": views.lens(study, ids)}
     for kind in MADE_BY if folder_of(study) else ():
@@ -153,7 +151,7 @@ def lenses(study: Study, ids: Tensor) -> dict[str, Any]:
     return made
 
 
-def curves(study: Study) -> dict[str, list[list[float]]]:
+def curves(study: Access) -> dict[str, list[list[float]]]:
     """What metrics.jsonl tells of a run, by name: steps and values, thinned to what a curve can show."""
     folder = folder_of(study)
     found: dict[str, tuple[list[float], list[float]]] = {}
@@ -172,7 +170,7 @@ def _thinned(values: list[float]) -> list[float]:
     return values if every < 2 else [*values[:-1:every], values[-1]]
 
 
-def badges(study: Study, ids: Tensor) -> dict[str, dict[str, float]]:
+def badges(study: Access, ids: Tensor) -> dict[str, dict[str, float]]:
     """Of each head what it looks at in a random text that repeats, from 0 to 1, if the model holds one, and, where no
     edits are open, what its absence costs on this text, in nats a token.
     """
@@ -199,7 +197,7 @@ def _grid(result: Result) -> dict[str, Any]:
     }
 
 
-def _token(study: Study, id: int) -> dict[str, Any]:
+def _token(study: Access, id: int) -> dict[str, Any]:
     """A token as the page shows it; bytes that are no text by themselves as their numbers."""
     text, tokenizer = study.token(id), views.tokenizer_of(study)
     if "\ufffd" in text and tokenizer is not None:
@@ -215,7 +213,7 @@ def _mentioned(data: dict[str, Any]) -> set[int]:
     return {int(id) for pack in packs for id in unpacked(pack).reshape(-1)} | {id for ids in lists for id in ids}
 
 
-def folder_of(study: Study) -> Path | None:
+def folder_of(study: Access) -> Path | None:
     """The run that the study's checkpoint is one of; None for a model that is of none."""
     path = None if study.run is None else study.run.path
     return path.parent.parent if path is not None and path.parent.name == "checkpoints" else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
+from minigpt.internals.access.access import Access
 from minigpt.internals.access.activations import Activations
 from minigpt.internals.attribution.decomposition import Point, parts_of, points, precise, writers
 from minigpt.internals.attribution.lens import Reader, lens_logits, statistic
@@ -22,7 +23,6 @@ from minigpt.sampling.settings.conflicts import switched_on
 from minigpt.sampling.settings.orders import ORDERS, resolve
 
 if TYPE_CHECKING:
-    from minigpt.internals.study import Study
     from minigpt.tokenizer.base import Tokenizer
 
 TOP = 10  # tokens that are listed for a prediction
@@ -59,7 +59,7 @@ def attention(patterns: Tensor) -> dict[str, Any]:
     return {"L": layers, "H": heads, "T": length, "weights": packed_shares(triangle, "u8")}
 
 
-def lens(study: Study, ids: Tensor, reader: Reader | None = None) -> dict[str, Any]:
+def lens(study: Access, ids: Tensor, reader: Reader | None = None) -> dict[str, Any]:
     """What the stream says after every component, for ids (T); see `minigpt.internals.attribution.lens`."""
     where = points(study.config)
     [(_, logits)] = lens_logits(study, ids, where[-1:])
@@ -85,7 +85,7 @@ def lens(study: Study, ids: Tensor, reader: Reader | None = None) -> dict[str, A
     }
 
 
-def attribution(study: Study, cache: Activations, logits: Tensor, ids: Tensor) -> dict[str, Any]:
+def attribution(study: Access, cache: Activations, logits: Tensor, ids: Tensor) -> dict[str, Any]:
     """What each term of the stream adds to the logit of the next token, and of its strongest rival, at every position:
     `attribute_logit` of them all at once, from a run that is there.
     """
@@ -123,11 +123,11 @@ def attribution(study: Study, cache: Activations, logits: Tensor, ids: Tensor) -
     }
 
 
-def _end(study: Study) -> Point:
+def _end(study: Access) -> Point:
     return Point(study.config.n_layer - 1, "resid_post")
 
 
-def next_token(study: Study, logits: Tensor, ids: Tensor) -> dict[str, Any]:
+def next_token(study: Access, logits: Tensor, ids: Tensor) -> dict[str, Any]:
     """The last logits (V), and the run's own settings of the sampler, for a page that computes the rest itself."""
     config = SamplingConfig() if study.run is None else SamplingConfig.from_dict(study.run.sampling)
     tokenizer = tokenizer_of(study)
@@ -153,7 +153,7 @@ def next_token(study: Study, logits: Tensor, ids: Tensor) -> dict[str, Any]:
     }
 
 
-def tokenizer_of(study: Study) -> Tokenizer | None:
+def tokenizer_of(study: Access) -> Tokenizer | None:
     """The study's tokenizer; None where it was made without one."""
     try:
         return study.tokenizer
@@ -175,7 +175,7 @@ def _grouped(falling: Tensor) -> list[list[float]]:
     return groups
 
 
-def run_of(study: Study, ids: Tensor) -> tuple[Tensor, Activations]:
+def run_of(study: Access, ids: Tensor) -> tuple[Tensor, Activations]:
     """One watched run of ids (T): its logits (T, V), and the activations that the views need.
 
     Raises DataError where the model's logits are no numbers.

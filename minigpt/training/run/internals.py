@@ -14,8 +14,8 @@ import time
 import lightning.pytorch as pl
 from torch import Tensor
 
+from minigpt.internals.access.access import Access
 from minigpt.internals.dynamics.snapshot import numbers, snapshot
-from minigpt.internals.study import Study
 from minigpt.training.config import TrainConfig
 from minigpt.training.recipe.sharding import plain
 from minigpt.training.run.each_step import EachStep, due
@@ -60,6 +60,6 @@ class Internals(EachStep):
         with module.evaluated_weights():
             model = plain(module.model)  # all processes give their part of the weights
             if trainer.is_global_zero and model is not None:
-                row = numbers(snapshot(Study.of(model), self.text))
+                row = numbers(snapshot(Access.of(model), self.text))
         self.metrics.pause("internals", time.monotonic() - began)
         self.metrics.write(trainer, step, row)
