@@ -13,7 +13,12 @@ What a study sees and changes is in access/access.py; each analysis is a functio
 
 from __future__ import annotations
 
+from typing import Any
+
 from minigpt.internals.access.access import Access
+from minigpt.internals.access.activations import Activations
+from minigpt.internals.access.names import Names, select
+from minigpt.internals.access.writing import write
 from minigpt.internals.attribution.attribution import attribute_logit
 from minigpt.internals.attribution.decomposition import accumulated, components
 from minigpt.internals.attribution.flow import rollout, value_flow
@@ -84,3 +89,17 @@ class Study(Access):
     attribution_patch = attribution_patch
     patch_paths = patch_paths
     report = report
+
+    def generate(self, prompt: str, names: Names = (), **settings: Any) -> tuple[Any, Activations]:
+        """Write on from a prompt, with the edits of the open `hooks`, and keep activations on the way.
+
+        Args:
+            prompt: one text.
+            names: which activations to keep of every token but the last written, which nothing has read yet.
+            settings: as of `minigpt.SamplingConfig`.
+
+        Returns:
+            The completion (see `minigpt.Sampler`) and the activations, those of one forward over all but the last
+            token.
+        """
+        return write(self, prompt, select(self.config, names), settings)

@@ -261,22 +261,6 @@ class Access(Texts):
         detached = {name: activation.detach() for name, activation in cache.values_by_name.items()}
         return value.detach(), Activations(self.config, detached), Activations(self.config, by_name)
 
-    def generate(self, prompt: str, names: Names = (), **settings: Any) -> tuple[Any, Activations]:
-        """Write on from a prompt, with the edits of the open `hooks`, and keep activations on the way.
-
-        Args:
-            prompt: one text.
-            names: which activations to keep of every token but the last written, which nothing has read yet.
-            settings: as of `minigpt.SamplingConfig`.
-
-        Returns:
-            The completion (see `minigpt.Sampler`) and the activations, those of one forward over all but the last
-            token.
-        """
-        from minigpt.internals.access.writing import write
-
-        return write(self, prompt, select(self.config, names), settings)
-
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Nats of each id after those before it, (B, T - 1), from the logits (B, T, V) at each."""

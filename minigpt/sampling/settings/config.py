@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.settings import rules
+from minigpt.sampling.settings.conflicts import check_conflicts
 from minigpt.sampling.settings.rules import Rule
 from minigpt.sampling.settings.unheard import name_unheard
 
@@ -225,8 +226,6 @@ class SamplingConfig:
         """Raise ConfigError for the first field whose value it does not accept, or for fields that contradict."""
         for spec in fields(self):
             check_field(spec.name, getattr(self, spec.name))
-        from minigpt.sampling.settings.conflicts import check_conflicts
-
         check_conflicts(self)
 
     def to_dict(self) -> dict[str, Any]:

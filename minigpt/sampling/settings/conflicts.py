@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from minigpt.errors import ConfigError
@@ -47,10 +48,9 @@ def _is_on(value: Any, off: Any) -> bool:
 
 
 def _off_values(config: Any) -> dict[str, Any]:
-    from minigpt.sampling.settings.config import FIELDS
-
     own = {"temperature": 1, "mirostat": 0}
-    return {name: own.get(name, FIELDS[name].metadata["off"]) for name in STEPS if name in FIELDS}
+    off = {spec.name: spec.metadata["off"] for spec in fields(config)}
+    return {name: own.get(name, off[name]) for name in STEPS if name in off}
 
 
 def _problems(config: Any) -> Iterator[str]:
