@@ -41,7 +41,7 @@ FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROSE = FENCED.sub("", PAGE)
 BYTES = build_tokenizer(TokenizerConfig(kind="byte"))
 ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
-SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "minigpt" / "sampling").glob("*.py")}
+SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "minigpt" / "sampling").rglob("*.py")}
 
 # Settings that ask for nothing but the one processor.
 ASKING_FOR: dict[str, dict[str, Any]] = {
@@ -168,8 +168,8 @@ def one_line(text: str) -> str:
 def callable_dataclasses() -> dict[str, set[str]]:
     """Module -> its public frozen dataclasses that can be called: processors and criteria."""
     found: dict[str, set[str]] = {}
-    for info in pkgutil.iter_modules(minigpt.sampling.__path__):
-        module = importlib.import_module(f"minigpt.sampling.{info.name}")
+    for info in pkgutil.walk_packages(minigpt.sampling.__path__, "minigpt.sampling."):
+        module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             if (
                 inspect.isclass(value)
