@@ -179,7 +179,7 @@ def callable_dataclasses() -> dict[str, set[str]]:
                 and value.__dataclass_params__.frozen  # type: ignore[attr-defined]
                 and "__call__" in dir(value)
             ):
-                found.setdefault(info.name, set()).add(name)
+                found.setdefault(info.name.rpartition(".")[2], set()).add(name)
     return found
 
 
