@@ -74,3 +74,5 @@ def test_a_text_in_which_nothing_repeats_has_the_other_kinds(run: str, capsys: p
     told = capsys.readouterr()
     assert "no duplicate scores: no token of this text" in told.err and "no induction scores" in told.err
     assert "previous" in told.out and "duplicate" not in told.out
+    assert main(["heads", run, "--text", "ab"]) == 0
+    assert "no offset scores: the text has 2 tokens" in capsys.readouterr().err

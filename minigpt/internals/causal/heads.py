@@ -35,6 +35,7 @@ LONGEST = 64  # tokens of a block, where the model holds more
 
 # Ids (B, T) and the fixed offset -> which slots (B or 1, T, S) a head of that kind looks at.
 Looks = Callable[[Tensor, int], Tensor]
+OFFSET = 2  # tokens back, where none is asked for
 
 
 def _back(ids: Tensor) -> Tensor:  # (T, S): how far behind the query a slot is
@@ -132,7 +133,7 @@ def copying_score(pattern: Tensor, written: Tensor, ids: Tensor) -> Tensor:
     return (looked_at * share.to(pattern.dtype)).sum(-1).mean((0, 2))
 
 
-def head_scores(study: Access, kind: str, text: Text | None = None, *, offset: int = 2, seed: int = 0) -> Result:
+def head_scores(study: Access, kind: str, text: Text | None = None, *, offset: int = OFFSET, seed: int = 0) -> Result:
     """How much each head is of one kind: layer x head, from 0 to 1.
 
     Args:
@@ -153,7 +154,7 @@ def heads(
     *,
     kinds: str | Sequence[str] | None = None,
     causal: bool = True,
-    offset: int = 2,
+    offset: int = OFFSET,
     seed: int = 0,
 ) -> Heads:
     """Every head's score of every kind, and what its absence costs.
@@ -179,6 +180,9 @@ def _scores(
         if kind not in KINDS:
             raise ConfigError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
     ids = repeated_block(study, seed=seed) if text is None else study.ids(text)
+    if leave_out and offset == OFFSET and ids.shape[1] <= offset:
+        notice(f"no offset scores: the text has {ids.shape[1]} tokens, and offset is {offset}")
+        kinds = [kind for kind in kinds if kind != "offset"]
     if "offset" in kinds and not 0 <= offset < ids.shape[1]:
         raise ConfigError(
             f"offset: {offset} tokens back, and the text has {ids.shape[1]}; expected 0 or more and less than the text "
