@@ -58,8 +58,8 @@ class _ChunkedNats(torch.autograd.Function):
     A chunk's logits z give, while they exist, its part of both gradients, dL/dz = softmax(z) - onehot(target), so that
     nothing of them is kept and nothing computed again: three matrix products, as in the whole.
 
-    What is returned, and what was saved, is never changed in place: torch 2.11 compiles such a function to gradients
-    of zero (https://github.com/pytorch/pytorch/issues/180642).
+    The sum that is returned, and what was saved, are not changed in place: torch 2.11 compiled that to gradients of
+    zero (https://github.com/pytorch/pytorch/issues/180642).
     """
 
     @staticmethod

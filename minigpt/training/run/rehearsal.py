@@ -53,9 +53,8 @@ class Rehearsal(pl.Callback):
             loss = self._forward(strategy, *batch)
             loss.backward()
             if math.isfinite(mean_loss(loss)):  # else the first step says so
-                if self.config.trainer.compile:
-                    self._compare(pl_module, strategy, batch, loss)
-                check_gradients(pl_module.model, loss)
+                if not self.config.trainer.compile or self._compare(pl_module, strategy, batch, loss):
+                    check_gradients(pl_module.model, loss)
         del loss
         for parameter in pl_module.parameters():
             parameter.grad = None
@@ -67,8 +66,12 @@ class Rehearsal(pl.Callback):
         with memory_errors(VALIDATION_ADVICE), trainer.precision_plugin.forward_context():
             evaluate(pl_module.model, few, byte_lengths)
 
-    def _compare(self, module: TrainingModule, strategy: Strategy, batch: Any, loss: torch.Tensor) -> None:
-        """The compiled step with the uncompiled one, which needs more memory: a run that fits must not end by it."""
+    def _compare(self, module: TrainingModule, strategy: Strategy, batch: Any, loss: torch.Tensor) -> bool:
+        """Compare the compiled step with the uncompiled one, for which a run that fits may lack the memory.
+
+        Returns:
+            Whether they were compared. If not, gradients are gone; the first steps will tell if they are zero.
+        """
         drops = self.config.model.dropout or self.config.model.attn_dropout
         tolerance = None if drops else TOLERANCES[self.config.trainer.precision]
         try:
@@ -76,6 +79,8 @@ class Rehearsal(pl.Callback):
                 check_compiled(module.model, partial(self._forward, strategy), batch, loss, tolerance)
         except MemoryExceeded:
             notice("the compiled step was not compared with the uncompiled one, for which memory does not suffice")
+            return False
+        return True
 
     @staticmethod
     def _forward(strategy: Strategy, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
