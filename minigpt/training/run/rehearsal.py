@@ -52,9 +52,9 @@ class Rehearsal(pl.Callback):
             batch = strategy.batch_to_device(batch)
             loss = self._forward(strategy, *batch)
             loss.backward()
-            if math.isfinite(mean_loss(loss)):  # else the first step says so
-                if not self.config.trainer.compile or self._compare(pl_module, strategy, batch, loss):
-                    check_gradients(pl_module.model, loss)
+            finite = math.isfinite(mean_loss(loss))  # if it is not, the first step says so
+            if finite and (not self.config.trainer.compile or self._compare(pl_module, strategy, batch, loss)):
+                check_gradients(pl_module.model, loss)
         del loss
         for parameter in pl_module.parameters():
             parameter.grad = None
