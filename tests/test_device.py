@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model, tiny_config
 
 import minigpt
 from minigpt.checkpoint import checkpoint
@@ -15,6 +14,7 @@ from minigpt.cli.main import main
 from minigpt.errors import ConfigError
 from minigpt.model.device import pick_device
 from minigpt.tokenizer.plain import ByteTokenizer
+from toys import random_model, tiny_config
 
 
 def here(patched: pytest.MonkeyPatch, *kinds: str) -> None:

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import forks
 import pytest
-from forks import Fork, children_of, in_forks, limited
 
+import forks
+from forks import Fork, children_of, in_forks, limited
 from minigpt.training.processes import processes
 from minigpt.training.processes.processes import Processes
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model, tiny_config
-from training_runs import tiny_run
 
 import minigpt
 from minigpt.cli.main import main
@@ -21,6 +19,8 @@ from minigpt.internals.features.autoencoder import Autoencoder
 from minigpt.tokenizer.build import load_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.training.launch import train
+from toys import random_model, tiny_config
+from training_runs import tiny_run
 
 
 @pytest.fixture(scope="module")

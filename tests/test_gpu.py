@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, PRESETS, random_ids, random_model, tiny_config
-from table_model import LetterTokenizer
-from training_runs import losses, run_and_read, saved_tensors, tiny_run
 
 from minigpt.checkpoint.checkpoint import load
 from minigpt.cli.main import main
@@ -22,9 +20,13 @@ from minigpt.model.gpt import GPT
 from minigpt.sampling.sampler import Sampler
 from minigpt.training.recipe import loss as loss_module
 from minigpt.training.recipe.loss import compiled_loss, plain_loss
+from table_model import LetterTokenizer
+from toys import PRESETS, random_ids, random_model, tiny_config
+from training_runs import losses, run_and_read, saved_tensors, tiny_run
 
 pytestmark = pytest.mark.gpu
 
+DEVICE = os.environ.get("MINIGPT_TEST_DEVICE")
 ACCELERATOR = {"cuda": "gpu", None: "cpu"}.get(DEVICE, DEVICE)
 DTYPES = [torch.float64, torch.float32]
 

@@ -20,12 +20,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # What compiles; and what asks transformers.
-TORCH = ["tests/test_compiled.py", "tests/test_loss.py", "tests/test_byhand.py", "tests/test_health.py"]
+TORCH = [
+    "tests/training/recipe/test_compiled.py",
+    "tests/training/recipe/test_loss.py",
+    "tests/model/test_byhand.py",
+    "tests/training/run/test_health.py",
+]
 FILES = {
     "torch": TORCH,
     "transformers": sorted(
         str(path.relative_to(ROOT))
-        for path in (ROOT / "tests").glob("test_*.py")
+        for path in (ROOT / "tests").rglob("test_*.py")
         if re.search(r"transformers(_twin|\b)", path.read_text(encoding="utf-8"))
     ),
 }
