@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 from minigpt.errors import ConfigError
@@ -13,6 +14,7 @@ from minigpt.sampling.processors.processors import AllowedVocabulary, Normalised
 from minigpt.sampling.settings.config import FIELDS, SamplingConfig
 from minigpt.sampling.settings.conflicts import switched_on
 from minigpt.sampling.settings.orders import CUSTOM, Order, resolve
+from minigpt.sampling.settings.shape import FILTERS, row
 
 EVERYTHING = 2**31  # a top-k that keeps every token, beside prompts that have one
 
@@ -97,6 +99,14 @@ def _dry(given: Settings) -> Any:
     )
 
 
+def _filter(name: str) -> Callable[[Settings], Any]:
+    """The maker of a filter's class from the fields of its row; a switch has no value to give it."""
+    file, _, kind = FILTERS[name].partition(".")
+    made = getattr(import_module(f"minigpt.sampling.processors.{file}"), kind)
+    values = [] if FIELDS[name].default is False else row(name)
+    return lambda given: made(*(getattr(given, value) for value in values), keep=given.keep)
+
+
 def _counted(kind: Any, strength: str) -> Callable[[Settings], Any]:
     return lambda given: kind(getattr(given, strength), given.configs[0].penalty_scope, given.window)
 
@@ -134,18 +144,8 @@ MAKERS: dict[str, Callable[[Settings], Any]] = {  # a step's processor, or sever
     "begin_suppress_tokens": _ids(bans.BeginSuppress, "begin_suppress_tokens"),
     "smoothing_factor": lambda given: scaling.QuadraticSmoothing(given.smoothing_factor, given.smoothing_curve),
     "temperature": _temperature,
-    "top_h": lambda given: truncation.TopH(given.top_h, keep=given.keep),
+    **{name: _filter(name) for name in FILTERS},
     "top_k": _top_k,
-    "top_p": lambda given: truncation.TopP(given.top_p, keep=given.keep),
-    "min_p": lambda given: truncation.MinP(given.min_p, given.keep),
-    "typical_p": lambda given: truncation.Typical(given.typical_p, given.keep),
-    "epsilon_cutoff": lambda given: truncation.Epsilon(given.epsilon_cutoff, given.keep),
-    "eta_cutoff": lambda given: truncation.Eta(given.eta_cutoff, given.keep),
-    "top_a": lambda given: truncation.TopA(given.top_a, given.keep),
-    "tail_free": lambda given: truncation.TailFree(given.tail_free, given.keep),
-    "top_n_sigma": lambda given: truncation.TopNSigma(given.top_n_sigma, given.keep),
-    "p_less": lambda given: truncation.PLess(given.keep),
-    "xtc_probability": lambda given: truncation.XTC(given.xtc_probability, given.xtc_threshold, keep=given.keep),
     "adaptive_target": lambda given: adaptive.AdaptiveP(given.adaptive_target, given.adaptive_decay),
     "mirostat": _mirostat,
     "renormalize_logits": lambda given: Normalised(),

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 import minigpt.sampling
+from catalogue import written
 from minigpt.checkpoint.checkpoint import save_checkpoint
 from minigpt.cli.main import main
 from minigpt.errors import ConfigError
@@ -29,8 +30,10 @@ from minigpt.sampling.search.expansion import RANKINGS
 from minigpt.sampling.settings.config import FIELDS, PER_PROMPT, SamplingConfig
 from minigpt.sampling.settings.conflicts import switched_on
 from minigpt.sampling.settings.orders import CUSTOM, ORDERS, STEPS
+from minigpt.sampling.settings.shape import FILTERS
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
+from processor_cases import filter_class, filter_setting
 from table_model import FixedLM
 from toys import random_model, tiny_config
 
@@ -83,6 +86,9 @@ ASKING_FOR: dict[str, dict[str, Any]] = {
     "Mirostat2": {"mirostat": 2, "mirostat_tau": 3, "mirostat_eta": 0.2},
     "AdaptiveP": {"adaptive_target": 0.5, "adaptive_decay": 0.5},
     "Normalised": {"renormalize_logits": True},
+}
+ASKING_FOR |= {
+    filter_class(f).__name__: filter_setting(f) for f in FILTERS if filter_class(f).__name__ not in ASKING_FOR
 }
 # Without a field of their own: for use from Python, or always there.
 WITHOUT_FIELD = {"PrefixAllowed", "AllowedVocabulary", "Plain"}
@@ -311,6 +317,10 @@ def test_the_orders_are_those_of_the_code():
     assert shown == {name: tuple(order) for name, order in ORDERS.items()}
 
 
+def test_what_the_code_tells_is_on_the_page_as_it_tells_it():
+    assert written(PAGE) == PAGE, "run: python tests/support/catalogue.py"
+
+
 def test_what_a_search_refuses_is_refused_and_nothing_else():
     settings = {"max_time": 1, "repetition_stop": 2, "stop_sequences": [[1]], "top_logprobs": 1, "max_rows": 1}
     settings |= {"max_batch_tokens": 1, "min_new_tokens": 1, "ignore_eos": True, "overflow": "stop", "seed": 1}
@@ -385,12 +395,12 @@ def test_the_python_examples_run_and_do_what_they_say(folder: Path, monkeypatch:
         assert not output or said.getvalue().strip("\n") == output.strip("\n")
     assert said.getvalue().strip()
 
-    def written(sampler: Sampler) -> bytes:
+    def text_of(sampler: Sampler) -> bytes:
         ids = sampler.generate("a", max_new_tokens=50, seed=1, ignore_eos=True)[0][0].ids
         return bytes(token for token in ids if token < 256)
 
-    assert written(names["sampler"]) == written(names["sampler"]).lower()
-    plain = written(Sampler(names["run"].model, names["run"].tokenizer))
+    assert text_of(names["sampler"]) == text_of(names["sampler"]).lower()
+    plain = text_of(Sampler(names["run"].model, names["run"].tokenizer))
     assert plain != plain.lower()
     ends = Sampler(FixedLM([0.0] * 10 + [50.0] + [0.0] * 246), BYTES, criteria=[names["line_end"]])
     assert ends.generate("a", max_new_tokens=5)[0][0].finish_reason == "line"

@@ -9,18 +9,21 @@ import pytest
 import torch
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.processors import truncation
+from minigpt.sampling.processors import borders, truncation
 from minigpt.sampling.processors.adaptive import AdaptiveP, Mirostat1, Mirostat2
 from minigpt.sampling.processors.dry import DRY
 from minigpt.sampling.processors.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
-from minigpt.sampling.processors.processors import Normalised
+from minigpt.sampling.processors.processors import Filter, Normalised
 from minigpt.sampling.processors.scaling import DynamicTemperature, QuadraticSmoothing
+from minigpt.sampling.processors.xtc import XTC
 from minigpt.sampling.recipe import spellings
 from minigpt.sampling.sampler import Sampler
+from minigpt.sampling.settings import shape
 from minigpt.sampling.settings.config import SamplingConfig
 from minigpt.sampling.settings.orders import CUSTOM, ORDERS, STEPS
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
+from processor_cases import filter_values
 from table_model import FixedLM, LetterTokenizer, ScriptLM, TableLM
 from toys import needs_transformers, random_model, tiny_config, transformers_twin
 
@@ -206,11 +209,11 @@ MADE = [
     ({"adaptive_target": 0.3, "adaptive_decay": 0.5}, AdaptiveP(0.3, 0.5)),
     ({"temperature": 0.7, "dynatemp_range": 0.2, "dynatemp_exponent": 2}, DynamicTemperature(0.7, 0.2, 2)),
     ({"smoothing_factor": 0.2, "smoothing_curve": 1.5}, QuadraticSmoothing(0.2, 1.5)),
-    ({"xtc_probability": 0.5, "xtc_threshold": 0.2}, truncation.XTC(0.5, 0.2)),
-    ({"top_n_sigma": 1.5}, truncation.TopNSigma(1.5)),
-    ({"top_a": 0.2}, truncation.TopA(0.2)),
+    ({"xtc_probability": 0.5, "xtc_threshold": 0.2}, XTC(0.5, 0.2)),
+    ({"top_n_sigma": 1.5}, borders.TopNSigma(1.5)),
+    ({"top_a": 0.2}, borders.TopA(0.2)),
     ({"tail_free": 0.9}, truncation.TailFree(0.9)),
-    ({"p_less": True}, truncation.PLess()),
+    ({"p_less": True}, borders.PLess()),
     ({"renormalize_logits": True}, Normalised()),
 ]
 
@@ -409,24 +412,27 @@ STRICT = {
     **{"typical_p": 1e-3, "tail_free": 0.0, "top_n_sigma": 1e-6, "top_h": 1e-3, "p_less": True},
     **{"xtc_probability": 1.0, "exact_top_k": True},
 }
+ENDS = {name: [filter_values(name)[0], filter_values(name)[-1]] for name in shape.FILTERS}
+ENDS |= {name: [value] for name, value in STRICT.items()}
 
 
-@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("name", ENDS)
 @pytest.mark.parametrize("method", ["sample", "stochastic"])
 def test_every_filter_leaves_drawing_beams_as_many_texts_as_they_are_asked_for(name, method):
     """The end has nearly all of the probability: what leaves the end alone leaves one text."""
     settings = {"num_beams": 3, "beam_method": method, "num_return_sequences": 3, "temperature": 1.0, "seed": 1}
     strict = {"exact_top_k": {"top_k": 1}, "xtc_probability": {"xtc_threshold": 0.01}}.get(name, {})
     sampler = Sampler(FixedLM([30.0, 22.0, 20.0, 1.0]), LetterTokenizer(4))
-    (found,) = sampler.generate("a", max_new_tokens=4, **settings, **strict, **{name: STRICT[name]})
-    assert len({tuple(done.ids) for done in found}) == 3
-    assert [done.missing for done in found] == [0] * 3
+    for value in ENDS[name]:
+        (found,) = sampler.generate("a", max_new_tokens=4, **settings, **strict, **{name: value})
+        assert len({tuple(done.ids) for done in found}) == 3
+        assert [done.missing for done in found] == [0] * 3
 
 
 def test_the_settings_above_are_those_of_every_filter():
     sampler = Sampler(TableLM(), LetterTokenizer(6), SamplingConfig(temperature=1))
-    made = [type(p) for name, value in STRICT.items() for p in sampler.processors_for(**{"top_k": 1, name: value})[0]]
-    assert set(made) == set(truncation.Filter.__subclasses__())
+    made = [type(p) for name, vs in ENDS.items() for p in sampler.processors_for(**{"top_k": 1, name: vs[0]})[0]]
+    assert set(made) == set(Filter.__subclasses__())
 
 
 def test_a_search_that_finds_fewer_texts_than_asked_for_says_so():

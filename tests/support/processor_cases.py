@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch import Tensor
 from minigpt.sampling.draws.noise import Noise
 from minigpt.sampling.loop.pipeline import gather_state
 from minigpt.sampling.processors.processors import Context
+from minigpt.sampling.recipe import MAKERS, Settings
+from minigpt.sampling.settings.config import FIELDS, SamplingConfig
+from minigpt.sampling.settings.shape import FILTERS
 
 INF = math.inf
 VOCAB = 50
@@ -133,3 +138,29 @@ def assert_distribution(counts: Tensor, exact: Tensor) -> None:
     freedom = int(possible.sum()) - 1
     statistic = ((counts[possible] - expected[possible]) ** 2 / expected[possible]).sum()
     assert statistic < freedom + 6 * math.sqrt(2 * freedom)
+
+
+def filter_values(name: str) -> list[float | bool]:
+    """Values of a filter's field that do something, in rising order: what every filter is tried with."""
+    rule, off = FIELDS[name].metadata["rule"], FIELDS[name].metadata["off"]
+    tried = [True, 1e-6, 1e-3, 0.05, 0.2, 0.5, 0.9, 1, 2, 3, 5, 20]
+    return [value for value in tried if rule.accepts(value) and value != off]
+
+
+def filter_setting(name: str, value: float | bool | None = None) -> dict[str, float | bool]:
+    """Settings that ask for one filter: with this value of its field, or with one that is neither weak nor strong."""
+    values = filter_values(name)
+    return {name: values[len(values) // 2] if value is None else value}
+
+
+def filter_class(name: str) -> type:
+    """The class that a filter's field makes."""
+    file, _, kind = FILTERS[name].partition(".")
+    return getattr(importlib.import_module(f"minigpt.sampling.processors.{file}"), kind)
+
+
+def filters_made(name: str) -> list[Any]:
+    """A filter's processor at both ends of its field's values, and leaving four tokens."""
+    ends = (filter_values(name)[0], filter_values(name)[-1])
+    config = [SamplingConfig(**filter_setting(name, value)) for value in ends]
+    return [MAKERS[name](Settings([each], None, keep)) for each in config for keep in (1, 4)]

@@ -94,6 +94,15 @@ class Remembering(Processor, Protocol):
         """The state after the chosen tokens (B,), given the model's and the final probabilities, (B, V) each."""
 
 
+class Filter:
+    """A processor that changes no logit but to -inf. `minigpt.sampling.settings.shape` gives it a field.
+
+    Its docstring is its row in docs/sampling.md: what it does, then `Source:` and `When:`.
+    """
+
+    shaping: ClassVar[bool] = True
+
+
 def numbers(field: str, value: Any) -> Any:
     """A processor's parameter, checked: a number, or (from any sequence, array or tensor) a tuple of one a prompt."""
     if isinstance(value, (Tensor, np.ndarray)):

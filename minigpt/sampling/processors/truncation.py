@@ -1,57 +1,45 @@
-"""Filters: each keeps a part of the distribution and forbids the rest.
+"""Filters that keep the first tokens of a ranking and forbid the rest; `borders` has those that cut at a border.
 
 Every filter acts on each row alone, leaves at least one token, and sees probabilities renormalised over what earlier
 filters left. A parameter is a number, or one for each prompt of the call; `keep` is how many tokens survive at least.
-p stands for softmax(z). Some filters cut at a border; the others keep the first tokens of a ranking.
+p stands for softmax(z).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from minigpt.sampling.draws.noise import Purpose
-from minigpt.sampling.processors.processors import NEVER, Context, Parameter
+from minigpt.sampling.processors.processors import NEVER, Context, Filter, Parameter
 from minigpt.sampling.processors.ranking import (
     FIRST,
-    above,
-    at_least,
-    count_possible,
     cut,
     keep_first,
     keep_likeliest,
     keep_mass,
     mean_logit,
-    rank,
 )
 from minigpt.sampling.settings.rules import (
-    BELOW_ONE,
     COUNT,
     FRACTION,
-    NOT_NEGATIVE,
     POSITIVE_FRACTION,
     check,
     check_numbers,
-    check_vocabulary,
-    token_ids,
 )
 
 TINY = 1e-300  # a mass that one token reaches
 
 
-class Filter:
-    """A processor that changes no logit but to -inf."""
-
-    shaping: ClassVar[bool] = True
-
-
 @dataclass(frozen=True)
 class TopK(Filter):
-    """Keep the k likeliest tokens, and whatever ties with the k-th (Fan, Lewis and Dauphin, 2018, arXiv:1805.04833)."""
+    """Keep the k likeliest tokens, and every token that ties with the k-th.
+
+    Source: Fan, Lewis and Dauphin, 2018, arXiv:1805.04833.
+    When: as a blunt safety net; it keeps as many candidates where the model is sure as where it is not. Seldom needed
+    beside `top_p` or `min_p`.
+    """
 
     k: Parameter
     keep: int = 1
@@ -77,7 +65,10 @@ class TopK(Filter):
 
 @dataclass(frozen=True)
 class ExactTopK(Filter):
-    """Keep exactly the k likeliest tokens; of equally likely ones the first (`TopK` keeps what ties with the k-th)."""
+    """Keep exactly the k likeliest tokens of `top_k`; of those that tie with the k-th, the first ones.
+
+    When: to compare with a library that does so; logits are seldom equal, so it seldom matters.
+    """
 
     k: Parameter
     keep: int = 1
@@ -94,10 +85,13 @@ class ExactTopK(Filter):
 
 @dataclass(frozen=True)
 class TopP(Filter):
-    """Keep the fewest likeliest tokens whose mass reaches p, at least one (Holtzman et al., 2019, arXiv:1904.09751).
+    """Keep the fewest likeliest tokens whose probabilities add up to p, at least one (nucleus sampling).
 
     Probabilities (.5, .3, .1, .1) with p = .8 keep two. Of equally likely tokens the last ones go; p = 0 keeps the
-    likeliest token; 1 is off.
+    likeliest token.
+
+    Source: Holtzman et al., 2019, arXiv:1904.09751.
+    When: the usual filter. After a high temperature it lets much of the tail in again; then prefer `min_p`.
     """
 
     p: Parameter
@@ -139,82 +133,11 @@ def _reached(falling: Tensor, ids: Tensor, p: Tensor, mass: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MinP(Filter):
-    """Remove p < min_p * max p (Nguyen et al., 2024, arXiv:2407.01082); 0 is off."""
-
-    min_p: Parameter
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        check_numbers(self, min_p=FRACTION)
-        check(self, keep=COUNT)
-
-    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
-        """Logits with -inf for the tokens too far below the likeliest one."""
-        share = context.column(self.min_p, logits.dtype)
-        distance = share.log() if isinstance(share, Tensor) else math.log(share) if share else NEVER
-        return at_least(self.keep, cut(logits, logits, logits.amax(-1, keepdim=True) + distance), logits)
-
-
-@dataclass(frozen=True)
-class TopA(Filter):
-    """Remove p < a * (max p)^2, after BlinkDL's RWKV; 0 is off."""
-
-    a: Parameter
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        check_numbers(self, a=FRACTION)
-        check(self, keep=COUNT)
-
-    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
-        """Logits with -inf for the tokens too far below the square of the likeliest one."""
-        p = logits.softmax(-1)
-        left = cut(logits, p, context.column(self.a, p.dtype) * p.amax(-1, keepdim=True) ** 2)
-        return at_least(self.keep, left, logits)
-
-
-@dataclass(frozen=True)
-class Epsilon(Filter):
-    """Remove p < epsilon (Hewitt, Manning and Liang, 2022, arXiv:2210.15191); 0 is off."""
-
-    epsilon: Parameter
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        check_numbers(self, epsilon=BELOW_ONE)
-        check(self, keep=COUNT)
-
-    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
-        """Logits with -inf for the tokens below a fixed probability."""
-        p = logits.softmax(-1)
-        return above(logits, p, context.column(self.epsilon, p.dtype), self.keep)
-
-
-@dataclass(frozen=True)
-class Eta(Filter):
-    """Remove p < min(epsilon, sqrt(epsilon) * exp(-H)), H the entropy in nats (same source as `Epsilon`); 0 is off."""
-
-    epsilon: Parameter
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        check_numbers(self, epsilon=BELOW_ONE)
-        check(self, keep=COUNT)
-
-    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
-        """Logits with -inf for the tokens below a probability that falls as the distribution flattens."""
-        p = logits.softmax(-1)
-        epsilon = torch.as_tensor(context.column(self.epsilon), dtype=p.dtype, device=p.device)
-        certainty = mean_logit(logits, p).exp() * p.amax(-1, keepdim=True)  # exp(-H)
-        return above(logits, p, torch.minimum(epsilon, epsilon.sqrt() * certainty), self.keep)
-
-
-@dataclass(frozen=True)
 class Typical(Filter):
-    """Keep the tokens whose surprise is closest to the entropy until their mass reaches `mass`, and what ties.
+    """Keep the tokens whose surprise is closest to the entropy until their probabilities add up to `mass`, with ties.
 
-    Meister, Pimentel, Wiher and Cotterell, 2022, arXiv:2202.00666; 1 is off.
+    Source: Meister, Pimentel, Wiher and Cotterell, 2022, arXiv:2202.00666.
+    When: for less predictable prose. It may remove the likeliest token, so not where there is one right answer.
     """
 
     mass: Parameter
@@ -253,10 +176,13 @@ class Typical(Filter):
 
 @dataclass(frozen=True)
 class TailFree(Filter):
-    """Cut where the curve of falling probabilities has spent the share z of its bends (Phénix and Egan, 2019).
+    """Cut where the curve of falling probabilities has spent the share z of its bends.
 
     The bends are the absolute second differences of p in falling order. Token i + 1 (counted from 0) goes once the
-    bends up to number i make up more than z of all. A row without bends (all equally likely) keeps all; z = 1 is off.
+    bends up to number i make up more than z of all. A row without bends (all equally likely) keeps all.
+
+    Source: Phénix and Egan, 2019.
+    When: for settings of older programs; llama.cpp has dropped it. `min_p` has a plainer meaning.
     """
 
     z: Parameter
@@ -284,36 +210,14 @@ class TailFree(Filter):
 
 
 @dataclass(frozen=True)
-class TopNSigma(Filter):
-    """Remove z < max z - n * sigma (Tang et al., 2024, arXiv:2411.07641); 0 is off.
-
-    Sigma is the population's standard deviation of the finite logits, so that a temperature changes nothing here.
-    """
-
-    n: Parameter
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        check_numbers(self, n=NOT_NEGATIVE)
-        check(self, keep=COUNT)
-
-    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
-        """Logits with -inf for the tokens too many deviations below the likeliest one."""
-        n = torch.as_tensor(context.column(self.n), dtype=torch.float64, device=logits.device)
-        count = count_possible(logits)
-        mean = logits.nan_to_num(neginf=0).sum(-1, keepdim=True, dtype=torch.float64) / count
-        spread = (logits - mean.to(logits.dtype)).nan_to_num_(neginf=0).square_()
-        sigma = (spread.sum(-1, keepdim=True, dtype=torch.float64) / count).sqrt()
-        border = torch.where(n > 0, logits.amax(-1, keepdim=True) - n * sigma, NEVER)
-        return at_least(self.keep, cut(logits, logits, border.to(logits.dtype)), logits)
-
-
-@dataclass(frozen=True)
 class TopH(Filter):
-    """Keep the likeliest tokens while the sum of their -p ln p stays within h of the whole (arXiv:2509.02510).
+    """Keep the likeliest tokens while the sum of their `-p ln p` stays within the share h of the whole.
 
     As in transformers, the whole is the distribution of the `top_n` likeliest tokens, beyond which nothing is kept but
-    what `keep` asks for. 1 is off.
+    what `keep` asks for.
+
+    Source: arXiv:2509.02510.
+    When: to bound the entropy in place of the probability mass. Compare it with `top_p` on your own text.
     """
 
     h: Parameter
@@ -335,63 +239,3 @@ class TopH(Filter):
         beyond = terms.cumsum(-1) > h * terms.sum(-1, keepdim=True)
         gone[:, : int(self.top_n)] = beyond | (terms == 0)  # too unlikely to have a probability
         return gone
-
-
-@dataclass(frozen=True)
-class PLess(Filter):
-    """Remove p < the sum of all p^2, the chance that two draws agree (arXiv:2509.23234). It has no strength to set.
-
-    Probabilities (.1, .15, .2, .25, .3) have the sum .225 and keep .25 and .3.
-    """
-
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        check(self, keep=COUNT)
-
-    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
-        """Logits with -inf for the tokens less likely than an agreement."""
-        p = logits.softmax(-1)
-        agreement = p.square().sum(-1, keepdim=True, dtype=torch.float64).to(p.dtype)
-        # The sum is at most max p; where all are equal it is that, but for rounding.
-        return at_least(self.keep, cut(logits, p, torch.minimum(agreement, p.amax(-1, keepdim=True))), logits)
-
-
-@dataclass(frozen=True)
-class XTC(Filter):
-    """Exclude top choices: with the given probability, remove all tokens with p >= threshold but the least likely one.
-
-    Of p-e-w, 2024. A row with fewer than two such tokens, as always above a threshold of .5, stays as it is; so does
-    one in which a token of `spare` (an end, a line break) would go, or fewer than `keep` tokens would be left.
-    """
-
-    probability: Parameter
-    threshold: Parameter
-    spare: tuple[int, ...] = ()
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        check_numbers(self, probability=FRACTION, threshold=FRACTION)
-        check(self, keep=COUNT)
-        object.__setattr__(self, "spare", token_ids(self, "spare", self.spare) if self.spare else ())
-
-    def __call__(self, context: Context, logits: Tensor, state: None = None) -> Tensor:
-        """Logits with -inf for the top choices but the last, in the rows whose coin says so."""
-        size = logits.shape[-1]
-        check_vocabulary(self, max(self.spare, default=0), size)
-        # 1 / threshold tokens at most reach it; one more tells where they end.
-        lowest = min(context.each(self.threshold))
-        falling, ids = rank(logits, size if lowest * size < 2 else int(1 / lowest) + 2)
-        p = logits.softmax(-1).gather(1, ids)
-        # A token that is impossible is no choice, even at threshold 0.
-        top = (p >= context.column(self.threshold, p.dtype)) & (falling > NEVER)
-        least = p.gather(1, (top.sum(-1, keepdim=True) - 1).clamp(min=0))
-        first_least = (p > least).sum(-1, keepdim=True)
-        go = top.scatter(1, first_least, False)
-        stay = context.uniform(Purpose.XTC).unsqueeze(1) >= context.column(self.probability)
-        if self.spare:
-            spare = torch.tensor(self.spare, device=ids.device)
-            stay |= (go & torch.isin(ids, spare)).any(-1, keepdim=True)
-        if self.keep > 1:
-            stay |= count_possible(logits) - go.sum(-1, keepdim=True) < self.keep
-        return logits.scatter(1, ids, falling.masked_fill(go & ~stay, NEVER))

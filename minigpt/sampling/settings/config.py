@@ -1,4 +1,4 @@
-"""How to sample: the fields of `SamplingConfig`, what each accepts, and their form in generation_config.json.
+"""How to sample: the fields of `SamplingConfig`, some of them in `shape` and `length`, and generation_config.json.
 
 Imports nothing heavy, so that the command line can show its help at once.
 """
@@ -7,125 +7,25 @@ Imports nothing heavy, so that the command line can show its help at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.settings import rules
 from minigpt.sampling.settings.conflicts import check_conflicts
-from minigpt.sampling.settings.rules import Rule
+from minigpt.sampling.settings.length import Length
+from minigpt.sampling.settings.rules import setting
+from minigpt.sampling.settings.shape import Number, Shape
 from minigpt.sampling.settings.unheard import name_unheard
-
-Number = float | None
-
-
-def setting(default: Any, rule: Rule, off: float | None = None, each: bool = False) -> Any:
-    """A field with what it accepts.
-
-    Args:
-        default: its value where none is given.
-        rule: which values it accepts.
-        off: the number at which it does nothing. Such a field may be null, and may differ from prompt to prompt.
-        each: it may differ from prompt to prompt though it is never off.
-    """
-    if off is not None:
-        rule = rules.or_none(rule, "null is off")
-    extra = {"rule": rule, "off": off, "each": each or off is not None}
-    return field(default_factory=list, metadata=extra) if default == [] else field(default=default, metadata=extra)
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Shape, Length):
     """How tokens are chosen and when to stop. Names are those of transformers' GenerationConfig where it has them.
 
     Every number that has a neutral value may be null, and in a call be a list of one value for each prompt. Which
     strategy is which, with formulas and sources: docs/sampling.md.
     """
-
-    # Length and end.
-
-    max_new_tokens: int = setting(256, rules.COUNT_OR_ZERO, each=True)
-    """Most tokens to write after the prompt; 0 writes none."""
-    min_new_tokens: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """No end-of-text before this many tokens were written."""
-    min_length: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """No end-of-text before prompt and output together have this many tokens."""
-    eos_token_id: int | list[int] | None = setting(None, rules.IDS_OR_NONE)
-    """Token ids that end a sample; null takes the tokenizer's end-of-text."""
-    ignore_eos: bool = setting(False, rules.YES_OR_NO)
-    """Write on after an end-of-text token."""
-    stop: list[str] = setting([], rules.TEXTS)
-    """Texts that end a sample where one of them appears in what was written; the prompt does not count."""
-    stop_sequences: list[list[int]] = setting([], rules.ID_LISTS)
-    """The same for sequences of token ids; they stay in the sample."""
-    include_stop: bool = setting(False, rules.YES_OR_NO)
-    """Keep the stop text at the end of the sample rather than cut it off."""
-    max_time: float | None = setting(None, rules.POSITIVE_OR_NONE)
-    """Seconds, from the call on, after which every sample ends, complete or not."""
-    repetition_stop: int | None = setting(None, rules.TWO_OR_MORE_OR_NONE)
-    """End a sample once a piece of it came this many times in a row."""
-    repetition_stop_length: int = setting(32, rules.COUNT)
-    """Tokens of the longest piece that repetition_stop looks for."""
-    overflow: Literal["slide", "stop"] = setting("slide", rules.one_of("slide", "stop"))
-    """Past the model's context length: 'slide' goes on with the latest tokens in view, 'stop' ends the sample."""
-
-    # Samples.
-
-    num_return_sequences: int = setting(1, rules.COUNT)
-    """Samples written for each prompt; with beams, how many of the best are returned."""
-    seed: int | None = setting(None, rules.SEED, each=True)
-    """0 .. 2**64 - 1: the same prompt, seed and settings give the same text; null draws a seed and reports it."""
-
-    # The shape of the distribution.
-
-    temperature: float = setting(0.8, rules.TEMPERATURE, each=True)
-    """Logits are divided by it: below 1 is safer, above 1 wilder; 0 always takes the likeliest token."""
-    dynatemp_range: Number = setting(None, rules.NOT_NEGATIVE, off=0)
-    """The temperature moves this far up where the model is unsure, and down where it is sure."""
-    dynatemp_exponent: Number = setting(None, rules.NOT_NEGATIVE, off=1)
-    """How the temperature follows the unsureness between its ends."""
-    smoothing_factor: Number = setting(None, rules.FACTOR_OR_ZERO, off=0)
-    """Quadratic smoothing of the logits: flattens the top and cuts the tail."""
-    smoothing_curve: Number = setting(None, rules.ONE_TO_THREE, off=1)
-    """1 .. 3: how much steeper the fall of smoothing_factor becomes."""
-    top_k: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """Draw from the k likeliest tokens only, and what ties with the k-th."""
-    exact_top_k: bool = setting(False, rules.YES_OR_NO)
-    """Of several tokens that tie with the k-th, keep only the first, so that k are left."""
-    top_p: Number = setting(None, rules.FRACTION, off=1)
-    """Draw from the fewest likeliest tokens whose probabilities reach p together."""
-    min_p: Number = setting(None, rules.FRACTION, off=0)
-    """Remove tokens below this share of the likeliest one's probability."""
-    typical_p: Number = setting(None, rules.POSITIVE_FRACTION, off=1)
-    """Draw from the tokens of the most usual surprise whose probabilities reach this together."""
-    epsilon_cutoff: Number = setting(None, rules.BELOW_ONE, off=0)
-    """Remove tokens below this probability."""
-    eta_cutoff: Number = setting(None, rules.BELOW_ONE, off=0)
-    """Remove tokens below a probability that is lower where the model is unsure."""
-    top_a: Number = setting(None, rules.FRACTION, off=0)
-    """Remove tokens below this times the square of the likeliest one's probability."""
-    tail_free: Number = setting(None, rules.FRACTION, off=1)
-    """Cut the tail where the curve of probabilities has spent this share of its bends."""
-    top_n_sigma: Number = setting(None, rules.NOT_NEGATIVE, off=0)
-    """Remove tokens whose logit is this many standard deviations below the highest."""
-    top_h: Number = setting(None, rules.POSITIVE_FRACTION, off=1)
-    """Keep the likeliest tokens that make up this share of the entropy."""
-    p_less: bool = setting(False, rules.YES_OR_NO)
-    """Remove tokens less likely than it is that two draws agree."""
-    xtc_probability: Number = setting(None, rules.FRACTION, off=0)
-    """How often to exclude the top choices: all tokens of at least xtc_threshold but the least likely one."""
-    xtc_threshold: float = setting(0.1, rules.FRACTION, each=True)
-    """The probability from which a token is a top choice; above 0.5 nothing happens."""
-    adaptive_target: Number = setting(None, rules.FRACTION_OR_NONE)
-    """Prefer tokens of a middling probability, so that the chosen ones have this one on average."""
-    adaptive_decay: float = setting(0.9, rules.ZERO_TO_099, each=True)
-    """How slowly adaptive_target forgets."""
-    mirostat: int = setting(0, rules.one_of(0, 1, 2))
-    """Keep the average surprise at mirostat_tau: version 1 or 2; replaces the filters above."""
-    mirostat_tau: float = setting(5.0, rules.POSITIVE, each=True)
-    """The surprise that mirostat aims at, in bits a token."""
-    mirostat_eta: float = setting(0.1, rules.NOT_NEGATIVE, each=True)
-    """How quickly mirostat follows."""
 
     # Penalties.
 

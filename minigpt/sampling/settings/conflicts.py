@@ -8,21 +8,7 @@ from typing import Any
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.settings.orders import STEPS, resolve
-
-FILTERS = (
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "top_a",
-    "tail_free",
-    "top_n_sigma",
-    "top_h",
-    "p_less",
-    "xtc_probability",
-)
+from minigpt.sampling.settings.shape import FILTERS
 
 
 def check_conflicts(config: Any) -> None:

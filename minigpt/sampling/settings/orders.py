@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from minigpt.errors import ConfigError
+from minigpt.sampling.settings.shape import FILTERS
 
 
 class Order(NamedTuple):
@@ -30,10 +31,19 @@ _BIASES = ("logit_bias", "sequence_bias")
 _BANS = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words")
 _FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
-_BY_SHAPE = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_a", "tail_free", "top_n_sigma", "p_less")
+
+
+_OTHERS = "the filters that the order does not name itself, in the order of their fields"
+
+
+def _order(steps: tuple[str, ...], feed: Literal["logits", "log_probs"]) -> Order:
+    others = [name for name in FILTERS if name not in steps]
+    at = steps.index(_OTHERS)
+    return Order((*steps[:at], *others, *steps[at + 1 :]), feed)
+
 
 ORDERS = {
-    "transformers": Order(
+    "transformers": _order(
         (
             *_FIRST,
             *_BIASES,
@@ -56,13 +66,13 @@ ORDERS = {
             "top_k",
             "top_p",
             "min_p",
-            *_BY_SHAPE,
+            _OTHERS,
             "xtc_probability",
             *_LAST,
         ),
         "log_probs",
     ),
-    "vllm": Order(
+    "vllm": _order(
         (
             *_FIRST,
             "allowed_token_ids",
@@ -87,13 +97,13 @@ ORDERS = {
             "top_k",
             "top_p",
             "top_h",
-            *_BY_SHAPE,
+            _OTHERS,
             "xtc_probability",
             *_LAST,
         ),
         "logits",
     ),
-    "llama_cpp": Order(
+    "llama_cpp": _order(
         (
             *_FIRST,
             *_BIASES,
@@ -114,11 +124,7 @@ ORDERS = {
             "top_k",
             "top_h",
             "typical_p",
-            "epsilon_cutoff",
-            "eta_cutoff",
-            "top_a",
-            "tail_free",
-            "p_less",
+            _OTHERS,
             "top_p",
             "min_p",
             "xtc_probability",

@@ -1,12 +1,13 @@
-"""What the parameters of processors accept, checked when a processor is made.
+"""What settings and the parameters of processors accept: `setting` makes a field, `check` checks an object's fields.
 
-Imports nothing heavy, so that a config may use the same rules.
+Imports nothing heavy, so that the command line can show its help at once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -199,3 +200,19 @@ def check_vocabulary(processor: Any, largest: int, size: int) -> None:
 def _accept(processor: Any, name: str, value: Any, rule: Rule) -> None:
     if not rule.accepts(value):
         raise ConfigError(f"sampling: {type(processor).__name__}'s {name} is {value!r}; expected {rule.expected}")
+
+
+def setting(default: Any, rule: Rule, off: float | None = None, each: bool = False, **more: str) -> Any:
+    """A field of `SamplingConfig` with what it accepts.
+
+    Args:
+        default: its default value.
+        rule: which values it accepts.
+        off: the number at which it does nothing. Such a field may be null, and may differ from prompt to prompt.
+        each: it may differ from prompt to prompt though it is never off.
+        more: what else is known of the field; see `minigpt.sampling.settings.shape`.
+    """
+    if off is not None:
+        rule = or_none(rule, "null is off")
+    extra = {"rule": rule, "off": off, "each": each or off is not None, **more}
+    return field(default_factory=list, metadata=extra) if default == [] else field(default=default, metadata=extra)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
 
 from minigpt.sampling.sampler import Sampler
 from minigpt.sampling.settings.config import PER_PROMPT, SamplingConfig
-from processor_cases import context_of
+from minigpt.sampling.settings.shape import FILTERS
+from processor_cases import context_of, filter_values
 from table_model import FixedLM, LetterTokenizer, TableLM
 from toys import random_ids, random_model, tiny_config
 
@@ -300,6 +302,7 @@ EACH = {  # field -> what it needs beside it, and three values that make three d
     "no_repeat_ngram_size": ({}, [1, None, 2]),
     "encoder_no_repeat_ngram_size": ({}, [1, None, 2]),
 }
+EACH |= {name: ({}, filter_values(name)) for name in FILTERS if name not in EACH and name in PER_PROMPT}
 REPETITIVE = ["ababab", "cabca", "ba"]
 
 
@@ -314,12 +317,18 @@ def test_every_field_that_may_differ_from_prompt_to_prompt_is_tried():
     assert EACH.keys() == set(PER_PROMPT)
 
 
+def _differ(results: list) -> bool:
+    return all(a != b for a, b in combinations(results, 2))
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_a_list_of_one_value_for_each_prompt_is_single_calls(name):
     companions, values = EACH[name]
     sampler = letters()
     alone = [sampler.generate(REPETITIVE, **companions, **{name: value}) for value in values]
-    assert alone[0] != alone[1] != alone[2] != alone[0], "the values are meant to matter"
+    pick = next((c for c in combinations(range(len(values)), 3) if _differ([alone[i] for i in c])), None)
+    assert pick, "no three of the values make three different results"
+    values, alone = [values[i] for i in pick], [alone[i] for i in pick]
     for turn in range(3):
         each = values[turn:] + values[:turn]
         together = sampler.generate(REPETITIVE, **companions, **{name: each if turn else tuple(each)})

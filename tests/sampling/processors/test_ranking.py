@@ -10,23 +10,11 @@ from minigpt.sampling.draws.choice import is_choosable
 from minigpt.sampling.loop.pipeline import Pipeline
 from minigpt.sampling.processors import ranking
 from minigpt.sampling.processors.adaptive import Mirostat1, Mirostat2
+from minigpt.sampling.processors.borders import Epsilon, Eta, MinP, PLess, TopA, TopNSigma
 from minigpt.sampling.processors.processors import Temperature
 from minigpt.sampling.processors.ranking import FIRST, count_possible, cut, keep_mass, mean_logit, only_possible, rank
-from minigpt.sampling.processors.truncation import (
-    XTC,
-    Epsilon,
-    Eta,
-    ExactTopK,
-    MinP,
-    PLess,
-    TailFree,
-    TopA,
-    TopH,
-    TopK,
-    TopNSigma,
-    TopP,
-    Typical,
-)
+from minigpt.sampling.processors.truncation import ExactTopK, TailFree, TopH, TopK, TopP, Typical
+from minigpt.sampling.processors.xtc import XTC
 from processor_cases import INF, assert_well_behaved, call, context_of, kept
 
 VOCAB = 3000

@@ -11,29 +11,19 @@ from minigpt.errors import ConfigError
 from minigpt.sampling.draws.choice import draw
 from minigpt.sampling.draws.noise import uniforms
 from minigpt.sampling.loop.pipeline import Pipeline
-from minigpt.sampling.processors.processors import Temperature
-from minigpt.sampling.processors.truncation import (
-    XTC,
-    Epsilon,
-    Eta,
-    ExactTopK,
-    Filter,
-    MinP,
-    PLess,
-    TailFree,
-    TopA,
-    TopH,
-    TopK,
-    TopNSigma,
-    TopP,
-    Typical,
-)
+from minigpt.sampling.processors.borders import Epsilon, Eta, MinP, PLess, TopA, TopNSigma
+from minigpt.sampling.processors.processors import Filter, Temperature
+from minigpt.sampling.processors.truncation import ExactTopK, TailFree, TopH, TopK, TopP, Typical
+from minigpt.sampling.processors.xtc import XTC
+from minigpt.sampling.settings.shape import FILTERS
 from processor_cases import (
     INF,
     assert_distribution,
     assert_well_behaved,
     call,
     context_of,
+    filter_class,
+    filters_made,
     kept,
     of_probabilities,
     ragged,
@@ -66,6 +56,9 @@ EXAMPLES = [
     XTC(0.5, 0.0),
     XTC(1.0, 0.02, spare=(3, 4), keep=3),
 ]
+
+TRIED = {*map(type, EXAMPLES), TopK, TopP}
+EXAMPLES += [made for name in FILTERS if filter_class(name) not in TRIED for made in filters_made(name)]
 
 
 @pytest.mark.parametrize("processor", EXAMPLES, ids=repr)
