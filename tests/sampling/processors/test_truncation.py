@@ -23,6 +23,7 @@ from processor_cases import (
     call,
     context_of,
     filter_class,
+    filter_values,
     filters_made,
     kept,
     of_probabilities,
@@ -346,6 +347,7 @@ STRICT: dict[type, tuple] = {  # each as strict as it can be: alone it leaves ve
     **{TopK: (1,), ExactTopK: (1,), TopP: (0.0,), MinP: (1.0,), TopA: (1.0,), Epsilon: (0.999,), Eta: (0.999,)},
     **{Typical: (1e-3,), TailFree: (0.0,), TopNSigma: (1e-6,), TopH: (1e-3,), PLess: (), XTC: (1.0, 0.01)},
 }
+STRICT = {filter_class(name): tuple(filter_values(name)[-1:]) for name in FILTERS} | STRICT
 
 
 @pytest.mark.parametrize("kind", Filter.__subclasses__(), ids=lambda kind: kind.__name__)
