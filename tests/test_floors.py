@@ -35,6 +35,7 @@ ROOMS = {
     "sampling": ("settings", "draws", "processors", "loop", "search"),
     "internals": ("access", "attribution", "causal", "features", "dynamics", "page"),
     "training": ("recipe", "plan", "processes", "run"),
+    "cli": ("study",),
 }
 MOST_FILES = 16  # of Python in a folder
 MOST_AT_THE_ROOT = 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,17 @@ def add_device(parser: Any) -> None:
     parser.add_argument(
         "--device", type=str, default="auto", help="where to run: cpu, cuda or mps; auto: a GPU where there is one"
     )
+
+
+def add_training_settings(parser: Any) -> None:
+    """Every field of TrainConfig, with the model's derived ones left open until preset and sizes are known."""
+    from minigpt.model.config import GPTConfig
+    from minigpt.training.config import TrainConfig
+
+    parser.add_class_arguments(TrainConfig)
+    parser.set_defaults({f"model.{f.name}": f.default for f in fields(GPTConfig)})
+
+
+def fields_of(values: Any, kind: Any) -> dict[str, Any]:
+    """The fields of a dataclass among parsed values."""
+    return {field.name: getattr(values, field.name) for field in fields(kind)}

@@ -108,17 +108,16 @@ def test_training_needs_no_arguments(said, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_every_shipped_config_is_valid() -> None:
-    from minigpt.cli.arguments import parse
-    from minigpt.cli.main import _fields, _parser, add_training_settings
+    from minigpt.cli.arguments import add_training_settings, fields_of, make_parser, parse
     from minigpt.training.config import TrainConfig
 
     shipped = sorted((ROOT / "configs").glob("*.yaml"))
     assert shipped
     for path in shipped:
         assert path.read_text().startswith("# "), f"{path.name} does not say what it shows"
-        parser = _parser("train")
+        parser = make_parser("minigpt train", "")
         add_training_settings(parser)
-        TrainConfig(**_fields(parse(parser, ["--config", path.stem]), TrainConfig)).check()
+        TrainConfig(**fields_of(parse(parser, ["--config", path.stem]), TrainConfig)).check()
 
 
 def test_later_values_win(said, tmp_path: Path) -> None:

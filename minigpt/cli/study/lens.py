@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from minigpt.cli.study import check_output, open_study, parse, show, split_positional, study_parser
+from minigpt.cli.arguments import parse, split_positional
+from minigpt.cli.study.opening import check_output, open_study, show, study_parser
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:

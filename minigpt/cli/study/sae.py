@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.cli.arguments import print_json
-from minigpt.cli.study import open_study, parse, show, split_positional, study_parser
+from minigpt.cli.arguments import parse, print_json, split_positional
+from minigpt.cli.study.opening import open_study, show, study_parser
 from minigpt.errors import ConfigError, Interrupted
 from minigpt.terminal import notice
 

@@ -1,0 +1,70 @@
+"""The verb train: a run from its settings, new or resumed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from minigpt.cli.arguments import add_training_settings, fields_of, make_parser, parse
+
+
+def train(argv: list[str]) -> None:
+    """Train a model on text: minigpt train --config configs/NAME.yaml --data.source FILE. Without arguments it trains
+    the default model on text that every Python installation carries.
+    """
+    from minigpt.training.config import TrainConfig
+
+    parser = make_parser("minigpt train", train.__doc__ or "")
+    add_training_settings(parser)
+    config = TrainConfig(**fields_of(parse(parser, [*_stored_config(argv), *argv]), TrainConfig))
+    from minigpt.training.launch import train as run_training
+
+    run = run_training(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _summarise(run)
+
+
+def _stored_config(argv: list[str]) -> list[str]:
+    """A run that goes on starts from its own stored config; what is given on the command line is laid over it."""
+    found = {"run_name": "", "runs_dir": "runs", "resume": "auto"}
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if flag.startswith("--") and name in found:
+            found[name] = value if equals else following
+    run = Path(found["runs_dir"]) / found["run_name"]
+    if not found["run_name"] or found["resume"] == "never":
+        return []
+    stored = run / "config.yaml"
+    if not stored.is_file():  # every checkpoint carries a copy
+        stored = max(run.glob("checkpoints/step-*/train_config.yaml"), default=stored)
+    return ["--config", str(stored), *_settings_since(stored)] if stored.is_file() else []
+
+
+def _settings_since(stored: Path) -> list[str]:
+    """Flags for what a config stored by an older version does not say, so that the run goes on as it was."""
+    import yaml
+
+    from minigpt.checkpoint.formats import missing_settings
+
+    try:
+        values = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        return [f"--{name}={value}" for name, value in missing_settings(values).items()]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError):
+        return []  # whoever reads it next says what is wrong with it
+
+
+def _summarise(run: Path) -> None:
+    """What a person wants to see of a run that is done: its losses, a sample, and how to go on."""
+    from minigpt.training.run.metrics import read_metrics
+
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row.get("val/loss") is not None]
+    samples = sorted((run / "samples").glob("step-*.txt"))
+    if samples:
+        print(f"\n--- sample ---\n{samples[-1].read_text(encoding='utf-8').strip()}\n--- end of sample ---")
+    if rows:
+        first, last = rows[0], rows[-1]
+        print(
+            f"\nvalidation loss {first['val/loss']:.3f} (step {first['step']}) -> {last['val/loss']:.3f} "
+            f"(step {last['step']}), {last['val/bpb']:.3f} bits a byte, {last['seconds']:.0f} s of training"
+        )
+    print(f"run: {run}\nsample from it: python sample.py {run} --prompt 'your text'")
