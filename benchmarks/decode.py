@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from minigpt.checkpoint.checkpoint import state_of
+from minigpt.checkpoint.saving import state_of
 from minigpt.checkpoint.weights import to_huggingface
 from minigpt.model.config import GPTConfig
 from minigpt.model.fast import fast

@@ -15,9 +15,11 @@ import safetensors.torch
 import torch
 
 from fault_trials import Outcome, busy_config, in_child, outcome, refused, save, watching
-from minigpt.checkpoint import checkpoint
-from minigpt.checkpoint.runs import newest_valid, step_of, verify
-from minigpt.data.shards import open_corpus, prepare
+from minigpt.checkpoint import saving
+from minigpt.checkpoint.manifest import verify
+from minigpt.checkpoint.runs import newest_valid, step_of
+from minigpt.data.prepare import prepare
+from minigpt.data.shards import open_corpus
 from minigpt.durable import sync
 from minigpt.errors import DiskError
 from minigpt.training.launch import train
@@ -143,7 +145,7 @@ def small_disk(folder: Path, size: int) -> str:
 
     def work() -> None:
         mount_tmpfs(folder, size)
-        checkpoint.check_space = lambda path, needed: None  # else the save would not even begin
+        saving.check_space = lambda path, needed: None  # else the save would not even begin
         os._exit(_three_saves(folder / "run"))
 
     return _ENDS.get(in_child(work), "a crash")

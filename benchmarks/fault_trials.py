@@ -24,17 +24,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from minigpt.checkpoint.checkpoint import save_checkpoint
-from minigpt.checkpoint.runs import (
-    Best,
-    best_or_newest,
-    checkpoints_of,
-    newest_valid,
-    prune,
-    read_best,
-    record_best,
-    verify,
-)
+from minigpt.checkpoint.manifest import verify
+from minigpt.checkpoint.pruning import prune
+from minigpt.checkpoint.runs import Best, best_or_newest, checkpoints_of, newest_valid, read_best, record_best
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.errors import MinigptError
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT

@@ -30,7 +30,8 @@ from minigpt.data.batches import Batches
 from minigpt.data.catalogue import python_topics
 from minigpt.data.config import DataConfig
 from minigpt.data.encode import GROUP, cut_parts, groups
-from minigpt.data.shards import Corpus, prepare
+from minigpt.data.prepare import prepare
+from minigpt.data.shards import Corpus
 from minigpt.data.survey import Part
 from minigpt.tokenizer.bpe import BPETokenizer
 from minigpt.tokenizer.build import build_tokenizer

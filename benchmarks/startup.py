@@ -46,7 +46,7 @@ def timed(call: Callable[[], object]) -> float:
 
 def make_run(folder: Path) -> Path:
     """A run of the default model, untrained, with a vocabulary of 1,024 learned from this package."""
-    from minigpt.checkpoint.checkpoint import save_checkpoint
+    from minigpt.checkpoint.saving import save_checkpoint
     from minigpt.model.config import GPTConfig
     from minigpt.model.gpt import GPT
     from minigpt.tokenizer.train_bpe import train_bpe
@@ -60,7 +60,8 @@ def make_run(folder: Path) -> Path:
 
 def make_llama(folder: Path) -> Path:
     """A Hugging Face Llama folder of 135 million parameters."""
-    from minigpt.checkpoint.checkpoint import save_tensors, state_of
+    from minigpt.checkpoint.saving import state_of
+    from minigpt.checkpoint.tensors import save_tensors
     from minigpt.checkpoint.weights import to_huggingface
     from minigpt.model.config import GPTConfig
     from minigpt.model.gpt import GPT
@@ -96,7 +97,8 @@ def print_processes(run: Path) -> None:
 
 def print_loading(folder: Path) -> None:
     """The second table."""
-    from minigpt.checkpoint.checkpoint import load, load_tensors
+    from minigpt.checkpoint.checkpoint import load
+    from minigpt.checkpoint.tensors import load_tensors
 
     path = folder / "model.safetensors"
     calls: dict[str, Callable[[], object]] = {

@@ -9,7 +9,7 @@ import torch
 
 import minigpt
 from minigpt.checkpoint import checkpoint
-from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.cli.main import main
 from minigpt.errors import ConfigError
 from minigpt.model.device import pick_device

@@ -141,7 +141,7 @@ def test_a_vocabulary_that_is_missing_is_told_before_the_text_is_read(
 ) -> None:
     monkeypatch.setattr("minigpt.tokenizer.published._places", lambda vocabulary: [])
     monkeypatch.setattr("minigpt.tokenizer.published._download", lambda *_: (_ for _ in ()).throw(OSError("no net")))
-    monkeypatch.setattr("minigpt.data.shards.survey", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr("minigpt.data.prepare.survey", lambda *_: pytest.fail("the text was read"))
     config = replace(tiny_run(tmp_path), tokenizer=TokenizerConfig(kind="gpt2"))
     with pytest.raises(DataError, match=r"pip install 'minigpt-lab\[vocab\]'"):
         train(config)

@@ -24,7 +24,7 @@ TORCH = [
     "tests/training/recipe/test_compiled.py",
     "tests/training/recipe/test_loss.py",
     "tests/model/test_byhand.py",
-    "tests/training/run/test_health.py",
+    "tests/training/recipe/test_health.py",
 ]
 FILES = {
     "torch": TORCH,

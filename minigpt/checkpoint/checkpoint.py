@@ -14,43 +14,35 @@ whatever is killed or fills up, the last good checkpoint is whole. Nothing in it
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import yaml
 from torch import Tensor
 
-from minigpt.checkpoint.filling import check_weights as check_weights
-from minigpt.checkpoint.filling import empty_model as empty_model
 from minigpt.checkpoint.filling import filled_model
-from minigpt.checkpoint.filling import load_weights as load_weights
 from minigpt.checkpoint.foreign import reconciled, sampling_from_huggingface
 from minigpt.checkpoint.formats import FORMAT, check_format, migrate_model
-from minigpt.checkpoint.runs import MANIFEST, read_checkpoint, read_json, verify, verify_once, write_manifest
+from minigpt.checkpoint.manifest import MANIFEST, read_json, verify_once
+from minigpt.checkpoint.runs import read_checkpoint
+from minigpt.checkpoint.tensors import load_tensors, refuse_nonfinite
 from minigpt.checkpoint.weights import (
     config_from_huggingface,
     from_huggingface,
-    to_huggingface,
     untied_where_they_differ,
 )
-from minigpt.durable import check_space, disk_errors, read_text, sync, to_json
-from minigpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from minigpt.durable import read_text
+from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.model.config import GPTConfig
 from minigpt.model.device import pick_device
 from minigpt.model.gpt import GPT
 from minigpt.terminal import notice, notice_once
 from minigpt.tokenizer.base import Tokenizer
-from minigpt.tokenizer.build import load_tokenizer, save_tokenizer
+from minigpt.tokenizer.build import load_tokenizer
 
 MOST_YAML = 1 << 18  # bytes
-SMALL_FILES = 1 << 20  # bytes that are allowed for what is no tensor, where space is asked for
 
 
 @dataclass
@@ -67,153 +59,6 @@ class Run:
     """The checkpoint folder that was read. Of a run in training it may be gone by now; nothing more is read from it."""
     state: dict[str, Any] = field(default_factory=dict)
     """training_state.json: the counters of training, the hash of the corpus; empty where the folder holds none."""
-
-
-# Writing.
-
-
-def state_of(model: GPT) -> dict[str, Tensor]:
-    """The model's tensors by name, a shared one once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def save_checkpoint(
-    folder: Path,
-    model: GPT,
-    tokenizer: Tokenizer,
-    *,
-    weights: dict[str, Tensor] | None = None,
-    sampling: dict[str, Any] | None = None,
-    train_config: dict[str, Any] | None = None,
-    state: dict[str, Any] | None = None,
-    state_tensors: dict[str, Tensor] | None = None,
-) -> Path:
-    """Write a complete checkpoint to `folder`, which must not exist, durably.
-
-    Args:
-        folder: where; its parent is made. Its temporary sibling lies beside it.
-        model: its weights are written in Hugging Face's layout where that needs no invented tensor.
-        tokenizer: saved with it.
-        weights: tensors by parameter name to be written in place of the model's own, such as averaged ones.
-        sampling: generation_config.json.
-        train_config: the resolved config, plain values.
-        state: counters of training, JSON-able; None for a checkpoint that is not to be resumed.
-        state_tensors: optimizer moments and the like, by name.
-
-    Raises:
-        NonFiniteError: a tensor holds NaN or infinity; nothing was written.
-        DiskError: the disk is full, read-only or failing; nothing at `folder` then, older checkpoints untouched.
-        CheckpointError: what was written does not read back as it was.
-    """
-    own = weights or state_of(model)
-    refuse_nonfinite({**own, **(state_tensors or {})}, f"{folder}: not saved")
-    layout = to_huggingface(model.config, own)
-    hf_config, tensors = layout or ({"model_type": "minigpt", "architectures": ["GPT"]}, own)
-    config = {**hf_config, "minigpt": {"format": FORMAT, **model.config.to_dict()}}
-    if tokenizer.eot is not None:
-        config["bos_token_id"] = config["eos_token_id"] = tokenizer.eot
-
-    needed = sum(t.numel() * t.element_size() for t in (*tensors.values(), *(state_tensors or {}).values()))
-    needed += SMALL_FILES
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    with disk_errors(str(folder), needed=needed):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        check_space(folder, needed)
-        temporary.mkdir()
-    try:
-        with disk_errors(str(folder), needed=needed):
-            _write_tensors(temporary / "model.safetensors", tensors)
-            (temporary / "config.json").write_text(to_json(config), encoding="utf-8")
-            save_tokenizer(tokenizer, temporary)
-            (temporary / "generation_config.json").write_text(to_json(sampling or {}), encoding="utf-8")
-            if train_config is not None:
-                text = yaml.safe_dump(train_config, sort_keys=False, allow_unicode=True)
-                (temporary / "train_config.yaml").write_text(text, encoding="utf-8")
-            if state is not None:
-                _write_tensors(temporary / "training_state.safetensors", state_tensors or {})
-                (temporary / "training_state.json").write_text(to_json({"format": FORMAT, **state}), encoding="utf-8")
-            for path in temporary.iterdir():
-                sync(path)
-            _compare(temporary / "model.safetensors", tensors)
-            if state is not None:
-                _compare(temporary / "training_state.safetensors", state_tensors or {})
-            write_manifest(temporary)
-            sync(temporary)
-            _move_aside(folder)
-            os.rename(temporary, folder)
-            sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    verify(folder)
-    return folder
-
-
-def refuse_nonfinite(tensors: dict[str, Tensor], what: str) -> None:
-    """Raise NonFiniteError, naming the tensor, where one holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(f"{what}, since {name} holds NaN or infinity; go on from an earlier checkpoint")
-
-
-def _move_aside(folder: Path) -> None:
-    """A damaged checkpoint of the same step makes way; it stays beside the others for a person to look at."""
-    if not folder.exists():
-        return
-    try:
-        verify(folder)
-    except CheckpointError:
-        os.rename(folder, folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(4)}"))
-    else:
-        raise CheckpointError(f"{folder}: exists already and is whole; it is not overwritten")
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file whole or not at all; `load_tensors` and `load_metadata` read it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with disk_errors(str(path)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_tensors(temporary, tensors, metadata)
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
-    """What lies on the disk must be what is in memory: a hash of the file alone would only seal what went wrong."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        for name, tensor in tensors.items():
-            if not torch.equal(file.get_tensor(name), tensor.detach().cpu()):
-                raise CheckpointError(f"{path}: {name} does not read back as it was written; check the disk")
-
-
-# Reading.
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises CheckpointError where it is damaged."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself. Raises CheckpointError where it is damaged."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
 def _weights_in(folder: Path) -> dict[str, Tensor]:

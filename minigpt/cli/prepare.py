@@ -14,7 +14,7 @@ def prepare(argv: list[str]) -> None:
     parser = make_parser("minigpt prepare", prepare.__doc__ or "")
     parser.add_class_arguments(TrainConfig, skip=set(fields_of(TrainConfig(), TrainConfig)) - {"data", "tokenizer"})
     values = parse(parser, argv)
-    from minigpt.data.shards import prepare as prepare_corpus
+    from minigpt.data.prepare import prepare as prepare_corpus
 
     corpus = prepare_corpus(values.data, values.tokenizer)
     for split, stream in (("train", corpus.train), ("val", corpus.val)):

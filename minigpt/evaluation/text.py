@@ -7,7 +7,8 @@ from dataclasses import replace
 from minigpt.checkpoint.checkpoint import Run
 from minigpt.data.batches import ValidationWindows, validation_windows
 from minigpt.data.config import CleanConfig, DataConfig
-from minigpt.data.shards import Corpus, prepare
+from minigpt.data.prepare import prepare
+from minigpt.data.shards import Corpus
 from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation.loss import Evaluation, byte_lengths, evaluate
 from minigpt.terminal import progress

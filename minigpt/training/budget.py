@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minigpt.checkpoint.runs import make_ready
+from minigpt.checkpoint.pruning import make_ready
 from minigpt.data.batches import validation_windows
 from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, MemoryExceeded, MinigptError, NotLearning
@@ -24,8 +24,8 @@ from minigpt.model.cost import cost_of
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
 from minigpt.training.plan.hardware import peak_flops
+from minigpt.training.run.job import Job
 from minigpt.training.run.metrics import read_metrics
-from minigpt.training.run.settle import Job
 from minigpt.training.run.standing import Standing
 
 FIRST_STEPS = 3  # of the first probe: one that compiles, and two to learn from

@@ -18,7 +18,8 @@ from minigpt.training.config import TrainConfig
 from minigpt.training.processes.join import STARTED_BY_TORCHRUN, agree, connect, tell
 from minigpt.training.processes.processes import Processes, search_path
 from minigpt.training.run.fit import fit
-from minigpt.training.run.settle import Job, settle
+from minigpt.training.run.job import Job
+from minigpt.training.run.settle import settle
 
 
 def train(config: TrainConfig) -> Path:

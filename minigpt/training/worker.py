@@ -9,7 +9,7 @@ import sys
 from minigpt.errors import Interrupted, MinigptError, leave
 from minigpt.terminal import notice
 from minigpt.training.run.fit import fit
-from minigpt.training.run.settle import Job
+from minigpt.training.run.job import Job
 
 
 def main(job: str) -> int:

@@ -15,8 +15,9 @@ import pytest
 import fault_disks as disks
 import fault_trials as trials
 import minigpt
-from minigpt.checkpoint import runs
-from minigpt.checkpoint.runs import Best, checkpoints_of, find_checkpoint, prune, read_best, record_best
+from minigpt.checkpoint import manifest, runs
+from minigpt.checkpoint.pruning import prune
+from minigpt.checkpoint.runs import Best, checkpoints_of, find_checkpoint, read_best, record_best
 from minigpt.evaluation.loss import Evaluation
 from minigpt.training.launch import train
 from minigpt.training.run import observing
@@ -166,8 +167,8 @@ def test_pruning_keeps_the_best_and_reads_nothing_twice(tmp_path: Path, monkeypa
     for step in range(1, 6):
         trials.save(tmp_path, step)
     read: list[Path] = []
-    real = runs.file_sha256
-    monkeypatch.setattr(runs, "file_sha256", lambda path: (read.append(path), real(path))[1])
+    real = manifest.file_sha256
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: (read.append(path), real(path))[1])
     prune(tmp_path, keep=2, best=4)
     assert steps_of(tmp_path) == [4, 5] and not read
     config = tmp_path / "checkpoints/step-00000005/config.json"

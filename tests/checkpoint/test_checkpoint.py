@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import minigpt
-from minigpt.checkpoint.checkpoint import read_training_state, read_training_tensors, save_checkpoint
-from minigpt.checkpoint.runs import checkpoints_of, find_checkpoint, newest_valid, prune, verify
+from minigpt.checkpoint.checkpoint import read_training_state, read_training_tensors
+from minigpt.checkpoint.manifest import verify
+from minigpt.checkpoint.pruning import prune
+from minigpt.checkpoint.runs import checkpoints_of, find_checkpoint, newest_valid
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.durable import sealed
 from minigpt.errors import CheckpointError, DiskError
 from minigpt.tokenizer.build import build_tokenizer

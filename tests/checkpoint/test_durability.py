@@ -20,8 +20,8 @@ import fault_disks as disks
 import fault_trials as trials
 import minigpt
 from minigpt import durable
-from minigpt.checkpoint import checkpoint, runs
-from minigpt.checkpoint.runs import prune
+from minigpt.checkpoint import manifest, pruning, runs, saving
+from minigpt.checkpoint.pruning import prune
 from minigpt.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from minigpt.model.cost import cost_of
 from minigpt.training.launch import train
@@ -51,7 +51,7 @@ def test_a_power_cut_at_any_call_loses_nothing(tmp_path: Path) -> None:
 @linux
 def test_what_was_not_synced_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The power cut finds fault with a save that does not sync: without this the test above could not fail."""
-    monkeypatch.setattr(checkpoint, "sync", lambda path: None)
+    monkeypatch.setattr(saving, "sync", lambda path: None)
     assert disks.power_cuts(tmp_path)[1]
 
 
@@ -151,7 +151,7 @@ def test_a_start_that_is_killed_while_it_tries_the_folder_leaves_nothing_for_goo
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         assert list(folder.glob(".probe.*"))
-    runs.make_ready(tmp_path)
+    pruning.make_ready(tmp_path)
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -195,7 +195,7 @@ def test_numbers_that_are_not_finite_are_never_saved_and_never_resumed(tmp_path:
     with torch.no_grad():
         model.trunk.norm.weight[3] = math.inf
     with pytest.raises(NonFiniteError, match=r"step-00000009: not saved, since trunk\.norm\.weight holds NaN") as told:
-        checkpoint.save_checkpoint(run / "checkpoints/step-00000009", model, minigpt.load(newest).tokenizer)
+        saving.save_checkpoint(run / "checkpoints/step-00000009", model, minigpt.load(newest).tokenizer)
     assert told.value.exit_code == 7
     assert [path.name for path in runs.checkpoints_of(run)] == ["step-00000008"]
 
@@ -204,7 +204,7 @@ def test_numbers_that_are_not_finite_are_never_saved_and_never_resumed(tmp_path:
     tensors["exp_avg/trunk.embed.weight"][0, 0] = math.nan
     safetensors.torch.save_file(tensors, file)
     (newest / "manifest.json").unlink()
-    runs.write_manifest(newest)
+    manifest.write_manifest(newest)
     with pytest.raises(NonFiniteError, match=r"cannot be resumed, since exp_avg/trunk\.embed\.weight holds NaN"):
         train(replace(config, trainer=replace(config.trainer, max_steps=9)))
 

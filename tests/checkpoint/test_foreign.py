@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minigpt
-from minigpt.checkpoint.checkpoint import save_checkpoint, state_of
 from minigpt.checkpoint.filling import filled_model
+from minigpt.checkpoint.saving import save_checkpoint, state_of
 from minigpt.checkpoint.weights import to_huggingface
 from minigpt.data.config import DataConfig
 from minigpt.errors import CheckpointError
@@ -233,7 +233,7 @@ def test_the_end_of_text_between_documents_is_not_doubled(tmp_path: Path) -> Non
     ours = load_tokenizer(tmp_path / "tokenizer")
     (end,) = ours.prefix_ids
     assert ours.eot == end
-    from minigpt.data.shards import prepare
+    from minigpt.data.prepare import prepare
     from minigpt.tokenizer.config import TokenizerConfig
 
     (tmp_path / "two.jsonl").write_text('{"text": "the"}\n{"text": "cat"}\n')

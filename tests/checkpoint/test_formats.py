@@ -20,7 +20,7 @@ import minigpt
 from minigpt.checkpoint import checkpoint
 from minigpt.checkpoint.checkpoint import read_training_state
 from minigpt.checkpoint.formats import FORMAT, MODEL_FIELDS, migrate_model, migrate_training
-from minigpt.checkpoint.runs import verify
+from minigpt.checkpoint.manifest import verify
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.config import GPTConfig
 from minigpt.training.config import TrainConfig

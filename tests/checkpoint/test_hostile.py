@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.durable import canonical_json, parse_json, sealed, sha256_of, to_json
 from minigpt.tokenizer.plain import ByteTokenizer
 from toys import random_model, tiny_config

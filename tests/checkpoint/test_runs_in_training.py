@@ -11,8 +11,8 @@ import pytest
 
 import minigpt
 from minigpt.checkpoint import runs
-from minigpt.checkpoint.checkpoint import save_checkpoint, state_of
 from minigpt.checkpoint.runs import TRIES, Best, Replaced, checkpoints_of, record_best, step_of
+from minigpt.checkpoint.saving import save_checkpoint, state_of
 from minigpt.cli.main import main
 from minigpt.data.config import DataConfig
 from minigpt.errors import CheckpointError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import minigpt
-from minigpt.data.shards import prepare
+from minigpt.data.prepare import prepare
 from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation.text import evaluate_run
 from minigpt.tokenizer.config import TokenizerConfig
@@ -31,7 +31,7 @@ def moved(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """The same, in a folder of its own, and its text gone; data and runs lie where one stands."""
     shutil.copytree(trained / "data", tmp_path / "data")
     shutil.copytree(trained / "runs", tmp_path / "runs")
-    monkeypatch.setattr("minigpt.data.shards._told", set())
+    monkeypatch.setattr("minigpt.data.prepare._told", set())
     return tmp_path
 
 
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_read_is_a_text_that_is_gone(
     config = tiny_run(tmp_path, trainer__max_steps=4, optimizer__schedule="constant")
     config = replace(config, data=replace(config.data, source=str(tmp_path / "texts")))
     train(config)
-    monkeypatch.setattr("minigpt.data.shards._told", set())
+    monkeypatch.setattr("minigpt.data.prepare._told", set())
     if how == "unreadable":  # to root nothing is, so the system's word is put into its mouth
         (tmp_path / "texts/two.txt").write_text("more")
 

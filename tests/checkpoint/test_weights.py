@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import minigpt
-from minigpt.checkpoint.checkpoint import save_checkpoint, state_of
+from minigpt.checkpoint.saving import save_checkpoint, state_of
 from minigpt.checkpoint.weights import config_from_huggingface, from_huggingface, to_huggingface
 from minigpt.errors import CheckpointError
 from minigpt.tokenizer.build import build_tokenizer

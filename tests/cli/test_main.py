@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import minigpt
-from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.cli.main import main
 from minigpt.tokenizer.build import build_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig

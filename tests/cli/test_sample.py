@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import minigpt
-from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.cli.main import main
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT

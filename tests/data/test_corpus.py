@@ -9,7 +9,8 @@ import pytest
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import find_source
 from minigpt.data.decoding import ReadingLog
-from minigpt.data.shards import find_prepared, open_corpus, prepare
+from minigpt.data.prepare import find_prepared, prepare
+from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, DataError
 from minigpt.tokenizer.config import TokenizerConfig
 

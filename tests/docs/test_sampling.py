@@ -22,7 +22,7 @@ import yaml
 
 import minigpt.sampling
 from catalogue import written
-from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.cli.main import main
 from minigpt.errors import ConfigError
 from minigpt.sampling.sampler import Sampler

@@ -12,7 +12,7 @@ from tokenizers import normalizers
 
 import minigpt
 from minigpt.data.config import DataConfig
-from minigpt.data.shards import prepare
+from minigpt.data.prepare import prepare
 from minigpt.evaluation.loss import byte_lengths, bytes_per_token
 from minigpt.evaluation.text import evaluate_run
 from minigpt.sampling.sampler import Sampler

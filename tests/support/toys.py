@@ -57,7 +57,7 @@ def transformers_twin(model: GPT) -> torch.nn.Module:
     """transformers' GPT2LMHeadModel or LlamaForCausalLM with the same weights."""
     import transformers
 
-    from minigpt.checkpoint.checkpoint import state_of
+    from minigpt.checkpoint.saving import state_of
     from minigpt.checkpoint.weights import to_huggingface
 
     layout = to_huggingface(model.config, state_of(model))

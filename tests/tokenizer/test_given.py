@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.study import Study
 from minigpt.sampling.sampler import Sampler

@@ -21,7 +21,8 @@ from minigpt.training.launch import train
 from minigpt.training.plan import choose
 from minigpt.training.run.each_step import due
 from minigpt.training.run.fit import fit
-from minigpt.training.run.settle import Job, settle
+from minigpt.training.run.job import Job
+from minigpt.training.run.settle import settle
 from training_runs import losses, run_and_read, tiny_run
 
 TIMING = Timing(step=0.2, start=3.0, cold_start=20.0, validation=1.1, save=0.3, sample=2.0)

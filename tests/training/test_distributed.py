@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from forks import Fork, in_forks
-from minigpt.checkpoint.checkpoint import verify
+from minigpt.checkpoint.manifest import verify
 from minigpt.errors import DistributedError, MinigptError
 from minigpt.training import launch
 from minigpt.training.config import TrainConfig

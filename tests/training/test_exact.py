@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt.data.batches import Batches
-from minigpt.data.shards import prepare
+from minigpt.data.prepare import prepare
 from minigpt.model.gpt import GPT
 from minigpt.training.config import OptimizerConfig
 from minigpt.training.launch import train

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import minigpt
 from minigpt.data.batches import Batches
-from minigpt.data.shards import prepare
+from minigpt.data.prepare import prepare
 from minigpt.errors import CheckpointError, ConfigError, DataError, Interrupted, MemoryExceeded, NonFiniteError
 from minigpt.model.gpt import GPT
 from minigpt.training.config import OptimizerConfig, TrainConfig

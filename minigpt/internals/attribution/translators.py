@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint.checkpoint import load_metadata, load_tensors, save_tensors, state_of
+from minigpt.checkpoint.saving import state_of
+from minigpt.checkpoint.tensors import load_metadata, load_tensors, save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.access.access import Access
 from minigpt.internals.access.corpus import Tokens, tokens_of, windows

@@ -25,8 +25,8 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint.checkpoint import load_tensors, save_tensors
-from minigpt.checkpoint.runs import read_json
+from minigpt.checkpoint.manifest import read_json
+from minigpt.checkpoint.tensors import load_tensors, save_tensors
 from minigpt.durable import named_path, to_json, write_text
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.access.access import Edit, Site

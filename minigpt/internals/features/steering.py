@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint.checkpoint import load_metadata, load_tensors, save_tensors
+from minigpt.checkpoint.tensors import load_metadata, load_tensors, save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.access.access import Access, Edit, Edits, Site
 from minigpt.internals.access.corpus import gather, site_of

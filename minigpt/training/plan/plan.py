@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from minigpt.data.corpus import find_source
-from minigpt.data.shards import Corpus, find_prepared
+from minigpt.data.prepare import find_prepared
+from minigpt.data.shards import Corpus
 from minigpt.errors import ConfigError
 from minigpt.model.cost import activations_of, cost_of
 from minigpt.model.gpt import GPT

@@ -23,7 +23,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from minigpt.checkpoint.checkpoint import empty_model, state_of
+from minigpt.checkpoint.filling import empty_model
+from minigpt.checkpoint.saving import state_of
 from minigpt.model.gpt import GPT
 
 Loss = Callable[[GPT, Tensor, Tensor], Tensor]

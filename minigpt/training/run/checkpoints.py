@@ -13,16 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minigpt.checkpoint.checkpoint import (
-    load_weights,
-    read_training_state,
-    read_training_tensors,
-    read_weights,
-    refuse_nonfinite,
-    save_checkpoint,
-    state_of,
-)
-from minigpt.checkpoint.runs import Best, prune, read_best, record_best, step_of
+from minigpt.checkpoint.checkpoint import read_training_state, read_training_tensors, read_weights
+from minigpt.checkpoint.filling import load_weights
+from minigpt.checkpoint.pruning import prune
+from minigpt.checkpoint.runs import Best, read_best, record_best, step_of
+from minigpt.checkpoint.saving import save_checkpoint, state_of
+from minigpt.checkpoint.tensors import refuse_nonfinite
 from minigpt.durable import check_space
 from minigpt.model.cost import cost_of
 from minigpt.terminal import notice

@@ -28,6 +28,7 @@ from minigpt.training.processes.watch import Watch
 from minigpt.training.recipe.strategy import make_strategy
 from minigpt.training.run.checkpoints import Checkpoints
 from minigpt.training.run.internals import Internals
+from minigpt.training.run.job import Job
 from minigpt.training.run.loader import MicroBatches
 from minigpt.training.run.loggers import finish, make_loggers
 from minigpt.training.run.metrics import Metrics, rewind_metrics
@@ -35,7 +36,6 @@ from minigpt.training.run.module import TrainingModule
 from minigpt.training.run.observing import Samples, Validation
 from minigpt.training.run.progress import NoProfiler, set_progress, without_signals
 from minigpt.training.run.rehearsal import Rehearsal, memory_errors, training_advice
-from minigpt.training.run.settle import Job
 from minigpt.training.run.stopping import Agreement
 
 

@@ -15,12 +15,12 @@ from minigpt.model.gpt import GPT
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
 from minigpt.training.recipe.average import Average
+from minigpt.training.recipe.health import Idle, mean_loss, remedy
 from minigpt.training.recipe.loss import compiled_loss, next_token_loss
 from minigpt.training.recipe.optimizer import make_optimizer
 from minigpt.training.recipe.schedule import learning_rate
 from minigpt.training.recipe.sharding import whole
 from minigpt.training.recipe.strategy import recompute_blocks, share
-from minigpt.training.run.health import Idle, mean_loss, remedy
 from minigpt.training.run.progress import LightModule
 
 UNUSABLE_STEPS = 5  # steps in a row without a usable gradient after which a run stops

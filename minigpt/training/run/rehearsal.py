@@ -20,7 +20,7 @@ from minigpt.errors import MemoryExceeded
 from minigpt.evaluation.loss import TOKENS_AT_ONCE, evaluate
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
-from minigpt.training.run.health import TOLERANCES, check_compiled, check_gradients, mean_loss
+from minigpt.training.recipe.health import TOLERANCES, check_compiled, check_gradients, mean_loss
 from minigpt.training.run.metrics import Metrics
 from minigpt.training.run.module import TrainingModule
 

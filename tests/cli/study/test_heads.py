@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.cli.main import main
 from minigpt.tokenizer.plain import CharTokenizer
 from planted import induction_model

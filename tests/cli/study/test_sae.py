@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.cli.main import main
 from minigpt.internals.features.autoencoder_training import Learner
 from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer

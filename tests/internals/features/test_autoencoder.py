@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt.checkpoint.checkpoint import save_tensors
+from minigpt.checkpoint.tensors import save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.features import autoencoder_training
 from minigpt.internals.features.autoencoder import Autoencoder, keep_greatest, keep_greatest_of_batch

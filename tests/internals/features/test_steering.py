@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt.checkpoint.checkpoint import save_checkpoint, save_tensors
+from minigpt.checkpoint.saving import save_checkpoint
+from minigpt.checkpoint.tensors import save_tensors
 from minigpt.cli.main import main
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.features.steering import Steered, Steering

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from browser import CHROMIUM, Browser, Page
-from minigpt.checkpoint.checkpoint import save_checkpoint
+from minigpt.checkpoint.saving import save_checkpoint
 from minigpt.cli.main import main
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.access.result import Axis, Result

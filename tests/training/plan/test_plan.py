@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.cli.main import main
-from minigpt.data.shards import prepare
+from minigpt.data.prepare import prepare
 from minigpt.errors import ConfigError
 from minigpt.model.config import PRESETS
 from minigpt.model.cost import activations_of, cost_of

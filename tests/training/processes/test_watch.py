@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from forks import in_forks
-from minigpt.checkpoint.checkpoint import verify
+from minigpt.checkpoint.manifest import verify
 from minigpt.training.launch import train
 from minigpt.training.processes.watch import BACKWARD, BETWEEN, FORWARD, UPDATE, Seen, hanging
 from minigpt.training.run.checkpoints import Checkpoints

@@ -10,9 +10,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import minigpt
-from minigpt.checkpoint.checkpoint import read_training_state, state_of
+from minigpt.checkpoint.checkpoint import read_training_state
+from minigpt.checkpoint.saving import state_of
 from minigpt.data.batches import validation_windows
-from minigpt.data.shards import prepare
+from minigpt.data.prepare import prepare
 from minigpt.errors import Interrupted
 from minigpt.evaluation.loss import bytes_per_token, evaluate
 from minigpt.training.launch import train

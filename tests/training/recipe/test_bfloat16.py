@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt.data.batches import Batches
-from minigpt.data.shards import prepare
+from minigpt.data.prepare import prepare
 from minigpt.model.gpt import GPT
 from minigpt.training.config import TrainConfig
 from minigpt.training.launch import train

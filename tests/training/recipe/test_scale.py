@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forks import in_forks
-from minigpt.checkpoint.checkpoint import verify
+from minigpt.checkpoint.manifest import verify
 from minigpt.data.config import DataConfig
 from minigpt.data.corpus import find_source
 from minigpt.data.decoding import ReadingLog

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minigpt.data.batches import Batches
-from minigpt.data.shards import prepare
+from minigpt.data.prepare import prepare
 from minigpt.model.cost import cost_of
 from minigpt.training.config import TrainConfig
 from minigpt.training.plan import hardware

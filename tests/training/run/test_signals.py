@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.checkpoint.checkpoint import verify
+from minigpt.checkpoint.manifest import verify
 from minigpt.errors import Interrupted
 from minigpt.training import launch
 from minigpt.training.run.checkpoints import Checkpoints

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minigpt.data import shards
+from minigpt.data import prepare as preparing
 from minigpt.data.batches import Batches
 from minigpt.data.catalogue import python_topics
 from minigpt.data.config import CleanConfig, DataConfig
 from minigpt.data.encode import PIECE, ShardWriter
-from minigpt.data.shards import open_corpus, prepare
+from minigpt.data.prepare import prepare
+from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, DataError, DiskError
 from minigpt.tokenizer.config import TokenizerConfig
 
@@ -117,7 +118,7 @@ def test_an_impossible_val_fraction_is_refused(config, fraction):
 def test_preparing_again_writes_nothing_and_reads_no_text(config, monkeypatch):
     first = prepare(config, BYTE, show=False)
     before = snapshot(config.folder)
-    monkeypatch.setattr(shards, "survey", None)
+    monkeypatch.setattr(preparing, "survey", None)
     again = prepare(config, BYTE, show=False)
     assert snapshot(config.folder) == before
     assert (again.folder, again.hash) == (first.folder, first.hash)
@@ -128,7 +129,7 @@ def test_opening_what_was_prepared_loads_neither_torch_nor_a_tokenizer(config):
     code = f"""
 import sys
 from minigpt.data.config import DataConfig
-from minigpt.data.shards import prepare
+from minigpt.data.prepare import prepare
 from minigpt.tokenizer.config import TokenizerConfig
 prepare(DataConfig(source={config.source!r}, folder={config.folder!r}), TokenizerConfig(kind="byte"), show=False)
 print([name for name in ("torch", "tiktoken", "tokenizers", "minigpt.tokenizer.build") if name in sys.modules])
@@ -342,7 +343,7 @@ def test_large_vocabularies_take_four_bytes_a_token(config, monkeypatch):
 
 def test_many_shards_are_one_stream(config, monkeypatch):
     whole = tokens_of(prepare(config, BYTE, show=False).train)
-    monkeypatch.setattr(shards, "ShardWriter", lambda *args: ShardWriter(*args, limit=500))
+    monkeypatch.setattr(preparing, "ShardWriter", lambda *args: ShardWriter(*args, limit=500))
     corpus = prepare(replace(config, folder=config.folder + "2"), BYTE, show=False)
     assert len(corpus.train.paths) > 5
     assert (tokens_of(corpus.train) == whole).all()

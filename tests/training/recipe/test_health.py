@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from minigpt.errors import NotLearning
 from minigpt.model.gpt import GPT
 from minigpt.training.launch import train
+from minigpt.training.recipe.health import not_zero
 from minigpt.training.recipe.loss import next_token_loss
 from minigpt.training.run import fit, module, rehearsal
-from minigpt.training.run.health import not_zero
 from minigpt.training.run.metrics import read_metrics
 from training_runs import forked, losses, run_and_read, tiny_run
 
