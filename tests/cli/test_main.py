@@ -207,20 +207,30 @@ def test_eval_notices_that_its_text_has_changed(said, tmp_path: Path) -> None:
 
 
 def test_readme_names_only_what_is_there() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for name in re.findall(r"\]\(([^)#]+)\)", readme):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"--config (\w+)", readme):
-        assert name == "FILE" or any((ROOT / "configs").rglob(f"{name}.yaml")), name
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
     for name in re.findall(r"`(tests|benchmarks)/(\w+\.py)`", readme):
         assert ROOT.joinpath(*name).is_file()
-    tree = readme.partition("## The map")[2].partition("```text")[2].partition("```")[0]
-    for path in (ROOT / "minigpt").glob("*/"):
-        if path.name not in ("__pycache__", "_shipped"):
+    tree = readme.partition("## The code")[2]
+    for path in (ROOT / "minigpt").rglob("*/"):
+        if path.name not in ("__pycache__", "_shipped") and any(path.glob("*.py")):
             assert f"{path.name}/" in tree, f"{path.name} is not in README's map"
+
+
+def test_the_map_names_every_file() -> None:
+    tree = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
     for path in (ROOT / "minigpt").rglob("*.py"):
         if path.name not in ("__init__.py", "__main__.py"):
-            assert re.search(rf"\b{path.stem}\b", tree), f"{path.stem} is not in README's map"
+            assert re.search(rf"\b{path.stem}\b", tree), f"{path.stem} is not in docs/map.md"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.stem)
+def test_what_a_page_links_and_names_is_there(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for name in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert name.startswith("https://") or (page.parent / name).exists(), name
+    for name in re.findall(r"--config (\w+)", page.read_text(encoding="utf-8")):
+        assert name in ("FILE", "NAME") or any((ROOT / "configs").rglob(f"{name}.yaml")), name
 
 
 def test_prepare_tells_what_it_made(said, tmp_path: Path) -> None:

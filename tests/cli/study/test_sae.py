@@ -92,8 +92,8 @@ def test_bad_input_is_told_in_one_line(run: str, capsys: pytest.CaptureFixture[s
 def test_the_line_of_the_readme_and_the_other_order_of_its_words_train(
     run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    [line] = [line for line in readme.splitlines() if line.startswith("minigpt sae ")]
+    page = (Path(__file__).parents[3] / "docs" / "study.md").read_text(encoding="utf-8")
+    [line] = [line for line in page.splitlines() if line.startswith("minigpt sae ")]
     _, *words = shlex.split(line.replace("runs/mine", run), comments=True)
     text = ["--text", str(Path(run).parent / "text")]
     assert main([*words, *SMALL, *text]) == 0
