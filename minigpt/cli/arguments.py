@@ -1,4 +1,4 @@
-"""Parsing: dataclasses to flags and YAML files by jsonargparse, and its errors made into one line that helps."""
+"""Parsing with jsonargparse: dataclasses become flags and YAML keys; errors become one line with a suggestion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minigpt.errors import ConfigError
 
 
 def shipped(name: str, folder: str = "") -> Path | None:
-    """A file that comes with minigpt (configs/FOLDER/NAME): from the repository, or from the wheel."""
+    """Path of a shipped file configs/FOLDER/NAME, in the repository or in the wheel; None if there is none."""
     package = Path(__file__).parents[1]
     for root in (package / "_shipped", package.parent):
         for path in (root / "configs" / folder / name, root / "configs" / folder / f"{name}.yaml"):
@@ -52,12 +52,16 @@ def make_parser(command: str, description: str, positional: str = "", folder: st
         allow_abbrev=False,  # else --optimizer.nam is taken for --optimizer.name
     )
     parser.shipped_folder = folder  # type: ignore[attr-defined]
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file of values; may be repeated")
+    parser.add_argument(
+        "--config",
+        action=jsonargparse.ActionConfigFile,
+        help="YAML file of settings, or the name of a shipped one; may be repeated",
+    )
     return parser
 
 
 def parse(parser: Any, argv: list[str]) -> Any:
-    """Parse, and turn jsonargparse's errors into one line that names the nearest field."""
+    """Parse arguments. An error becomes a ConfigError of one line that suggests the closest valid name."""
     import argparse
 
     argv = [
@@ -71,7 +75,7 @@ def parse(parser: Any, argv: list[str]) -> Any:
 
 
 def _shipped_config(previous: str, item: str, folder: str) -> str:
-    """--config NAME may name a shipped config where no file of that name is there."""
+    """Resolve --config NAME to a shipped config if there is no file of that name."""
     flag, equals, value = item.partition("=")
     if previous != "--config" and (flag != "--config" or not equals):
         return item
@@ -122,7 +126,7 @@ def print_json(value: Any, **style: Any) -> None:
 
 
 def latest_run(folder: str = "runs") -> Path:
-    """The run trained last in `folder`: what a person means who names none."""
+    """The run trained last in `folder`, used if no run is given."""
     runs = [path for path in Path(folder).glob("*") if any((path / "checkpoints").glob("step-*"))]
     if not runs:
         raise ConfigError(
@@ -132,12 +136,12 @@ def latest_run(folder: str = "runs") -> Path:
 
 
 def run_or_latest(path: str | None) -> Path:
-    """The RUN that was given, or the one trained last. Raises ConfigError for an empty one, which nobody means."""
+    """The given RUN, or the one trained last. Raises ConfigError for an empty string."""
     return latest_run() if path is None else named_path(path, "a run, or nothing for the one trained last")
 
 
 def split_positional(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The RUN that a verb is given first, and the rest. Raises ConfigError where it stands elsewhere."""
+    """Split the leading RUN from the flags. Raises ConfigError if it comes after them."""
     if argv and not argv[0].startswith("-"):
         return argv[0], argv[1:]
     if argv and not argv[-1].startswith("-") and Path(argv[-1]).is_dir() and not argv[-2:-1][0].startswith("-"):
@@ -147,13 +151,11 @@ def split_positional(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def add_device(parser: Any) -> None:
     """The flag that `minigpt.model.device.pick_device` reads."""
-    parser.add_argument(
-        "--device", type=str, default="auto", help="where to run: cpu, cuda or mps; auto: a GPU where there is one"
-    )
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda or mps; auto: a GPU if there is one")
 
 
 def add_training_settings(parser: Any) -> None:
-    """Every field of TrainConfig, with the model's derived ones left open until preset and sizes are known."""
+    """Add every field of TrainConfig; the model's derived fields stay None until preset and sizes are known."""
     from minigpt.model.config import GPTConfig
     from minigpt.training.config import TrainConfig
 

@@ -1,4 +1,4 @@
-"""The verb eval: the loss of a model on held-out text."""
+"""The verb eval: loss, perplexity and bits per byte of a model on a text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from minigpt.errors import ConfigError
 
 
 def evaluate(argv: list[str]) -> None:
-    """Measure a model on held-out text: minigpt eval RUN. By default on the validation split of the corpus that it was
-    trained on; --data.source takes another text, whole.
+    """Measure loss, perplexity and bits per byte: minigpt eval RUN. By default on the validation split of the corpus
+    that the model was trained on; with --data.source, on all of another text.
     """
     from minigpt.data.config import DataConfig
 
@@ -18,8 +18,8 @@ def evaluate(argv: list[str]) -> None:
     parser = make_parser("minigpt eval", evaluate.__doc__ or "", "[RUN]")
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
     parser.set_defaults({"data.source": None, "data.folder": None})  # not given: the run's own
-    parser.add_argument("--block_size", type=int, default=0, help="tokens a window; 0: the model's block_size")
-    parser.add_argument("--tokens", type=int, default=0, help="evenly spaced tokens to measure on; 0: all")
+    parser.add_argument("--block_size", type=int, default=0, help="tokens per window; 0: the model's block_size")
+    parser.add_argument("--tokens", type=int, default=0, help="number of evenly spaced tokens to measure on; 0: all")
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, rest)
@@ -49,6 +49,6 @@ def evaluate(argv: list[str]) -> None:
     else:
         print(f"{run.path} on {what}: {result.tokens:,} tokens, {result.bytes:,} bytes")
         print(
-            f"loss {result.loss:.4f} nats a token  perplexity {result.perplexity:.3f}  "
-            f"{result.bits_per_byte:.4f} bits a byte"
+            f"loss {result.loss:.4f} nats per token  perplexity {result.perplexity:.3f}  "
+            f"{result.bits_per_byte:.4f} bits per byte"
         )

@@ -1,4 +1,4 @@
-"""The verb info: what a trained model is and costs."""
+"""The verb info: architecture, parameters and cost of a trained model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from minigpt.cli.arguments import make_parser, parse, print_json, run_or_latest,
 
 
 def info(argv: list[str]) -> None:
-    """Say what a trained model is and costs: minigpt info RUN. Before it is trained, minigpt plan says it."""
+    """Show architecture, parameters, FLOPs and KV cache size of a model: minigpt info RUN. See minigpt plan for a model
+    that is not trained yet.
+    """
     path, rest = split_positional(argv)
     parser = make_parser("minigpt info", info.__doc__ or "", "[RUN]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -31,5 +33,7 @@ def info(argv: list[str]) -> None:
         f"\nparameters       {cost.parameters:,} (embeddings {cost.embedding_parameters:,}, blocks "
         f"{cost.block_parameters:,}, unembedding {cost.unembedding_parameters:,})"
     )
-    print(f"FLOPs a token    {readable(cost.forward_flops)} forward, {readable(cost.training_flops)} training")
-    print(f"cache            {readable(cost.cache_bytes_per_token)}B a token, {readable(cache)}B a full row (float32)")
+    print(f"FLOPs per token  {readable(cost.forward_flops)} forward, {readable(cost.training_flops)} training")
+    print(
+        f"cache            {readable(cost.cache_bytes_per_token)}B per token, {readable(cache)}B per sequence (float32)"
+    )

@@ -1,4 +1,4 @@
-"""The command line: a verb is a function in a file of its own, which imports what it needs when it runs."""
+"""The command line: one verb per file; a verb imports what it needs when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 
 def usage() -> str:
     """What `minigpt --help` prints."""
-    lines = [f"usage: {PROG} VERB ...   ({PROG} VERB --help tells what a verb takes)", ""]
+    lines = [f"usage: {PROG} VERB ...   ({PROG} VERB --help lists its settings)", ""]
     for name, verb in VERBS.items():
         summary = re.sub(r"\s+", " ", verb.__doc__ or "").split(": ", 1)[0]
         lines.append(f"  {name:8} {summary}")
@@ -83,7 +83,7 @@ def main(argv: Iterable[str] | None = None) -> int:
             raise
         print(f"\n{PROG}: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output has gone (| head): not an error
+    except BrokenPipeError:  # the reader of our output has closed it (| head): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:

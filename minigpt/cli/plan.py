@@ -1,4 +1,4 @@
-"""The verb plan: what a training run will cost."""
+"""The verb plan: estimate what a training run will cost."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from minigpt.cli.arguments import add_training_settings, fields_of, make_parser,
 
 
 def plan(argv: list[str]) -> None:
-    """Say what training will cost, before any time is spent: minigpt plan --config NAME --model.n_layer 6. Memory,
-    operations, tokens, and the time that it takes here and on named GPUs.
+    """Estimate memory, FLOPs and time of a training run: minigpt plan --config NAME --model.n_layer 6. Times are for
+    this machine and for several GPUs. Nothing is trained.
     """
     from minigpt.training.config import TrainConfig
 
     parser = make_parser("minigpt plan", plan.__doc__ or "")
     add_training_settings(parser)
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of a device's peak that is assumed")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="assumed fraction of a device's peak FLOPs")
     parser.add_argument(
-        "--measure", type=bool | None, default=None, help="time a few steps here; null: where that is quick"
+        "--measure",
+        type=bool | None,
+        default=None,
+        help="time a few steps on this machine; null: only if that is quick",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, argv)

@@ -1,4 +1,4 @@
-"""The verb prepare: a text into the shards that training reads."""
+"""The verb prepare: tokenize a text into the shards that training reads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from minigpt.cli.arguments import fields_of, make_parser, parse
 
 
 def prepare(argv: list[str]) -> None:
-    """Tokenize a corpus into memory-mapped shards: minigpt prepare --data.source FILE --tokenizer.kind bpe. Training
-    does this by itself; here it can be done before, and looked at.
+    """Tokenize a corpus into memory-mapped shards: minigpt prepare --data.source FILE --tokenizer.kind bpe. Prints
+    counts. Training does this automatically and reuses what was prepared.
     """
     from minigpt.training.config import TrainConfig
 
@@ -22,6 +22,6 @@ def prepare(argv: list[str]) -> None:
         bytes_a_token = counts["bytes"] / max(1, len(stream))
         print(
             f"{split:5}  {counts['documents']:,} documents  {counts['bytes']:,} bytes  {len(stream):,} tokens "
-            f"({bytes_a_token:.2f} bytes a token)"
+            f"({bytes_a_token:.2f} bytes per token)"
         )
     print(f"vocabulary {corpus.tokenizer.vocab_size:,}  folder {corpus.folder}")

@@ -1,4 +1,4 @@
-"""The verb that samples: a prompt continued, searched, shown at work, scored or replayed."""
+"""The verb sample: generate text, show how each token is chosen, or score a given text."""
 
 from __future__ import annotations
 
@@ -15,31 +15,47 @@ if TYPE_CHECKING:
 
 
 def sample(argv: list[str]) -> None:
-    """Continue a prompt: minigpt sample RUN --prompt TEXT. RUN is a run, a checkpoint folder or a Hugging Face GPT-2 or
-    Llama folder; without it the run trained last. --config takes a file of settings or one of greedy, precise,
-    creative, beam, llama_cpp_defaults.
+    """Generate text: minigpt sample RUN --prompt TEXT. RUN is a run, a checkpoint folder or a Hugging Face
+    GPT-2 or Llama folder; by default the run trained last. --config takes a YAML file, or greedy, precise, creative,
+    beam or llama_cpp_defaults.
     """
     from minigpt.sampling.settings.config import SamplingConfig
 
     path, rest = split_positional(argv)
     parser = make_parser("minigpt sample", sample.__doc__ or "", "[RUN]", folder="sampling")
-    parser.add_argument("--prompt", action="append", help="text to continue; repeat it for several (default: empty)")
-    parser.add_argument("--prompt_ids", type=list[int], help="token ids to continue, such as [1,2,3]")
-    parser.add_argument("--prompt_file", type=str, help="file whose text is continued; '-' is standard input")
-    parser.add_argument("--prompt_lines", type=str, help="file with a prompt in every line; '-' is standard input")
-    parser.add_argument("--continuation", type=str, help="write this text, and tell how likely each of its tokens was")
-    parser.add_argument("--score", action="store_true", help="tell how likely the prompt itself is; nothing is written")
-    parser.add_argument("--stride", type=int, help="with --score: tokens by which the window moves on in a long text")
-    told = "show what each processor does to the N (5) likeliest tokens"
+    parser.add_argument(
+        "--prompt", action="append", help="prompt; repeat the flag for several prompts (default: empty)"
+    )
+    parser.add_argument("--prompt_ids", type=list[int], help="prompt as token ids, such as [1,2,3]")
+    parser.add_argument("--prompt_file", type=str, help="file that holds the prompt; '-' is standard input")
+    parser.add_argument("--prompt_lines", type=str, help="file with one prompt per line; '-' is standard input")
+    parser.add_argument(
+        "--continuation", type=str, help="generate nothing: show the log-probability of each token of this continuation"
+    )
+    parser.add_argument(
+        "--score", action="store_true", help="generate nothing: show the log-probability of each token of the prompt"
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="with --score: step of the sliding window, in tokens, for texts longer than the context",
+    )
+    told = "show the probabilities of the N (default 5) most likely tokens after each processor"
     parser.add_argument("--show_work", "--show-work", nargs="?", const=5, default=0, type=int, metavar="N", help=told)
-    parser.add_argument("--show_order", action="store_true", help="print the processors in their order, and stop")
-    parser.add_argument("--compile", action="store_true", help="compile the model first: pays for many tokens")
-    parser.add_argument("--steer", type=str, help="file with a steering vector, added wherever the model reads")
-    parser.add_argument("--steer_scale", type=float, help="with --steer: how many times (default: as the file says)")
+    parser.add_argument("--show_order", action="store_true", help="print the processors in their order and exit")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the model with torch.compile; worth it for many tokens"
+    )
+    parser.add_argument(
+        "--steer", type=str, help="file with a steering vector, added to the activations of every token"
+    )
+    parser.add_argument(
+        "--steer_scale", type=float, help="with --steer: factor of the vector (default: the one in the file)"
+    )
     add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
     parser.add_class_arguments(SamplingConfig)
-    parse(parser, rest)  # a mistake is told before anything is loaded
+    parse(parser, rest)  # report a mistake before anything is loaded
 
     from minigpt.checkpoint.checkpoint import load
     from minigpt.model.device import pick_device
@@ -81,7 +97,7 @@ def sample(argv: list[str]) -> None:
 
 
 def _check_flags(values: Any, config: Any) -> None:
-    """Raise ConfigError for flags of which one would go unheard."""
+    """Raise ConfigError for combinations in which a flag would have no effect."""
     if values.show_work < 0:
         raise ConfigError(f"--show_work {values.show_work}: expected a whole number, 0 or more")
     if values.stride is not None and not values.score:

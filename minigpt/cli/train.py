@@ -1,4 +1,4 @@
-"""The verb train: a run from its settings, new or resumed."""
+"""The verb train: start or resume a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from minigpt.cli.arguments import add_training_settings, fields_of, make_parser,
 
 
 def train(argv: list[str]) -> None:
-    """Train a model on text: minigpt train --config configs/NAME.yaml --data.source FILE. Without arguments it trains
-    the default model on text that every Python installation carries.
+    """Train a model on text: minigpt train --config NAME --data.source FILE. Without arguments, trains the default
+    model on Python's help text. With the --run_name of an existing run, resumes it.
     """
     from minigpt.training.config import TrainConfig
 
@@ -25,7 +25,7 @@ def train(argv: list[str]) -> None:
 
 
 def _stored_config(argv: list[str]) -> list[str]:
-    """A run that goes on starts from its own stored config; what is given on the command line is laid over it."""
+    """A run that is resumed starts from its stored config; flags override it."""
     found = {"run_name": "", "runs_dir": "runs", "resume": "auto"}
     for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = flag.removeprefix("--").partition("=")
@@ -41,7 +41,7 @@ def _stored_config(argv: list[str]) -> list[str]:
 
 
 def _settings_since(stored: Path) -> list[str]:
-    """Flags for what a config stored by an older version does not say, so that the run goes on as it was."""
+    """Flags for settings that a config of an older version lacks, with the values that the run was started with."""
     import yaml
 
     from minigpt.checkpoint.formats import missing_settings
@@ -54,7 +54,7 @@ def _settings_since(stored: Path) -> list[str]:
 
 
 def _summarise(run: Path) -> None:
-    """What a person wants to see of a run that is done: its losses, a sample, and how to go on."""
+    """Print the losses of a finished run, its last sample, and how to sample from it."""
     from minigpt.training.run.metrics import read_metrics
 
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row.get("val/loss") is not None]
@@ -65,6 +65,6 @@ def _summarise(run: Path) -> None:
         first, last = rows[0], rows[-1]
         print(
             f"\nvalidation loss {first['val/loss']:.3f} (step {first['step']}) -> {last['val/loss']:.3f} "
-            f"(step {last['step']}), {last['val/bpb']:.3f} bits a byte, {last['seconds']:.0f} s of training"
+            f"(step {last['step']}), {last['val/bpb']:.3f} bits per byte, {last['seconds']:.0f} s of training"
         )
     print(f"run: {run}\nsample from it: python sample.py {run} --prompt 'your text'")

@@ -1,4 +1,4 @@
-"""What a corpus is made of and how it is prepared, as declared on the command line and in YAML files."""
+"""Settings of the training text: source, cleaning, validation split, order."""
 
 from __future__ import annotations
 
@@ -10,41 +10,46 @@ from minigpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """What happens to text before it is tokenized; by default nothing at all."""
+    """Cleaning of text before it is tokenized; by default none."""
 
     normalize: Literal["none", "NFC", "NFKC"] = "none"
-    """Unicode normalisation form; none keeps the characters as they are."""
+    """Unicode normalisation form; none changes nothing."""
     strip_html: bool = False
-    """Keep the text of HTML and drop its tags, scripts and styles; block elements begin a new line."""
+    """Remove HTML tags, scripts and styles and keep the text; block elements start a new line."""
     lowercase: bool = False
-    """Turn every letter into its lower-case form."""
+    """Convert text to lower case."""
     strip_control: bool = False
-    """Drop control characters, carriage returns among them; line feeds and tabs stay."""
+    """Remove control characters, including carriage returns, but not line feeds and tabs."""
     min_length: int = 0
-    """Drop documents shorter than this many characters after cleaning."""
+    """Drop documents with fewer characters than this after cleaning."""
     dedupe: bool = False
-    """Keep only the first of documents that are equal to the last character after cleaning."""
+    """Drop documents that are identical to an earlier one after cleaning."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text a model is trained on and how it becomes training and validation tokens."""
+    """Text to train on, its split and its order."""
 
     source: str = "pydocs"
-    """A name in data/corpora.yaml, a file, a folder, a glob, or - for standard input; .jsonl, .gz and .zst are read."""
+    """Training text: a name in data/corpora.yaml, a file, a folder, a glob, or - for standard input. Also reads
+    .jsonl, .gz and .zst.
+    """
     file: str | None = None
-    """A local copy of a named corpus, used instead of a download and checked by the same sha256."""
+    """Local copy of a named corpus, used instead of a download; its sha256 is checked."""
     field: str = "text"
     """.jsonl only: the field of each line's object that holds the document."""
     folder: str = "data"
-    """Where prepared corpora are kept: in FOLDER/NAME/."""
+    """Folder of prepared corpora; each is stored in FOLDER/NAME/."""
     val_fraction: float = 0.1
-    """Share held out for validation, from 0 to below 1: every tenth document, or the last tenth of the characters where
-    documents are too few for that."""
+    """Fraction held out for validation, from 0 to below 1: every n-th document, or the last part of the text if there
+    are too few documents.
+    """
     order: Literal["shuffled", "random"] = "shuffled"
-    """shuffled: every window once an epoch, in a new order each time; random: windows drawn anywhere, as in nanoGPT."""
+    """shuffled: every window once per epoch, in a new order each epoch. random: windows at random offsets, as in
+    nanoGPT.
+    """
     clean: CleanConfig = CleanConfig()
-    """What happens to text before it is tokenized."""
+    """How text is cleaned before it is tokenized."""
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, for what no corpus can be made with.

@@ -62,57 +62,57 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. Raises ConfigError, naming the field, where the numbers cannot make a model."""
+    """Architecture of a GPT. Raises ConfigError, naming the field, if no model can be built from the values."""
 
     preset: Literal["gpt2", "llama", "modern"] = "modern"
-    """Fills in every field below that is not given: gpt2, llama or modern."""
+    """Default of every architecture field below that is not given: gpt2, llama or modern."""
     vocab_size: int | None = None
-    """Rows of the embedding; taken from the tokenizer when not given. A larger one pads the vocabulary."""
+    """Size of the embedding; the tokenizer's vocabulary size if not given. A larger value pads the vocabulary."""
     block_size: int = 128
-    """Longest context, in tokens."""
+    """Context length, in tokens."""
     n_layer: int = 4
     """Number of blocks."""
     n_head: int = 2
     """Number of query heads."""
     n_kv_head: int | None = None
-    """Number of key/value heads, a divisor of n_head (grouped-query attention); n_head when not given."""
+    """Number of key/value heads, a divisor of n_head (grouped-query attention); n_head if not given."""
     n_embd: int = 128
-    """Width of the residual stream (channels)."""
+    """Width of the residual stream."""
     head_dim: int | None = None
-    """Width of a head; n_embd / n_head when not given."""
+    """Width of a head; n_embd / n_head if not given."""
     n_inner: int | None = None
-    """Hidden width of the MLP; 4 n_embd when not given (swiglu: 8/3 n_embd rounded up to a multiple of 32)."""
+    """Hidden width of the MLP; 4 n_embd if not given (swiglu: 8/3 n_embd, rounded up to a multiple of 32)."""
     dropout: float = 0.0
-    """Probability of dropping an embedding or a block's output, while training."""
+    """Dropout probability of embeddings and block outputs during training."""
     attn_dropout: float | None = None
-    """Probability of dropping an attention weight; as dropout when not given. 0 keeps the fused kernel on a CPU."""
+    """Dropout probability of attention weights; equal to dropout if not given. 0 allows the fused kernel on a CPU."""
     norm: Norm | None = None
     """layernorm or rmsnorm."""
     norm_eps: float = 1e-5
-    """Added to the variance inside a norm."""
+    """Added to the variance in a norm."""
     norm_weight: bool | None = None
-    """rmsnorm multiplies by a learned weight a channel; layernorm always does."""
+    """Whether rmsnorm has a learned weight per channel; layernorm always has one."""
     position: Position | None = None
-    """learned position embeddings, or rope (rotary, half-split pairs)."""
+    """learned (position embeddings) or rope (rotary, half-split pairs)."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     activation: Activation | None = None
     """gelu (tanh form), gelu_exact (erf), relu2 (squared ReLU) or swiglu (gated)."""
     qk_norm: bool | None = None
-    """Normalise queries and keys per head (RMSNorm) before the rotation."""
+    """Apply RMSNorm to queries and keys of each head before the rotation."""
     bias: bool | None = None
-    """Biases in the linear layers and in layernorm."""
+    """Biases in linear layers and layernorm."""
     tie_embeddings: bool | None = None
-    """The unembedding shares the embedding's weight."""
+    """Share the weight of the embedding and the unembedding."""
     zero_init: bool | None = None
-    """Start every block's output projections at zero, so that a new model is the identity on the stream."""
+    """Initialise the output projections of every block to zero, so that blocks of a new model write nothing."""
     logit_softcap: float | None = None
-    """c > 0: logits become c tanh(logits / c); 0 leaves them as they are."""
+    """c > 0: logits become c tanh(logits / c). 0: no cap."""
 
     bigram_rows: int | None = None
-    """Rows of an embedding of each token with the one before it; pairs share rows where they must. 0: none."""
+    """Rows of an embedding table indexed by the hash of each token and the one before it; 0: no table."""
     trigram_rows: int | None = None
-    """Rows of an embedding of each token with the two before it; 0: none."""
+    """Rows of an embedding table indexed by the hash of each token and the two before it; 0: no table."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

@@ -1,7 +1,7 @@
-"""Everything a training run is made of, declared once: name, type, default, unit and meaning.
+"""All settings of a training run: name, type, default, unit and meaning.
 
-The command line, the YAML files and `--help` are read from these dataclasses. Fields that a
-preset, the tokenizer or the machine decides default to None; the config that a run stores shows their numbers.
+The command line, YAML files and `--help` are generated from these dataclasses. Fields that depend on a preset, the
+tokenizer or the machine default to None; the config that a run stores contains the resolved values.
 """
 
 from __future__ import annotations
@@ -19,122 +19,131 @@ from minigpt.tokenizer.config import TokenizerConfig
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How many tokens a step sees, and how they are divided."""
+    """Batch size of a step, and how it is divided."""
 
     tokens: int = 2048
-    """Tokens a step, over all processes: a multiple of model.block_size."""
+    """Tokens per optimizer step, summed over all processes; a multiple of model.block_size."""
     micro_batch_size: int | None = None
-    """Rows of one forward on one process; the rest of a step's rows are accumulated. None: all of them at once."""
+    """Sequences per forward pass on one process; gradients of the others are accumulated. None: all in one pass."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon on the blocks' matrices and AdamW on the rest, or AdamW on everything; its schedule; averaged weights."""
+    """Optimizer, learning-rate schedule and weight averaging."""
 
     name: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for the matrices inside blocks, AdamW for the rest. adamw: AdamW for all."""
+    """muon: Muon for the matrices inside blocks, AdamW for all other parameters. adamw: AdamW for all."""
     learning_rate: float = 8e-3
-    """AdamW's peak learning rate."""
+    """Peak learning rate of AdamW."""
     embedding_learning_rate: float = 0.05
-    """AdamW's peak learning rate for embeddings that start with unit variance (modern preset)."""
+    """Peak learning rate of AdamW for embeddings that are initialised with unit variance (modern preset)."""
     muon_learning_rate: float = 0.03
-    """Muon's peak learning rate; it follows the same schedule."""
+    """Peak learning rate of Muon; it follows the same schedule."""
     muon_momentum: float = 0.95
-    """Muon: decay of the gradient's running mean."""
+    """Muon: momentum (decay of the running mean of gradients)."""
     newton_schulz_steps: int = 5
-    """Muon: iterations that orthogonalise an update."""
+    """Muon: Newton-Schulz iterations that orthogonalise an update."""
     final_learning_rate: float = 0.0
-    """Learning rate at the last step (cosine and wsd); Muon's falls to the same part of its peak."""
+    """Learning rate at the last step (cosine and wsd); all other rates fall to the same fraction of their peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "wsd"
-    """After the warm-up: cosine decay, wsd (stable, then linear decay) or constant."""
+    """Learning-rate schedule after the warm-up: cosine, wsd (constant, then linear decay) or constant."""
     warmup_steps: int = 50
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps in which the learning rate rises linearly from 0."""
     decay_fraction: float = 0.6
-    """wsd: the last part of the steps, over which the learning rate falls."""
+    """wsd: fraction of the steps, at the end, in which the learning rate falls."""
     beta1: float = 0.9
-    """AdamW: decay of the gradient's running mean."""
+    """AdamW: decay of the running mean of gradients."""
     beta2: float = 0.95
-    """AdamW: decay of the squared gradient's running mean."""
+    """AdamW: decay of the running mean of squared gradients."""
     eps: float = 1e-8
     """AdamW: added to the denominator."""
     weight_decay: float = 0.25
-    """Decay of matrices and embeddings, times learning_rate, whatever their own is; norms and biases have none."""
+    """Decoupled weight decay of matrices and embeddings, multiplied by learning_rate for all of them; norms and biases
+    have none.
+    """
     ema_decay: float = 0.0
-    """Validate, save and sample a running average of the weights with this decay a step, say 0.99; 0: the weights."""
+    """Decay per step of an exponential moving average of the weights, such as 0.99. The average is what is validated,
+    saved and sampled. 0: no average.
+    """
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """What is passed to Lightning's Trainer, under Lightning's names, and how the step is compiled."""
+    """Arguments of Lightning's Trainer under Lightning's names, and compilation."""
 
     max_steps: int = 400
     """Optimizer steps of the whole run."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    """Where to train; auto takes a GPU where there is one."""
+    """Device to train on; auto uses a GPU if there is one."""
     devices: int = 1
-    """Processes on this machine, one a device."""
+    """Processes on this machine, one per device."""
     num_nodes: int = 1
-    """Machines; more than one are started by torchrun or a scheduler, one command a machine."""
+    """Number of machines. With more than one, start the same command on each with torchrun or a scheduler."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the work: ddp copies the model to each, fsdp shards it (FSDP2); auto means ddp."""
+    """Parallelism of several processes: ddp replicates the model, fsdp shards it (FSDP2); auto means ddp."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """Number format of the computation; auto measures which is faster here, once, and says so."""
+    """Number format of the computation; auto measures once which is faster on this machine and reports it."""
     gradient_clip_val: float = 1.0
-    """Largest norm of the whole gradient; 0 switches clipping off."""
+    """Maximum norm of the gradient of all parameters together; 0 turns clipping off."""
     log_every_n_steps: int = 10
     """Steps between two rows of metrics."""
     compile: bool | None = None
-    """Compile the step with torch.compile: slow to start, faster a step. None: where the run is long enough to gain."""
+    """Compile the training step with torch.compile: slower start, faster steps. None: only if the run is long enough
+    to gain from it.
+    """
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
+    """Store only the input of each block for the backward pass and recompute the rest: less memory, about a third more
+    time.
+    """
     threads: int | None = None
-    """CPU threads a process; None: all cores, shared between the processes."""
+    """CPU threads per process; None: all cores, divided among the processes."""
     hang_seconds: float = 60.0
-    """Seconds that one process may lag behind the others before it is named and the run is stopped. 0: wait."""
+    """Seconds that one process may lag behind the others before the run stops and names it. 0: wait forever."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save."""
+    """When to save checkpoints."""
 
     every: int = 200
-    """Steps between two checkpoints; the last step is always saved, and one that validates best so far."""
+    """Steps between two checkpoints. The last step and every new best validation are saved as well."""
     keep: int = 2
-    """Newest checkpoints kept, at least 2; the best one is kept beside them."""
+    """How many of the newest checkpoints to keep, at least 2; the best one is kept in addition."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """When and on how much text to validate."""
+    """When to validate, and on how many tokens."""
 
     every: int = 100
-    """Steps between two validations; the last step always has one. 0: only the last."""
+    """Steps between two validations; the last step is always validated. 0: only the last."""
     tokens: int = 1_000_000
-    """Validate on the whole validation split, or on this many evenly spaced tokens where it is larger."""
+    """Validate on this many evenly spaced tokens, or on the whole validation split if it is smaller."""
     patience: int = 0
-    """Stop after this many validations in a row without a new best loss; 0: go on to the last step."""
+    """Early stopping: stop after this many validations in a row without a new lowest loss. 0: never."""
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Samples while it trains: same prompt and seed each time, so that they can be compared."""
+    """Samples during training, always with the same prompt and seed, so that they can be compared."""
 
     every: int = 0
     """Steps between two samples; 0: only at the end."""
     prompt: str = "\n"
-    """What they continue."""
+    """Prompt of the samples."""
     max_new_tokens: int = 200
-    """Tokens a sample."""
+    """Tokens per sample; 0: no samples."""
     temperature: float = 0.8
-    """1 draws from the model's own distribution, less is safer, 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
 
 
 @dataclass(frozen=True)
 class InternalsConfig:
-    """Looking inside while it trains: head scores, ablations, loss by position; `minigpt dynamics` draws them."""
+    """Snapshots of the internals during training: head scores, ablations, loss by position. See `minigpt dynamics`."""
 
     every: int | Literal["log"] = 0
-    """Steps between two snapshots of the model's inside, or log: two to every doubling of the steps; 0: none."""
+    """Steps between two snapshots of head scores and ablations; log: two snapshots per doubling of the step; 0: none.
+    """
 
 
 @dataclass(frozen=True)
@@ -142,17 +151,17 @@ class TrainConfig:
     """One training run. `minigpt train --config FILE --section.field VALUE`; later values win."""
 
     run_name: str | None = None
-    """Folder under runs_dir. None starts a new run, named after its corpus and the time."""
+    """Name of the run's folder in runs_dir. None starts a new run, named after its corpus and the time."""
     runs_dir: str = "runs"
-    """Where runs live."""
+    """Folder that holds the runs."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """With run_name: auto continues the run where it exists, must insists on it, never refuses to."""
+    """If run_name exists: auto resumes it, never is an error. If it does not exist: must is an error."""
     minutes: float | None = None
-    """Let the run take this long: a short measurement sets trainer.max_steps, once."""
+    """Time budget of the run in minutes. A short measurement before the first step sets trainer.max_steps, once."""
     seed: int = 1337
-    """Decides initialisation, data order and dropout."""
+    """Random seed of initialisation, data order and dropout."""
     log: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where metrics go besides metrics.jsonl. tensorboard needs pip install 'minigpt-lab[tensorboard]'."""
+    """Where to log metrics besides metrics.jsonl. tensorboard needs pip install 'minigpt-lab[tensorboard]'."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind="bpe", vocab_size=1024))
     model: GPTConfig = field(default_factory=GPTConfig)

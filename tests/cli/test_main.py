@@ -240,7 +240,7 @@ def test_prepare_tells_what_it_made(said, tmp_path: Path) -> None:
     )
     size = source.stat().st_size
     assert code == 0
-    assert f"{int(size * 0.9):,} tokens (1.00 bytes a token)" in out
+    assert f"{int(size * 0.9):,} tokens (1.00 bytes per token)" in out
 
 
 def test_info_of_a_run(trained: Path, said) -> None:

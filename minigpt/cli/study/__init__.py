@@ -1,1 +1,1 @@
-"""The verbs that look inside a model: each opens a run, asks one question, and prints the answer or --json."""
+"""The verbs that study a model: each opens a run, runs one analysis, and prints the result or JSON."""

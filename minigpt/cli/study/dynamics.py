@@ -1,4 +1,4 @@
-"""The verb dynamics: how heads came about while a run trained."""
+"""The verb dynamics: head scores and ablations over training."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from minigpt.terminal import notice
 
 
 def dynamics(argv: list[str]) -> None:
-    """Draw how the inside of a model changed while it trained: minigpt dynamics RUN. From what a run with
-    --internals.every wrote; --checkpoints measures its saved checkpoints instead.
+    """Show head scores and ablations over training: minigpt dynamics RUN. Uses the snapshots of a run trained with
+    --internals.every; --checkpoints measures the saved checkpoints instead.
     """
     path, rest = split_positional(argv)
     parser = study_parser("dynamics", dynamics)
-    parser.add_argument("--checkpoints", action="store_true", help="measure the saved checkpoints, now")
-    parser.add_argument("-o", "--output", type=str | None, default=None, help="write a page with the curves: FILE.html")
+    parser.add_argument("--checkpoints", action="store_true", help="measure the saved checkpoints now")
+    parser.add_argument(
+        "-o", "--output", type=str | None, default=None, help="write the curves to an HTML page: FILE.html"
+    )
     values = parse(parser, rest)
     check_output(values.output, ".html")
     from minigpt.durable import write_text

@@ -1,4 +1,4 @@
-"""The verb inspect: one page about one text."""
+"""The verb inspect: an HTML report about one text."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from minigpt.errors import ConfigError
 
 
 def inspect(argv: list[str]) -> None:
-    """Write a page about what a model does with a text: minigpt inspect RUN "text" -o report.html. One file that opens
-    in any browser, offline. --json prints the page's data instead.
+    """Write an HTML report about a model on one text: minigpt inspect RUN "text" -o report.html. Attention, logit lens,
+    attribution and sampling in one offline file. --json prints the data instead.
     """
     path, rest = split_positional(argv)
     text, rest = split_positional(rest)
     parser = study_parser("inspect", inspect, "RUN TEXT")
-    parser.add_argument("--text", type=str | None, default=None, help="the text, where it is not given after RUN")
-    parser.add_argument("-o", "--output", type=str, default="report.html", help="the file to write: .html or .json")
-    parser.add_argument("--tokens", type=int, default=256, help="most tokens of the text that the page shows")
+    parser.add_argument("--text", type=str | None, default=None, help="the text, if it is not given after RUN")
+    parser.add_argument("-o", "--output", type=str, default="report.html", help="file to write: .html or .json")
+    parser.add_argument("--tokens", type=int, default=256, help="maximum number of tokens in the report")
     values = parse(parser, rest)
     text = text if values.text is None else values.text
     if path is None or text is None:

@@ -1,4 +1,4 @@
-"""The verb for lenses: what a model would say at every place of its stream; and training those that must learn to."""
+"""The verb lens: logit lens, tuned lens and Jacobian lens."""
 
 from __future__ import annotations
 
@@ -16,26 +16,33 @@ STATS = Literal["top", "probability", "rank", "loss", "entropy", "kl"]
 
 
 def lens(argv: list[str]) -> None:
-    """See what a model would say next at every layer and token: minigpt lens RUN "text". Tuned and Jacobian lenses are
-    first made, in minutes, from the run's own text: minigpt lens RUN --kind tuned --train.
+    """Show the prediction after every layer (logit lens): minigpt lens RUN "text". Tuned and Jacobian lenses are fitted
+    first, on the run's own text, in minutes: minigpt lens RUN --kind tuned --train.
     """
     path, rest = split_positional(argv)
     text, rest = split_positional(rest)
     parser = study_parser("lens", lens, "RUN TEXT")
-    parser.add_argument("--text", type=str | None, default=None, help="the text, where it is not given after RUN")
+    parser.add_argument("--text", type=str | None, default=None, help="the text, if it is not given after RUN")
     parser.add_argument("--kind", type=Literal["logit", "tuned", "jacobian"], default="logit", help="which lens")
     parser.add_argument(
-        "--stat", type=STATS, default="top", help="what the cells say; of the next token, or of --answer"
-    )
-    parser.add_argument("--at", type=str, default="resid_pre,resid_mid,resid_post", help="where in each block")
-    parser.add_argument("--answer", type=str | None, default=None, help="a token to follow in place of the next one")
-    parser.add_argument("--train", action="store_true", help="make the lens and keep it in the run's folder")
-    parser.add_argument("--steps", type=int | None, default=None, help="with --train, tuned: steps; null: 120")
-    parser.add_argument(
-        "--tokens", type=int | None, default=None, help="with --train: of text, for tuned in a step; null: 2048, 1024"
+        "--stat", type=STATS, default="top", help="what each cell shows, for the next token or for --answer"
     )
     parser.add_argument(
-        "-o", "--output", type=str | None, default=None, help="write it to a .json, .csv, .npz or .html"
+        "--at", type=str, default="resid_pre,resid_mid,resid_post", help="activations of each block to read"
+    )
+    parser.add_argument("--answer", type=str | None, default=None, help="token to show instead of the next one")
+    parser.add_argument("--train", action="store_true", help="fit the lens and save it in the run's folder")
+    parser.add_argument(
+        "--steps", type=int | None, default=None, help="with --train and tuned: training steps; null: 120"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int | None,
+        default=None,
+        help="with --train: tokens of text to fit on (tuned: per step); null: 1024, tuned 2048",
+    )
+    parser.add_argument(
+        "-o", "--output", type=str | None, default=None, help="file to write: .json, .csv, .npz or .html"
     )
     values = parse(parser, rest)
     text = text if values.text is None else values.text

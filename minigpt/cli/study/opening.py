@@ -1,4 +1,4 @@
-"""What the verbs that look inside a model share: their parser, the study of a run, printing."""
+"""Shared by the verbs that study a model: parser, opening a run, printing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def study_parser(verb: str, function: Any, positional: str = "[RUN]") -> Any:
-    """A parser with what all these verbs take."""
+    """A parser with the flags that all these verbs have."""
     parser = make_parser(f"minigpt {verb}", function.__doc__ or "", positional)
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -22,7 +22,7 @@ def study_parser(verb: str, function: Any, positional: str = "[RUN]") -> Any:
 
 
 def open_study(path: str | None, values: Any) -> Study:
-    """The study of a run, or of the one trained last."""
+    """The Study of a run, by default of the one trained last."""
     from minigpt.checkpoint.checkpoint import load
     from minigpt.internals.study import Study
     from minigpt.model.device import pick_device
@@ -31,7 +31,7 @@ def open_study(path: str | None, values: Any) -> Study:
 
 
 def show(values: Any, *results: Result) -> None:
-    """Print results for a person, or with --json one object for a program: a list where there are several."""
+    """Print results as text, or with --json as one object (a list if there are several)."""
     if values.json:
         made = [result.to_dict() for result in results]
         print_json(made[0] if len(made) == 1 else made)
@@ -40,7 +40,7 @@ def show(values: Any, *results: Result) -> None:
 
 
 def check_output(path: str | None, *endings: str) -> None:
-    """Raise ConfigError, before anything is computed, where a file cannot be written under that name."""
+    """Raise ConfigError if --output cannot be written, before anything is computed."""
     if path is None:
         return
     if Path(path).suffix not in endings:

@@ -1,4 +1,4 @@
-"""The verb patch: where a difference between two texts is carried."""
+"""The verb patch: activation patching between two prompts."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ from minigpt.errors import ConfigError
 
 
 def patch(argv: list[str]) -> None:
-    """Find where the difference between two texts is carried: minigpt patch RUN --clean A --corrupted B --answer X. The
-    model reads B, with one activation after another as it is in A; told is how the answer's logit changes.
+    """Activation patching between two prompts: minigpt patch RUN --clean A --corrupted B --answer X. Runs the model on
+    B with one activation at a time replaced by its value on A, and shows how much of the answer's logit is restored.
     """
     path, rest = split_positional(argv)
     parser = study_parser("patch", patch)
-    parser.add_argument("--clean", type=str, help="the text after which the answer is due")
-    parser.add_argument("--corrupted", type=str, help="one of as many tokens, after which it is not")
-    parser.add_argument("--answer", type=str, help="one token")
-    parser.add_argument("--versus", type=str | None, default=None, help="another, whose logit is subtracted")
-    parser.add_argument("--position", type=int, default=-1, help="after which token the answer is due")
+    parser.add_argument("--clean", type=str, help="prompt that the answer follows")
+    parser.add_argument("--corrupted", type=str, help="prompt of the same length, in tokens, that it does not follow")
+    parser.add_argument("--answer", type=str, help="the answer, one token")
+    parser.add_argument(
+        "--versus", type=str | None, default=None, help="token whose logit is subtracted from the answer's"
+    )
+    parser.add_argument(
+        "--position", type=int, default=-1, help="position whose prediction is measured; -1 is the last"
+    )
     parser.add_argument(
         "--at",
         type=str,
         default="resid_pre",
-        help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v or pattern",
+        help="activation to patch: resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v or pattern",
     )
-    parser.add_argument("--by", type=str | None, default=None, help="head, pos or head,pos, beside the layer")
-    parser.add_argument("--guess", action="store_true", help="guess by gradient, beside the exact values")
+    parser.add_argument(
+        "--by",
+        type=str | None,
+        default=None,
+        help="patch each head, pos or head,pos separately, in addition to each layer",
+    )
+    parser.add_argument("--guess", action="store_true", help="attribution patching: estimate by gradients as well")
     values = parse(parser, rest)
     for name in ("clean", "corrupted", "answer"):
         if getattr(values, name) is None:

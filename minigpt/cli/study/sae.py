@@ -1,4 +1,4 @@
-"""The verb for sparse autoencoders: train one on an activation of a model, look at its features, judge it."""
+"""The verb sae: train, show and evaluate sparse autoencoders on a model's activations."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FIGURES_ON = 16384  # tokens on which the figures after training are measured
 
 
 def sae(argv: list[str]) -> None:
-    """Sparse autoencoders of a model's activations: minigpt sae RUN train --at resid_post --layer 1, then minigpt sae
-    RUN show, or eval. They are kept in RUN/autoencoders/. With --target train makes a transcoder.
+    """Train, show or evaluate a sparse autoencoder: minigpt sae RUN train --at resid_post --layer 1, then minigpt
+    sae RUN show or eval. Files are kept in RUN/autoencoders/. With --target, train makes a transcoder.
     """
     from minigpt.data.reading import read_text
     from minigpt.internals.features.autoencoder_config import AutoencoderConfig
@@ -34,13 +34,19 @@ def sae(argv: list[str]) -> None:
     if path in ACTIONS and action not in ACTIONS:  # sae train, sae train RUN
         path, action = action, path
     parser = study_parser("sae", sae, "[RUN] train|show|eval")
-    parser.add_argument("--at", type=str, default="resid_post", help="train: the activation that is read")
-    parser.add_argument("--target", type=str | None, default=None, help="train: another that it is to predict")
-    parser.add_argument("--layer", type=int | None, default=None, help="train: of which block; null: --at says it")
-    parser.add_argument("--autoencoder", type=str | None, default=None, help="name or folder; null: that made last")
-    parser.add_argument("--feature", type=int | None, default=None, help="show: which; null: a few of the strongest")
-    parser.add_argument("--contexts", type=int, default=8, help="show: how many of each feature")
-    parser.add_argument("--tokens", type=int | None, default=None, help="show, eval: read so many; null: all there are")
+    parser.add_argument("--at", type=str, default="resid_post", help="train: activation to encode")
+    parser.add_argument("--target", type=str | None, default=None, help="train: activation to predict (transcoder)")
+    parser.add_argument(
+        "--layer", type=int | None, default=None, help="train: block of the activation; null: part of --at"
+    )
+    parser.add_argument(
+        "--autoencoder", type=str | None, default=None, help="show, eval: name or folder; null: the one trained last"
+    )
+    parser.add_argument(
+        "--feature", type=int | None, default=None, help="show: feature to show; null: a few of the strongest"
+    )
+    parser.add_argument("--contexts", type=int, default=8, help="show: contexts per feature")
+    parser.add_argument("--tokens", type=int | None, default=None, help="show, eval: tokens of text to read; null: all")
     parser.add_argument(
         "--text", type=str | None, default=None, help="text file in place of the run's own text; '-': standard input"
     )

@@ -18,19 +18,19 @@ class AutoencoderConfig:
     kind: Kind = "topk"
     """topk, batchtopk or jumprelu."""
     k: int = 16
-    """Features a token; on average for batchtopk, aimed at by jumprelu."""
+    """Active features per token; on average for batchtopk, the target for jumprelu."""
     d_sae: int | None = None
-    """Number of features; 8 times the activation's width when not given."""
+    """Number of features; 8 times the activation's width if not given."""
     steps: int = 1000
     """Optimizer steps."""
     batch: int = 1024
-    """Tokens a step."""
+    """Tokens per step."""
     learning_rate: float = 2e-3
-    """Adam's; it warms up over the first twentieth of the steps and falls to zero over the last fifth."""
+    """Adam's learning rate; warm-up over the first 5 % of the steps, decay to zero over the last 20 %."""
     sparsity: float = 1.0
-    """jumprelu: weight of (L0 / k - 1)^2."""
+    """jumprelu: weight of the sparsity loss (L0 / k - 1)^2."""
     seed: int = 0
-    """Decides the starting weights and which text is read when."""
+    """Seed of the initial weights and of the order of the text."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("topk", "batchtopk", "jumprelu"):

@@ -21,102 +21,110 @@ from minigpt.sampling.settings.unheard import name_unheard
 
 @dataclass(frozen=True)
 class SamplingConfig(Shape, Length):
-    """How tokens are chosen and when to stop. Names are those of transformers' GenerationConfig where it has them.
+    """Settings of generation, under the names of transformers' GenerationConfig where it has them.
 
-    Every number that has a neutral value may be null, and in a call be a list of one value for each prompt. Which
-    strategy is which, with formulas and sources: docs/sampling.md.
+    A number with a neutral value may be null (off), and in a call a list with one value per prompt. docs/sampling.md
+    has the formulas and sources.
     """
 
     # Penalties.
 
     repetition_penalty: Number = setting(None, rules.FACTOR, off=1)
-    """Divides positive and multiplies negative logits of tokens seen; above 1 discourages."""
+    """Divides positive logits of tokens seen before and multiplies negative ones; above 1 discourages."""
     repetition_scope: Literal["prompt", "output", "both"] = setting("both", rules.SCOPE)
-    """Which tokens repetition_penalty counts."""
+    """Which tokens repetition_penalty counts as seen."""
     repetition_normalised: bool = setting(False, rules.YES_OR_NO)
-    """Multiply log-probabilities instead, so that the zero of the logits does not matter."""
+    """Apply repetition_penalty to log-probabilities, so that a constant added to all logits has no effect."""
     encoder_repetition_penalty: Number = setting(None, rules.FACTOR, off=1)
-    """Above 1 encourages the prompt's tokens."""
+    """Above 1 encourages tokens of the prompt."""
     presence_penalty: Number = setting(None, rules.ADDED, off=0)
-    """Lowers the logits of tokens seen."""
+    """Subtracted from the logits of tokens seen before."""
     frequency_penalty: Number = setting(None, rules.ADDED, off=0)
-    """Lowers the logits of tokens by how often they were seen."""
+    """Subtracted from a token's logit once for each time the token was seen."""
     penalty_scope: Literal["prompt", "output", "both"] = setting("output", rules.SCOPE)
-    """Which tokens presence_penalty and frequency_penalty count."""
+    """Which tokens presence_penalty and frequency_penalty count as seen."""
     penalty_window: int | None = setting(None, rules.COUNT_OR_NONE)
-    """Count only the last this many tokens of the scope, for repetition, presence and frequency; null counts all."""
+    """Repetition, presence and frequency penalty: count only the last this many tokens of the scope; null: all."""
     dry_multiplier: Number = setting(None, rules.NOT_NEGATIVE, off=0)
-    """DRY: lower a token that would go on with a repetition by this, times dry_base for every token too many."""
+    """DRY: penalty for a token that would extend a repeated sequence; times dry_base for each token of length beyond
+    dry_allowed_length.
+    """
     dry_base: float = setting(1.75, rules.AT_LEAST_ONE, each=True)
-    """How the penalty grows with the length of the repetition."""
+    """DRY: growth of the penalty per token of the repeated sequence."""
     dry_allowed_length: int = setting(2, rules.COUNT, each=True)
-    """Tokens that may be repeated without a penalty."""
+    """DRY: longest repeated sequence without a penalty, in tokens."""
     dry_sequence_breakers: list[str] = setting([], rules.TEXTS)
-    """Texts across which nothing counts as repeated, such as a line break."""
+    """DRY: strings that end a repeated sequence, such as a line break."""
     dry_window: int | None = setting(None, rules.COUNT_OR_NONE)
-    """Look back only this many tokens."""
+    """DRY: look back only this many tokens; null: all."""
     no_repeat_ngram_size: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """Never write the same this many tokens in a row again, the prompt's included."""
+    """Never generate an n-gram of this size that already occurred, in the prompt or in the output."""
     encoder_no_repeat_ngram_size: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """Never write this many tokens in a row of the prompt again."""
+    """Never generate an n-gram of this size that occurs in the prompt."""
 
     # Biases and bans.
 
     logit_bias: dict[int, float] | None = setting(None, rules.BIASES_OR_NONE)
     """Added to the logits of these token ids: {50256: -5.0}."""
     sequence_bias: list[Any] = setting([], rules.SEQUENCE_BIASES)
-    """Added to a token's logit where it would complete a sequence: [[[7, 8], -2.0], [[5], 1.0]]."""
+    """Added to the logit of the last token of a sequence, when the tokens before it are there: [[[7, 8], -2.0], [[5],
+    1.0]].
+    """
     bad_words: list[str] = setting([], rules.TEXTS)
-    """Texts that are never written, alone or after a space, spelled as the tokenizer spells them."""
+    """Texts that are never generated, alone or after a space, as the tokenizer spells them."""
     bad_words_ids: list[list[int]] = setting([], rules.ID_LISTS)
-    """Sequences of token ids that are never completed."""
+    """Sequences of token ids that are never generated."""
     allowed_token_ids: list[int] = setting([], rules.ID_LIST)
-    """Write only these tokens; an empty list allows all."""
+    """Generate only these tokens; an empty list allows all."""
     suppress_tokens: list[int] = setting([], rules.ID_LIST)
-    """Never write these tokens."""
+    """Never generate these tokens."""
     begin_suppress_tokens: list[int] = setting([], rules.ID_LIST)
-    """Never write these tokens first."""
+    """Never generate these tokens first."""
     forced_bos_token_id: int | None = setting(None, rules.ID_OR_NONE)
-    """The token to write first."""
+    """The first token to generate."""
     forced_eos_token_id: int | list[int] | None = setting(None, rules.IDS_OR_NONE)
-    """The token, or one of the tokens, to write as the last of max_new_tokens."""
+    """The token, or one of the tokens, to generate last when max_new_tokens is reached."""
     exponential_decay_length_penalty: list[Any] | None = setting(None, rules.DECAY_OR_NONE)
-    """[after, factor]: raise the end's logit by factor, above 1, for every token written beyond `after`."""
+    """[start, factor]: from `start` new tokens on, raise the end-of-text logit by a factor (above 1) that grows with
+    each token.
+    """
 
     # Order.
 
     order: str | list[str] = setting("transformers", rules.TEXT_OR_TEXTS)
-    """In which the above is applied: as in 'transformers', 'vllm' or 'llama_cpp', or a list of step names."""
+    """Order of the processors: 'transformers', 'vllm' or 'llama_cpp', or a list of step names."""
     renormalize_logits: bool = setting(False, rules.YES_OR_NO)
-    """Make the processed logits log-probabilities again, which beams then add up."""
+    """Normalise the processed logits to log-probabilities; affects the scores of beam search."""
 
     # Search.
 
     num_beams: int = setting(1, rules.COUNT)
-    """Texts followed at once in search of the likeliest; 1 is no search."""
+    """Beam width; 1 is no beam search."""
     beam_method: Literal["beam", "sample", "stochastic"] = setting("beam", rules.one_of("beam", "sample", "stochastic"))
-    """'beam' follows the best, 'sample' draws among them, 'stochastic' draws texts without replacement."""
+    """'beam' keeps the best beams, 'sample' draws them, 'stochastic' draws without replacement."""
     length_penalty: float = setting(1.0, rules.NUMBER)
-    """A text's score is its log-probability over its length to this power: above 0 favours long texts."""
+    """A beam's score is its log-probability divided by its length to this power; above 0 favours long texts."""
     early_stopping: bool | Literal["never"] = setting(False, rules.one_of(True, False, "never"))
-    """Stop at num_beams finished texts (true), when better ones are unlikely (false) or impossible ('never')."""
+    """When beam search stops: at num_beams finished texts (true), when better ones are unlikely (false) or impossible
+    ('never').
+    """
     num_beam_groups: int = setting(1, rules.COUNT)
-    """Groups of beams that keep clear of each other's tokens by diversity_penalty."""
+    """Diverse beam search: number of groups of beams."""
     diversity_penalty: float = setting(0.0, rules.NOT_NEGATIVE)
-    """Taken from a token's score for every earlier group that chose it in the same step."""
+    """Diverse beam search: subtracted from a token's score for every earlier group that chose it in the same step."""
     force_words: list[Any] = setting([], rules.WORDS)
-    """Texts that must appear in a beam search's result; a list in place of a text holds alternatives."""
+    """Texts that must appear in the result of a beam search; a list instead of a text means any one of its texts."""
     force_words_ids: list[Any] = setting([], rules.WORD_IDS)
-    """The same as token ids: [[5, 6], [[7], [8, 9]]] asks for 5 6 and for 7 or 8 9."""
+    """The same as token ids: [[5, 6], [[7], [8, 9]]] means 5 6, and either 7 or 8 9."""
 
-    # What is told, and how much is done at once.
+    # Reported values, batch size.
 
     top_logprobs: int | None = setting(None, rules.COUNT_OR_ZERO_OR_NONE)
-    """Tell for each token its rank, its probability after processing, and this many of the likeliest tokens."""
+    """Report for each token its rank, its probability after processing and this many most likely tokens."""
     max_rows: int | None = setting(None, rules.COUNT_OR_NONE)
-    """Most samples written at once; more are sorted by length and written batch by batch."""
+    """Maximum number of samples generated in one batch; more are sorted by length and split into batches."""
     max_batch_tokens: int | None = setting(None, rules.COUNT_OR_NONE)
-    """Most tokens that the cache has room for at once."""
+    """Maximum number of tokens in the KV cache of a batch."""
 
     def __post_init__(self) -> None:
         for spec in fields(self):

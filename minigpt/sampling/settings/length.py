@@ -1,4 +1,4 @@
-"""The fields of `SamplingConfig` that say how long texts get, what ends them, and how many there are."""
+"""The fields of `SamplingConfig` for length, end conditions and number of samples."""
 
 # ruff: noqa: RUF009 - `setting` is another way to write dataclasses.field
 
@@ -13,38 +13,40 @@ from minigpt.sampling.settings.rules import setting
 
 @dataclass(frozen=True)
 class Length:
-    """Lengths, ends and numbers of samples."""
+    """Length, end conditions, number of samples."""
 
     # Length and end.
 
     max_new_tokens: int = setting(256, rules.COUNT_OR_ZERO, each=True)
-    """Most tokens to write after the prompt; 0 writes none."""
+    """Maximum number of new tokens; 0 generates none."""
     min_new_tokens: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """No end-of-text before this many tokens were written."""
+    """Forbid end-of-text until this many new tokens are generated."""
     min_length: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """No end-of-text before prompt and output together have this many tokens."""
+    """Forbid end-of-text until prompt and new tokens together reach this length."""
     eos_token_id: int | list[int] | None = setting(None, rules.IDS_OR_NONE)
-    """Token ids that end a sample; null takes the tokenizer's end-of-text."""
+    """Token ids that end a sample; null uses the tokenizer's end-of-text."""
     ignore_eos: bool = setting(False, rules.YES_OR_NO)
-    """Write on after an end-of-text token."""
+    """Continue after an end-of-text token."""
     stop: list[str] = setting([], rules.TEXTS)
-    """Texts that end a sample where one of them appears in what was written; the prompt does not count."""
+    """Strings that end a sample when they appear in the generated text; the prompt is not searched."""
     stop_sequences: list[list[int]] = setting([], rules.ID_LISTS)
-    """The same for sequences of token ids; they stay in the sample."""
+    """Sequences of token ids that end a sample; they are kept in the output."""
     include_stop: bool = setting(False, rules.YES_OR_NO)
-    """Keep the stop text at the end of the sample rather than cut it off."""
+    """Keep the stop string at the end of the sample instead of cutting it off."""
     max_time: float | None = setting(None, rules.POSITIVE_OR_NONE)
-    """Seconds, from the call on, after which every sample ends, complete or not."""
+    """Seconds since the start of the call after which every sample ends, finished or not."""
     repetition_stop: int | None = setting(None, rules.TWO_OR_MORE_OR_NONE)
-    """End a sample once a piece of it came this many times in a row."""
+    """End a sample when a sequence of tokens is repeated this many times in a row."""
     repetition_stop_length: int = setting(32, rules.COUNT)
-    """Tokens of the longest piece that repetition_stop looks for."""
+    """Maximum length, in tokens, of the sequence that repetition_stop looks for."""
     overflow: Literal["slide", "stop"] = setting("slide", rules.one_of("slide", "stop"))
-    """Past the model's context length: 'slide' goes on with the latest tokens in view, 'stop' ends the sample."""
+    """Beyond the context length: 'slide' moves the window on, 'stop' ends the sample."""
 
     # Samples.
 
     num_return_sequences: int = setting(1, rules.COUNT)
-    """Samples written for each prompt; with beams, how many of the best are returned."""
+    """Samples per prompt; with beam search, how many of the best beams are returned."""
     seed: int | None = setting(None, rules.SEED, each=True)
-    """0 .. 2**64 - 1: the same prompt, seed and settings give the same text; null draws a seed and reports it."""
+    """Random seed, 0 .. 2**64 - 1; the same prompt, seed and settings give the same text. null draws one and reports
+    it.
+    """

@@ -19,56 +19,57 @@ Number = float | None
 
 @dataclass(frozen=True)
 class Shape:
-    """Temperatures, filters, and what steers the choice."""
+    """Temperature, filters, mirostat and adaptive-p."""
 
     temperature: float = setting(0.8, rules.TEMPERATURE, each=True)
-    """Logits are divided by it: below 1 is safer, above 1 wilder; 0 always takes the likeliest token."""
+    """Divides the logits: below 1 is more predictable, above 1 more varied; 0 is greedy."""
     dynatemp_range: Number = setting(None, rules.NOT_NEGATIVE, off=0)
-    """The temperature moves this far up where the model is unsure, and down where it is sure."""
+    """Dynamic temperature: temperature +- this, higher where the entropy is high."""
     dynatemp_exponent: Number = setting(None, rules.NOT_NEGATIVE, off=1)
-    """How the temperature follows the unsureness between its ends."""
+    """Dynamic temperature: exponent of the normalised entropy."""
     smoothing_factor: Number = setting(None, rules.FACTOR_OR_ZERO, off=0)
-    """Quadratic smoothing of the logits: flattens the top and cuts the tail."""
+    """Quadratic smoothing of the logits: flattens the top of the distribution and cuts the tail."""
     smoothing_curve: Number = setting(None, rules.ONE_TO_THREE, off=1)
-    """1 .. 3: how much steeper the fall of smoothing_factor becomes."""
+    """1 .. 3: how steep the curve of smoothing_factor is."""
     top_k: int | None = setting(None, rules.COUNT_OR_ZERO, off=0, filter="truncation.TopK")
-    """Draw from the k likeliest tokens only, and what ties with the k-th."""
+    """Keep the k most likely tokens, and those that tie with the k-th."""
     exact_top_k: bool = setting(False, rules.YES_OR_NO, filter="truncation.ExactTopK", needs="top_k")
-    """Of several tokens that tie with the k-th, keep only the first, so that k are left."""
+    """top_k keeps exactly k tokens; of tokens that tie with the k-th, those with the lowest ids."""
     top_p: Number = setting(None, rules.FRACTION, off=1, filter="truncation.TopP")
-    """Draw from the fewest likeliest tokens whose probabilities reach p together."""
+    """Nucleus sampling: keep the smallest set of most likely tokens with total probability of at least p."""
     min_p: Number = setting(None, rules.FRACTION, off=0, filter="borders.MinP")
-    """Remove tokens below this share of the likeliest one's probability."""
+    """Remove tokens with less than this fraction of the highest probability."""
     typical_p: Number = setting(None, rules.POSITIVE_FRACTION, off=1, filter="truncation.Typical")
-    """Draw from the tokens of the most usual surprise whose probabilities reach this together."""
+    """Locally typical sampling: keep tokens with surprise closest to the entropy, up to this total probability."""
     epsilon_cutoff: Number = setting(None, rules.BELOW_ONE, off=0, filter="borders.Epsilon")
-    """Remove tokens below this probability."""
+    """Remove tokens with a probability below this."""
     eta_cutoff: Number = setting(None, rules.BELOW_ONE, off=0, filter="borders.Eta")
-    """Remove tokens below a probability that is lower where the model is unsure."""
+    """Remove tokens with a probability below a threshold that falls as the entropy rises."""
     top_a: Number = setting(None, rules.FRACTION, off=0, filter="borders.TopA")
-    """Remove tokens below this times the square of the likeliest one's probability."""
+    """Remove tokens with a probability below this times the square of the highest one."""
     tail_free: Number = setting(None, rules.FRACTION, off=1, filter="truncation.TailFree")
-    """Cut the tail where the curve of probabilities has spent this share of its bends."""
+    """Tail-free sampling: cut where the second differences of the sorted probabilities reach this share of their sum.
+    """
     top_n_sigma: Number = setting(None, rules.NOT_NEGATIVE, off=0, filter="borders.TopNSigma")
-    """Remove tokens whose logit is this many standard deviations below the highest."""
+    """Remove tokens whose logit is more than this many standard deviations below the highest."""
     top_h: Number = setting(None, rules.POSITIVE_FRACTION, off=1, filter="truncation.TopH")
-    """Keep the likeliest tokens that make up this share of the entropy."""
+    """Keep the most likely tokens that make up this share of the entropy."""
     p_less: bool = setting(False, rules.YES_OR_NO, filter="borders.PLess")
-    """Remove tokens less likely than it is that two draws agree."""
+    """Remove tokens less likely than the probability that two draws agree (the sum of squared probabilities)."""
     xtc_probability: Number = setting(None, rules.FRACTION, off=0, filter="xtc.XTC")
-    """How often to exclude the top choices: all tokens of at least xtc_threshold but the least likely one."""
+    """XTC: probability of removing all tokens of at least xtc_threshold except the least likely of them."""
     xtc_threshold: float = setting(0.1, rules.FRACTION, each=True, needs="xtc_probability")
-    """The probability from which a token is a top choice; above 0.5 nothing happens."""
+    """XTC: probability from which a token counts as a top choice; above 0.5 XTC does nothing."""
     adaptive_target: Number = setting(None, rules.FRACTION_OR_NONE)
-    """Prefer tokens of a middling probability, so that the chosen ones have this one on average."""
+    """Adaptive-p: prefer tokens so that the chosen ones have this probability on average."""
     adaptive_decay: float = setting(0.9, rules.ZERO_TO_099, each=True)
-    """How slowly adaptive_target forgets."""
+    """Adaptive-p: decay of the running average of chosen probabilities."""
     mirostat: int = setting(0, rules.one_of(0, 1, 2))
-    """Keep the average surprise at mirostat_tau: version 1 or 2; replaces the filters above."""
+    """Mirostat version 1 or 2: keep the average surprise at mirostat_tau; replaces the filters above. 0 is off."""
     mirostat_tau: float = setting(5.0, rules.POSITIVE, each=True)
-    """The surprise that mirostat aims at, in bits a token."""
+    """Mirostat: target surprise, in bits per token."""
     mirostat_eta: float = setting(0.1, rules.NOT_NEGATIVE, each=True)
-    """How quickly mirostat follows."""
+    """Mirostat: learning rate."""
 
 
 FILTERS = {
