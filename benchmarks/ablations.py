@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 
 
 def main() -> None:
-    """Print one line a row, as it is done."""
+    """Print one line per row, as it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", required=True, help="tinyshakespeare's input.txt")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")

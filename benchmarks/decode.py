@@ -145,7 +145,7 @@ def rounds(sides: dict[str, Callable[[], object]], count: int) -> dict[str, list
 
 
 def tell(name: str, times: dict[str, list[float]], tokens: int) -> None:
-    """A row: tokens a second of each side, and minigpt's ratios to the others."""
+    """A row: tokens per second of each side, and minigpt's ratios to the others."""
     told = [f"{side} {tokens / statistics.median(each):,.0f}" for side, each in times.items()]
     for side in times:
         if side.startswith("minigpt"):

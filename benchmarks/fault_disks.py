@@ -223,7 +223,7 @@ def damages(content: bytes, flips: int, draw: random.Random) -> Iterator[tuple[s
 
 
 def damage_files(files: list[Path], flips: int, notices: Callable[[], bool], seed: int = 0) -> tuple[int, list[str]]:
-    """Damage each file in turn, `flips` times a file and by cutting it. Returns (trials, what was not noticed)."""
+    """Damage each file in turn, `flips` times per file and by cutting it. Returns (trials, what was not noticed)."""
     draw, trials, missed = random.Random(seed), 0, []
     for file in files:
         whole, times = file.read_bytes(), file.stat()

@@ -1,4 +1,4 @@
-"""Activation patching of every head at every position: minigpt's way beside one whole forward a site.
+"""Activation patching of every head at every position: minigpt's way beside one whole forward per site.
 
     python benchmarks/patching.py                    6 layers, 6 heads, 384 channels, a prompt of 64 tokens
     python benchmarks/patching.py --at v --tokens 32
@@ -81,8 +81,8 @@ def main() -> None:
 
     sides: dict[str, Callable[[], float]] = {
         "minigpt patch": resumed,
-        "an edited forward a site": edited,
-        "a plain forward a site": plain,
+        "an edited forward per site": edited,
+        "a plain forward per site": plain,
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(values.rounds):

@@ -40,7 +40,7 @@ from minigpt.training.recipe.schedule import learning_rate
 from minigpt.training.run.settle import settle
 from runs import ROOT, Outcome, machine, run
 
-TARGET = 1.88  # nats a character
+TARGET = 1.88  # nats per character
 SPRINT_STEPS = 90
 MARGIN = 0.97  # of the baseline's time that the budget row plans for
 SMOOTHED = 0.03  # of the baseline's time that a point of the picture is a mean over
@@ -150,7 +150,9 @@ def main() -> None:
     if arguments.picture:
         title = "Training loss, and validation loss (dots), on tinyshakespeare by character"
         lines = {name: [point for point in line if point[1] < HIGHEST] for name, line in lines.items()}
-        Path(arguments.picture).write_text(curves(title, lines, marks, "seconds on two CPU cores", "nats a character"))
+        Path(arguments.picture).write_text(
+            curves(title, lines, marks, "seconds on two CPU cores", "nats per character")
+        )
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class PlainLoop:
 class TakingTurns(MicroBatches):
     """minigpt's loader, which lets the plain loop take its turn after every turn of Lightning's."""
 
-    times: tuple[list[float], list[float]] = ([], [])  # seconds a step: minigpt's turns, the plain loop's
+    times: tuple[list[float], list[float]] = ([], [])  # seconds per step: minigpt's turns, the plain loop's
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         plain, began = PlainLoop(self.config, self.batches), 0.0

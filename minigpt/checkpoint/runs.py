@@ -1,7 +1,7 @@
 """The checkpoints of a run: which are whole, which is the newest, which is the best.
 
 runs/NAME/
-metrics.jsonl                       what was measured while it trained, one object a row
+metrics.jsonl                       what was measured while it trained, one object per row
 best.json                           step and validation loss of the best checkpoint, sealed by its own sha256
 checkpoints/step-00000500/          a checkpoint: its manifest.json is written last, and covers every byte
 """
@@ -106,7 +106,7 @@ class Best:
 
     step: int
     loss: float
-    """Its validation loss, nats a token."""
+    """Its validation loss, nats per token."""
 
 
 def record_best(run: Path, best: Best) -> None:

@@ -179,7 +179,7 @@ def _score(sampler: Sampler, prompts: list[Any], values: Any) -> None:
                 print(f"{log_prob:9.4f}  rank {rank:<6} {sampler.tokenizer.decode([token])!r}")
         print(
             f"{score.count} tokens  {score.total:.4f} nats  perplexity {score.perplexity:.4f}  "
-            f"{score.bits_per_byte:.4f} bits a byte"
+            f"{score.bits_per_byte:.4f} bits per byte"
         )
 
 

@@ -45,7 +45,7 @@ def check_readers(files: Iterable[Path]) -> None:
 
 
 def read_documents(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
-    """The documents of one file: one a line for .jsonl, else the whole file. Line ends stay as they are.
+    """The documents of one file: one per line for .jsonl, else the whole file. Line ends stay as they are.
 
     Args:
         path: the file; .gz and .zst are decompressed as they are read.
@@ -190,7 +190,7 @@ def _json_text(line: str, field: str, where: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}); .jsonl holds one object a line") from error
+        raise DataError(f"{where} is not JSON ({error}); .jsonl holds one object per line") from error
     if not isinstance(value, dict):
         raise DataError(f"{where} holds {type(value).__name__}, expected an object with the field {field!r}")
     if field not in value:

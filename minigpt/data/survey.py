@@ -69,7 +69,7 @@ class Part(NamedTuple):
 
 @dataclass
 class SurveyedText:
-    """What the first pass found, and the way to the text again. It holds nine bytes a document, not the documents."""
+    """What the first pass found, and the way to the text again. It holds nine bytes per document, not the documents."""
 
     source: Source
     clean: CleanConfig

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: nats a token, perplexity, and bits a byte, which any tokenizer can share."""
+"""How well a model predicts held-out text: nats per token, perplexity, and bits per byte, which any tokenizer can share."""
 
 from __future__ import annotations
 

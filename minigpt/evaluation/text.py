@@ -54,7 +54,7 @@ def evaluate_run(
     Args:
         run: from `minigpt.load`.
         data: a text to measure on, whole; None: the validation split of the run's own corpus.
-        block_size: tokens a window; None: the model's.
+        block_size: tokens per window; None: the model's.
         limit_tokens: measure on this many evenly spaced tokens; None: on all.
         folder: where the run's own corpus is kept; None: where it was when the run was trained.
 

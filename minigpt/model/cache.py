@@ -4,7 +4,7 @@ Row b's token t always sits in slot t. Rows may hold different numbers of tokens
 right, causality hides the padding, and `truncate` then sets the true lengths; the next tokens overwrite it.
 
     step = cache.begin(T)                     positions and mask of the T tokens to come
-    keys, values = cache.append(0, k, v, step)    once a layer
+    keys, values = cache.append(0, k, v, step)    once per layer
     cache.advance(step)                       only now do the lengths grow: an exception in between changes nothing
 """
 
@@ -75,7 +75,7 @@ class KVCache:
         return self.keys[0].shape[2]
 
     def begin(self, length: int) -> Step:
-        """Positions and mask of the `length` tokens a row that come next. Raises ConfigError past the capacity."""
+        """Positions and mask of the `length` tokens per row that come next. Raises ConfigError past the capacity."""
         if self.longest + length > self.capacity:
             raise ConfigError(
                 f"cache: {self.longest} tokens held and {length} new ones exceed its capacity ({self.capacity})"
@@ -165,7 +165,7 @@ class KVCache:
         self.even = len(set(plain)) <= 1
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens a row; what is held stays."""
+        """Make room for `capacity` tokens per row; what is held stays."""
         extra = capacity - self.capacity
         if extra <= 0:
             return

@@ -20,7 +20,7 @@ class Cost:
     unembedding_parameters: int
     """0 where it is the embedding."""
     forward_flops: int
-    """FLOPs a token of a forward at full context: 2 a matrix weight, and 4 H D S for attention, S averaged (causal)."""
+    """FLOPs per token of a forward at full context: 2 a matrix weight, and 4 H D S for attention, S averaged (causal)."""
     cache_bytes_per_token: int
     """Keys and values of all layers in float32 (2 n_layer n_kv_head head_dim 4 bytes)."""
 
@@ -31,14 +31,14 @@ class Cost:
 
     @property
     def training_flops(self) -> int:
-        """FLOPs a token of a training step: three forwards' worth (Kaplan et al. 2020, arXiv 2001.08361)."""
+        """FLOPs per token of a training step: three forwards' worth (Kaplan et al. 2020, arXiv 2001.08361)."""
         return 3 * self.forward_flops
 
     def optimizer_bytes(self, name: str) -> int:
-        """What the optimizer remembers in float32, but for a counter a tensor.
+        """What the optimizer remembers in float32, but for a counter per tensor.
 
         Args:
-            name: "adamw" (two moments a parameter) or "muon" (one for matrices inside blocks, two for the rest).
+            name: "adamw" (two moments per parameter) or "muon" (one for matrices inside blocks, two for the rest).
         """
         return 4 * (2 * self.parameters - (self.matrix_parameters if name == "muon" else 0))
 

@@ -1,6 +1,6 @@
 """A model made ready for decoding: kept beside the model, never in its place.
 
-Decoding reads one token a row again and again. On a CPU nearly all of its time goes into fetching weights, and the
+Decoding reads one token per row again and again. On a CPU nearly all of its time goes into fetching weights, and the
 usual layout is not the one that this is quickest in: `fast` keeps a second copy of the matrices, laid out for it. On a
 small model what is left goes into calling small operations one by one, of which torch.compile makes one function.
 """
@@ -27,7 +27,7 @@ def fast(model: GPT, rows: int = 1, compiled: bool = False) -> GPT | Compiled:
     Args:
         model: its parameters other than matrices are shared.
         rows: how many rows are to be decoded together, for the layout; others work too.
-        compiled: compile the step that reads one token a row; pays for many tokens, as the first one takes long.
+        compiled: compile the step that reads one token per row; pays for many tokens, as the first one takes long.
 
     Returns:
         What `Sampler` takes in place of the model; the model itself where it is not float32 on a CPU with oneDNN.
@@ -123,7 +123,7 @@ class Compiled(nn.Module):
         return self.model.device
 
     def next_logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
-        """As `GPT.next_logits`; one token a row goes through the compiled step."""
+        """As `GPT.next_logits`; one token per row goes through the compiled step."""
         if self.broken or ids.shape[1] > 1 or cache.longest == 0:
             return self.model.next_logits(ids, cache, counts)
         step = self.model.trunk.begin(ids, cache)

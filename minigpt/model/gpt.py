@@ -1,7 +1,7 @@
 """The model: token ids -> hidden states -> logits.
 
 Shapes are written in trailing comments with these letters, the same in every file:
-    B batch rows    T new tokens a row    S slots held in the cache (keys that attention sees)
+    B batch rows    T new tokens per row    S slots held in the cache (keys that attention sees)
     C channels      H query heads         G key/value heads    D head width    V vocabulary    K beams
 """
 

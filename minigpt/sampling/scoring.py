@@ -46,7 +46,7 @@ LOGITS_AT_ONCE = 2**24  # 64 MiB of float32; a few times that while they are wor
 
 @dataclass(frozen=True)
 class Score:
-    """A text as a model sees it: an entry a token in every list, None (in `top` an empty list) where none is scored."""
+    """A text as a model sees it: an entry per token in every list, None (in `top` an empty list) where none is scored."""
 
     ids: list[int]
     """The whole text, given tokens included."""
@@ -159,7 +159,7 @@ def score_ids(
         show: show a progress bar.
 
     Returns:
-        One score a text, in the order given.
+        One score per text, in the order given.
 
     Raises:
         ConfigError: an empty text, a token outside the vocabulary, a stride or another number out of range.

@@ -193,7 +193,7 @@ class TrainConfig:
 
     @property
     def batch_size(self) -> int:
-        """Rows of block_size tokens a step, over all processes."""
+        """Rows of block_size tokens per step, over all processes."""
         return self.batch.tokens // self.model.block_size
 
     @property
@@ -251,7 +251,7 @@ class TrainConfig:
                 raise ConfigError(f"{name}: {value} is not positive")
         if rows % (self.processes * self.micro_batch_size):
             raise ConfigError(
-                f"batch: {rows} rows a step ({self.batch.tokens} tokens / block_size {block}) do not divide among "
+                f"batch: {rows} rows per step ({self.batch.tokens} tokens / block_size {block}) do not divide among "
                 f"{self.processes} processes x micro_batch_size {self.micro_batch_size}; change batch.tokens or "
                 f"batch.micro_batch_size"
             )

@@ -167,7 +167,7 @@ def test_a_score_is_the_models_own(halves: str, printed) -> None:
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["-1.3863", "rank", "2", "'b'"]
     assert rows[1] == ["-2.7726", "rank", "4", "'d'"]
-    assert " ".join(rows[2]) == "2 tokens -4.1589 nats perplexity 8.0000 3.0000 bits a byte"
+    assert " ".join(rows[2]) == "2 tokens -4.1589 nats perplexity 8.0000 3.0000 bits per byte"
     row = json.loads(printed(halves, "--score", "--prompt", "abd", "--json", "--top_logprobs", "2"))
     assert (row["ids"], row["ranks"], row["log_probs"][0]) == ([0, 1, 3], [None, 2, 4], None)
     assert (row["perplexity"], row["bits_per_byte"]) == pytest.approx((8, 3))

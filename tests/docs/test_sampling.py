@@ -273,16 +273,16 @@ def test_every_field_that_can_be_off_has_its_off_value_on_the_page():
 
 
 def test_the_list_of_what_may_differ_from_prompt_to_prompt_is_complete():
-    (sentence,) = re.findall(r"Such lists are taken too by(.*?)\.\n", PROSE, re.DOTALL)
+    (sentence,) = re.findall(r"Such\s+lists are also accepted for(.*?)\.\n", PROSE, re.DOTALL)
     assert set(code(sentence)) == {name for name in PER_PROMPT if FIELDS[name].metadata["off"] is None} | {"stop"}
-    # A number in the off column says the same; the page names those of which it is not true.
+    # A number in the off column means the same, with the exceptions that the page names.
     numbers = {
         name
         for entry in ENTRIES
         for name, off in zip(entry.fields, entry.off, strict=False)
         if isinstance(yaml.safe_load(off), (int, float)) and off not in ("true", "false")
     }
-    assert "but for `temperature`, `mirostat` and those of search, may also be null" in one_line(PROSE)
+    assert "the exceptions are `temperature`, `mirostat` and the fields of search" in one_line(PROSE)
     assert numbers - {"temperature", "mirostat", "num_beams", "num_beam_groups"} == {
         name for name in PER_PROMPT if FIELDS[name].metadata["off"] is not None
     }

@@ -44,7 +44,7 @@ def sampler_of(content: str, eot: int | None = 2) -> Sampler:
     [
         ((), "the", 3),  # read as " the"
         ((), "the cat at", 10),
-        ((), "\u2603", 3),  # three tokens, one a byte, and the space
+        ((), "\u2603", 3),  # three tokens, one per byte, and the space
         (NFKC, "\uff34\uff28\uff25", 9),  # full-width THE, read as " the"
         (NFKC, "\ufb01", 3),  # the ligature fi, read as two letters
         (NFKC, "the \u212b", 7),  # the Angstrom sign, three bytes for two

@@ -114,7 +114,7 @@ def test_encoding_equals_that_of_the_library_that_trained(text):
 
 
 def tiktoken_splits(pattern: str, texts: list[str]) -> list[list[str]]:
-    """How tiktoken splits: with every part of the texts a token, shorter ones first, each split becomes one token."""
+    """How tiktoken splits: with every part of the texts per token, shorter ones first, each split becomes one token."""
     parts = {bytes([byte]) for byte in range(256)}
     for data in (text.encode() for text in texts):
         parts |= {data[i:j] for i in range(len(data)) for j in range(i + 1, len(data) + 1)}

@@ -171,7 +171,7 @@ def test_out_of_memory_says_how_to_need_less(error: Exception, tmp_path: Path, m
         raise error
 
     monkeypatch.setattr(training_module, "next_token_loss", too_large)
-    with pytest.raises(MemoryExceeded, match=r"with 8 rows of 16 tokens a forward; give --batch\.micro_batch_size 4"):
+    with pytest.raises(MemoryExceeded, match=r"with 8 rows of 16 tokens per forward; give --batch\.micro_batch_size 4"):
         train(tiny_run(tmp_path))
 
 
@@ -279,7 +279,7 @@ def test_rows_past_the_checkpoint_move_aside(tmp_path: Path, monkeypatch: pytest
     ("changes", "message"),
     [
         ({"batch__tokens": 100}, r"batch\.tokens: 100 is no multiple of model\.block_size \(16\); try 96"),
-        ({"batch__micro_batch_size": 3}, r"8 rows a step .* do not divide among 1 processes x micro_batch_size 3"),
+        ({"batch__micro_batch_size": 3}, r"8 rows per step .* do not divide among 1 processes x micro_batch_size 3"),
         ({"batch__micro_batch_size": 0}, r"batch\.micro_batch_size: 0 is not positive"),
         ({"eval__patience": 2, "eval__every": 0}, r"eval\.patience: 2 counts validations, but eval\.every is 0"),
         ({"checkpoint__keep": 1}, r"checkpoint\.keep: 1 is less than 2"),

@@ -112,7 +112,7 @@ def _train(study: Study, config: Any, values: Any, text: str | None) -> None:
 
     def site(name: str | None) -> Any:
         if name is not None and values.layer is None and (count := len(select(study.config, name))) > 1:
-            raise ConfigError(f"{name}: there is one a block; add --layer, from 0 to {count - 1}")
+            raise ConfigError(f"{name}: there is one per block; add --layer, from 0 to {count - 1}")
         return name if name is None or values.layer is None else (name, values.layer)
 
     at, target = site(values.at), site(values.target)

@@ -236,7 +236,7 @@ class Access(Texts):
         return token_losses(self.logits(ids, grad=grad), ids)
 
     def loss(self, text: Text) -> float:
-        """Mean nats a token, over every token but each row's first."""
+        """Mean nats per token, over every token but each row's first."""
         return float(self.losses(text).mean())
 
     def gradients(

@@ -36,7 +36,7 @@ class Activations(Mapping[str, Tensor]):
         elif name not in self.values_by_name:
             found = select(self.config, name)
             if len(found) > 1:
-                raise ConfigError(f"activation {name!r}: there is one a layer; give the layer, as in [{name!r}, 0]")
+                raise ConfigError(f"activation {name!r}: there is one per layer; give the layer, as in [{name!r}, 0]")
             name = found[0]
         if name not in self.values_by_name:
             raise ConfigError(f"activation {name!r}: was not kept by this run; ask for it with names=")

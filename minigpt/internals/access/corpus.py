@@ -117,7 +117,7 @@ def site_of(study: Access, name: Names, axes: tuple[str, ...] = ("batch", "pos")
 
 
 def gather(study: Access, texts: Sequence[Text], names: Sequence[str], position: int | None = -1) -> dict[str, Tensor]:
-    """One vector a text of each activation: name -> (texts, ...).
+    """One vector per text of each activation: name -> (texts, ...).
 
     Args:
         study: whose model reads.

@@ -151,7 +151,7 @@ class Result:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write to a file whose ending says how: .json, .csv (one value a line), .npz or .html."""
+        """Write to a file whose ending says how: .json, .csv (one value per line), .npz or .html."""
         path = Path(path)
         match path.suffix:
             case ".json":

@@ -186,7 +186,7 @@ def logit_lens(
 
 
 def statistic(stat: str, log_p: Tensor, output: Tensor, targets: Tensor) -> Tensor:
-    """One number a position, (T).
+    """One number per position, (T).
 
     Args:
         stat: see `logit_lens`.

@@ -27,7 +27,7 @@ from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.decomposition import one_text, precise
 
 Method = Literal["gradient", "gradient_x_input", "integrated_gradients", "occlusion"]
-AT_ONCE = 2**12  # tokens a forward, about
+AT_ONCE = 2**12  # tokens per forward, about
 MOST_STEPS = 1024
 COMPLETE = 0.01  # of f(x) - f(x'): how far the sum of integrated gradients may be from it
 GRADING = 2  # see _way

@@ -36,7 +36,7 @@ def head_labels(config: GPTConfig) -> list[str]:
 
 
 def grid(config: GPTConfig) -> tuple[Axis, Axis]:
-    """The axes of a number a head: layer x head."""
+    """The axes of a number per head: layer x head."""
     layers, heads = range(config.n_layer), range(config.n_head)
     return Axis("layer", [str(layer) for layer in layers]), Axis("head", [f"H{head}" for head in heads])
 

@@ -48,7 +48,7 @@ def ablate(
         seed: of which row gets whose, for resample.
 
     Returns:
-        The change of loss (nats a token), KL(with || without) (nats), and the share of positions whose likeliest token
+        The change of loss (nats per token), KL(with || without) (nats), and the share of positions whose likeliest token
         changes. Greatest first is `.top()`.
 
     Raises:
@@ -80,7 +80,7 @@ def ablate(
             found[indices] = changes(base.logits, logits, ids).to(found)
         values.append(found)
     axes = (Axis("part", labels), Axis("measure", list(MEASURES)))
-    unit, notes = "nats a token; nats; share", {"tokens": ids.numel()}
+    unit, notes = "nats per token; nats; share", {"tokens": ids.numel()}
     return Result(f"Without each part ({how})", torch.cat(values).numpy(force=True), axes, unit, notes)
 
 
@@ -110,7 +110,7 @@ def _instead(
     else:
         if other.shape[1] != ids.shape[1]:
             raise DataError(
-                f"sample: {other.shape[1]} tokens a row, but the text has {ids.shape[1]}; give equal numbers"
+                f"sample: {other.shape[1]} tokens per row, but the text has {ids.shape[1]}; give equal numbers"
             )
         rows = torch.randint(len(other), (len(ids),), generator=generator)
     return {key: value[rows] for key, value in found.items()}

@@ -28,7 +28,7 @@ MEASURES = ("loss", "KL", "flips")
 
 
 def changes(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
-    """What a change did, (..., 3): the loss's change in nats a token, KL(before || after) in nats, and the share of
+    """What a change did, (..., 3): the loss's change in nats per token, KL(before || after) in nats, and the share of
     positions whose likeliest token is another now.
 
     Args:
@@ -62,12 +62,12 @@ def effect(
         study: see `Study`.
         text: one, or several of equal length.
         edits: as for `Study.hooks`.
-        answer: a token whose logit is compared before and after too; one a row, or one for all.
+        answer: a token whose logit is compared before and after too; one per row, or one for all.
         versus: another, whose logit is subtracted.
         position: where the answer is due: after this position.
 
     Returns:
-        The change of loss (nats a token), KL(before || after) (nats), the share of positions whose likeliest token
+        The change of loss (nats per token), KL(before || after) (nats), the share of positions whose likeliest token
         changes, and the change of the answer's logit or of the difference of the two.
     """
     ids = study.ids(text)
@@ -106,7 +106,7 @@ class Metric:
 
 
 def logit_difference(answer: Tokens, versus: Tokens | None = None, position: int = -1) -> Metric:
-    """The logit of an answer, less that of another token, after a position; tokens as text or ids, one or one a row."""
+    """The logit of an answer, less that of another token, after a position; tokens as text or ids, one or one per row."""
 
     def bind(study: Access, clean: Tensor) -> Bound:
         rows, length = clean.shape
@@ -180,7 +180,7 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
 def _each(study: Access, tokens: Tokens, rows: int) -> Tensor:  # (B, 1)
     each: list[Any] = [tokens] * rows if isinstance(tokens, str | int) else list(tokens)
     if len(each) != rows:
-        raise ConfigError(f"answer: {len(each)} tokens for {rows} texts; give one, or one a text")
+        raise ConfigError(f"answer: {len(each)} tokens for {rows} texts; give one, or one per text")
     return torch.tensor([study.token_id(token) for token in each], device=study.model.device)[:, None]
 
 

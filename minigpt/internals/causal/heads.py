@@ -221,7 +221,7 @@ def _scores(
 
 @dataclass
 class Heads(Tabled):
-    """What `heads` found. Prints as a table, a head a line; `table()` is that table as a Result."""
+    """What `heads` found. Prints as a table, a head per line; `table()` is that table as a Result."""
 
     scores: dict[str, Result]
     """By kind: layer x head."""

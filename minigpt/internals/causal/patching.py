@@ -7,7 +7,7 @@ many tokens. How far the output moves towards that of the clean text says how mu
     corrupted  "When Mary and John went out, Mary gave it to"   -> John
     patch(study, clean, corrupted, logit_difference(" Mary", " John"), at="z", by=("layer", "head"))
 
-The values are exact, one forward a site; but each costs only the layers after it and the positions from it on (see
+The values are exact, one forward per site; but each costs only the layers after it and the positions from it on (see
 resume.py). `attribution_patch` guesses them all from one backward pass and says how well it guessed.
 (Meng et al. 2022, arXiv 2202.05262; Wang et al. 2022, arXiv 2211.00593; by gradient: Syed et al. 2023, arXiv
 2310.10348.)
@@ -86,7 +86,7 @@ def patch(
         by: the axes of the result beside the layer, which comes first: "head", "pos", "head,pos" or a list of them;
             what is left out is patched all at once. None: pos in the stream, head elsewhere. Heads of k and v are the
             key/value heads; positions of a pattern are the queries'.
-        slow: one whole forward a site, by edits: the definition. So it is done anyway while edits are open.
+        slow: one whole forward per site, by edits: the definition. So it is done anyway while edits are open.
 
     Returns:
         The change of the metric at each site. The notes hold the metric of the clean and of the corrupted text:

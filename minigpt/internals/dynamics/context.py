@@ -84,7 +84,7 @@ def loss_by_position(study: Access, text: Text | None = None) -> Result:
 
 
 def in_context_score(study: Access, text: Text | None = None) -> Result:
-    """How many nats a token costs less late in the context than early (Olsson et al. 2022, arXiv 2209.11895).
+    """How many nats per token costs less late in the context than early (Olsson et al. 2022, arXiv 2209.11895).
 
     There it is the 500th token's loss minus the 50th's; here that of the tokens around nine tenths of the context minus
     that of those around one tenth, so that it is defined for every length. The more is learned from the context, the

@@ -38,7 +38,7 @@ def judge_autoencoder(
         limit: tokens, at most.
 
     Returns:
-        The figures (axis figure): features a token (L0), the shares above, losses and KL in nats a token (a block_size
+        The figures (axis figure): features per token (L0), the shares above, losses and KL in nats per token (a block_size
         of 1 has none), the share of features that never fired; and the share of tokens at which each feature fires
         (axis feature).
     """
@@ -75,7 +75,7 @@ def judge_autoencoder(
     mean = torch.as_tensor(first_moment) / seen
     variance = square - seen * float(mean.square().sum())
     figures = {
-        "features a token (L0)": float(fired.sum()) / seen,
+        "features per token (L0)": float(fired.sum()) / seen,
         "explained variance": 1 - _share(missed, variance),
         "dead features": float((fired == 0).double().mean()),
     }

@@ -189,7 +189,7 @@ class Learner:
 
 
 def _scale(x: Tensor) -> float:
-    """What makes the variance of x (N, D) one a channel."""
+    """What makes the variance of x (N, D) one per channel."""
     return 1 / float((x - x.mean(0)).square().mean().sqrt().clamp_min(1e-12))
 
 
@@ -251,7 +251,7 @@ def _check_amount(tokens: int, features: int) -> None:
     sensible = TOKENS_A_FEATURE * features
     if tokens < features:
         raise DataError(
-            f"text: {tokens:,} tokens for {features:,} features, fewer than one a feature; give a text of {sensible:,} "
+            f"text: {tokens:,} tokens for {features:,} features, fewer than one per feature; give a text of {sensible:,} "
             f"tokens or more, or a smaller d_sae"
         )
     if tokens < sensible:

@@ -25,7 +25,7 @@ from minigpt.internals.access.result import Axis, Result
 from minigpt.model.layers import LayerNorm
 from minigpt.terminal import progress
 
-AT_ONCE = 4096  # tokens a forward
+AT_ONCE = 4096  # tokens per forward
 
 
 @dataclass(repr=False)
@@ -52,7 +52,7 @@ class Contexts(Result):
         return "".join(pieces[:here]), pieces[here], "".join(pieces[here + 1 :])
 
     def show(self, unit: int, before: int = 30, after: int = 8) -> str:
-        """One unit's contexts, one a line, the token between brackets."""
+        """One unit's contexts, one per line, the token between brackets."""
         lines = [f"{self.axes[0].name} {self.axes[0].labels[unit]} in {self.title.removeprefix('top contexts of ')}"]
         for rank in range(self.values.shape[1]):
             if self.places[unit, rank] < 0:
@@ -145,6 +145,6 @@ def neuron_effect(study: Access, layer: int, neuron: int) -> Result:
 
 
 def vocabulary_result(study: Access, title: str, values: Tensor) -> Result:
-    """One value a token, (V)."""
+    """One value per token, (V)."""
     labels = [f"{id} {study.token(id)}" for id in range(len(values))]
     return Result(title, values.numpy(force=True), (Axis("token", labels),), "logits before the final norm's scale")

@@ -135,7 +135,7 @@ def probe(
     Args:
         study: whose model reads the texts.
         texts: one an example, of any lengths.
-        labels: one a text: strings or booleans are classes (logistic regression), numbers are numbers (ridge).
+        labels: one per text: strings or booleans are classes (logistic regression), numbers are numbers (ridge).
         at: the activations; by default the stream after every block.
         position: of the token that is read; None: the mean over the text.
         l2: the penalty on the weights, where activations have unit variance.

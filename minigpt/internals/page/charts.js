@@ -57,7 +57,7 @@ function chart(title, lines) {
   return el("figure", {}, el("figcaption", {}, title, said), picture);
 }
 
-const CHARTS = { "train/loss": "Loss, nats a token", "val/loss": "Loss, nats a token", lr: "Learning rate", grad_norm: "Gradient norm" };
+const CHARTS = { "train/loss": "Loss, nats per token", "val/loss": "Loss, nats per token", lr: "Learning rate", grad_norm: "Gradient norm" };
 
 function trainingView({ series, kinds }) {
   const charts = { [CHARTS["train/loss"]]: [] }; // the loss first, rates last

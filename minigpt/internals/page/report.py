@@ -172,7 +172,7 @@ def _thinned(values: list[float]) -> list[float]:
 
 def badges(study: Access, ids: Tensor) -> dict[str, dict[str, float]]:
     """Of each head what it looks at in a random text that repeats, from 0 to 1, if the model holds one, and, where no
-    edits are open, what its absence costs on this text, in nats a token.
+    edits are open, what its absence costs on this text, in nats per token.
     """
     names = head_labels(study.config)
     values: dict[str, list[float]] = {}

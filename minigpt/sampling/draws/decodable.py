@@ -40,7 +40,7 @@ class Cache(Protocol):
         """
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens a row, keeping what is held."""
+        """Make room for `capacity` tokens per row, keeping what is held."""
 
 
 @runtime_checkable

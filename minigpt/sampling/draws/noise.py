@@ -79,8 +79,8 @@ class Noise:
     """The noise of a batch: each row has its own seed and sample index.
 
     Args:
-        seeds: one a row, 0 .. 2**64 - 1.
-        samples: one a row: which of the several samples of its prompt the row is.
+        seeds: one per row, 0 .. 2**64 - 1.
+        samples: one per row: which of the several samples of its prompt the row is.
     """
 
     def __init__(self, seeds: Sequence[int] | np.ndarray, samples: Sequence[int] | np.ndarray) -> None:
@@ -90,7 +90,7 @@ class Noise:
         self._stretches: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # first positions (B,), numbers
 
     def uniform(self, positions: np.ndarray, purpose: int, draw: int = 0) -> np.ndarray:
-        """One number a row, in [0, 1): (B,) float64; `positions` (B,) are the absolute positions to be decided."""
+        """One number per row, in [0, 1): (B,) float64; `positions` (B,) are the absolute positions to be decided."""
         first, numbers = self._stretches.get((purpose, draw), (positions, np.empty((len(positions), 0))))
         offset = positions - first
         if offset.min() < 0 or offset.max() >= numbers.shape[1]:

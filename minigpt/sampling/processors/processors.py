@@ -67,13 +67,13 @@ class Context:
         return [parameter[row] for row in self.rows]
 
     def column(self, parameter: Parameter, dtype: torch.dtype = torch.float64) -> Any:
-        """A parameter as it combines with (B, V): a number as it is, one a prompt as (B, 1)."""
+        """A parameter as it combines with (B, V): a number as it is, one per prompt as (B, 1)."""
         if not isinstance(parameter, tuple):
             return parameter
         return torch.tensor(self.each(parameter), dtype=dtype, device=self.ids.device).unsqueeze(1)
 
     def uniform(self, purpose: int, draw: int = 0) -> Tensor:
-        """One random number a row for this position, in [0, 1): (B,) float64."""
+        """One random number per row for this position, in [0, 1): (B,) float64."""
         return torch.from_numpy(self.noise.uniform(self.positions, purpose, draw)).to(self.ids.device)
 
 
@@ -104,7 +104,7 @@ class Filter:
 
 
 def numbers(field: str, value: Any) -> Any:
-    """A processor's parameter, checked: a number, or (from any sequence, array or tensor) a tuple of one a prompt."""
+    """A processor's parameter, checked: a number, or (from any sequence, array or tensor) a tuple of one per prompt."""
     if isinstance(value, (Tensor, np.ndarray)):
         value = value.tolist()
     several = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else None

@@ -1,7 +1,7 @@
 """The texts that a search weighs against each other: how they are scored, which go on, when nothing better can come.
 
 No tensor here: a step hands in the best continuations of each beam as plain numbers, and the rest is a matter of a few
-texts a prompt. The rules are those of transformers' beam search, named after its parameters.
+texts per prompt. The rules are those of transformers' beam search, named after its parameters.
 """
 
 from __future__ import annotations

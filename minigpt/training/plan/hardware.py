@@ -19,7 +19,7 @@ GROW_UNTIL = 0.01  # seconds that one product may take before no larger one is t
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device from its vendor's data sheet. Rates are dense (no sparsity), in FLOPs a second."""
+    """A device from its vendor's data sheet. Rates are dense (no sparsity), in FLOPs per second."""
 
     name: str
     pattern: str
@@ -32,7 +32,7 @@ class Accelerator:
     """Bytes. Where a device comes in several sizes, the largest."""
 
     def peak(self, precision: str) -> float | None:
-        """FLOPs a second in a trainer.precision; None where the device has no such units."""
+        """FLOPs per second in a trainer.precision; None where the device has no such units."""
         return self.bf16 if precision == "bf16-mixed" else self.fp32
 
 
@@ -60,7 +60,7 @@ def accelerator_named(device_name: str) -> Accelerator | None:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOPs a second that matrix products reach at best: measured on a CPU, from the table on a GPU, nan if unknown.
+    """FLOPs per second that matrix products reach at best: measured on a CPU, from the table on a GPU, nan if unknown.
 
     Args:
         device: where training happens.
@@ -76,7 +76,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 @cache
 def measured_peak(dtype: torch.dtype, threads: int) -> float:
-    """FLOPs a second of the fastest of a few square matrix products on this CPU; takes about a tenth of a second.
+    """FLOPs per second of the fastest of a few square matrix products on this CPU; takes about a tenth of a second.
 
     The sizes grow while a product takes no time worth speaking of: without units for a dtype, large ones take seconds.
 

@@ -1,4 +1,4 @@
-"""What the callbacks share: a hook that is called once a step, and when something is due."""
+"""What the callbacks share: a hook that is called once per step, and when something is due."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics: one JSON object a row in metrics.jsonl, the progress bar, and the logger that was asked for.
+"""Metrics: one JSON object per row in metrics.jsonl, the progress bar, and the logger that was asked for.
 
 A row of training holds, beside loss, lr and grad_norm, since the row before:
     tokens_per_second   over all processes, without validation, saves and samples
@@ -68,13 +68,13 @@ class Metrics(EachStep):
         self.path = run / "metrics.jsonl"
         self.config, self.loader, self.agreement, self.start_step = config, loader, agreement, start_step
         self.step_flops = cost_of(config.model).training_flops * config.batch.tokens
-        self.peak = float("nan")  # FLOPs a second of all devices
+        self.peak = float("nan")  # FLOPs per second of all devices
         self.seconds_before = 0.0  # spent by earlier sessions of this run
         self.began = self.mark = time.monotonic()
         self.mark_step, self.mark_waited = start_step, 0.0
         self.paused = 0.0  # since the mark: validation, samples and saves, which are no part of the training rate
         self.pauses: dict[str, float] = {}  # all of them in this session, by what they were for
-        self.paces: list[float] = []  # seconds a step, of each row
+        self.paces: list[float] = []  # seconds per step, of each row
         self.text = ""
         self._file: Any = None
         self._bar: Progress | None = None

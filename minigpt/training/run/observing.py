@@ -30,7 +30,7 @@ from minigpt.training.run.stopping import Agreement
 
 
 class Validation(EachStep):
-    """Loss on the validation split every `eval.every` steps and at the end: nats a token, perplexity, bits a byte.
+    """Loss on the validation split every `eval.every` steps and at the end: nats per token, perplexity, bits per byte.
 
     The best loss so far has its checkpoint saved and recorded; `eval.patience` validations without a better one end the
     run. A run that was stopped between a save and the validation due at the same step makes up for it when it goes on.
@@ -92,7 +92,7 @@ class Validation(EachStep):
             },
         )
         if trainer.is_global_zero:
-            notice(f"step {step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits a byte")
+            notice(f"step {step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
         self.standing = self.standing.after(step, result.loss)
         if self.standing.step == step:
             self.checkpoints.keep_best(trainer, module, Best(step, result.loss))

@@ -12,7 +12,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 class LightModule(pl.LightningModule):
     """A LightningModule whose hooks cost less.
 
-    Lightning notes each hook's name on the module, before and after, some fifty times a step; torch's way of setting a
+    Lightning notes each hook's name on the module, before and after, some fifty times per step; torch's way of setting a
     module's attribute, which looks for parameters first, makes that a fifth of all that Lightning adds to a step.
     """
 
@@ -45,7 +45,7 @@ def without_signals(trainer: pl.Trainer) -> None:
     """Keep Lightning from handling signals, and from the broadcast before every micro-batch that tells of a SIGTERM.
 
     Its handler talks to the other processes and ends a run with exit code 0. Our own callback only notes a signal, and
-    agrees on stopping once a step, in the reduction that the loss needs anyway.
+    agrees on stopping once per step, in the reduction that the loss needs anyway.
     """
     loop, signals = trainer.fit_loop.epoch_loop, trainer._signal_connector
     for owner, name in ((loop, "_broadcast_sigterm_tensor"), (signals, "register_signal_handlers")):

@@ -107,7 +107,7 @@ def memory_errors(advice: str) -> Iterator[None]:
 def training_advice(config: TrainConfig) -> str:
     """How to take the same step with less memory: smaller micro-batches, more of them."""
     rows, block = config.micro_batch_size, config.model.block_size
-    asked = f"with {rows} rows of {block} tokens a forward"
+    asked = f"with {rows} rows of {block} tokens per forward"
     if rows == 1:
         return (
             f"{asked}; give a smaller --model.block_size or a smaller model, or --trainer.activation_checkpointing true"
@@ -118,6 +118,6 @@ def training_advice(config: TrainConfig) -> str:
 
 
 VALIDATION_ADVICE = (
-    f"in validation ({TOKENS_AT_ONCE} tokens a forward, fewer where the vocabulary is long); free some memory, or "
+    f"in validation ({TOKENS_AT_ONCE} tokens per forward, fewer where the vocabulary is long); free some memory, or "
     f"use a smaller model, --model.block_size or --tokenizer.vocab_size"
 )

@@ -22,7 +22,7 @@ class Standing:
     step: int = 0
     """Its step; 0 before the first one."""
     loss: float | None = None
-    """Its loss, nats a token."""
+    """Its loss, nats per token."""
     since: int = 0
     """Validations since then."""
 

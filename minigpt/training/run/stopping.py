@@ -1,4 +1,4 @@
-"""Signals: each only sets a flag; processes agree on the flags once a step, and the step in progress is finished.
+"""Signals: each only sets a flag; processes agree on the flags once per step, and the step in progress is finished.
 
 Several processes that `minigpt train` starts hear what their launcher hears. torchrun passes on SIGTERM and SIGINT, but
 dies of SIGUSR1: send that to one of its processes. torchrun kills what has not left 30 seconds after a signal; where a
@@ -39,7 +39,7 @@ class Agreement(EachStep):
         stopping: agreed: this step is the last.
         save_now: agreed: this step is saved, whatever checkpoint.every says.
         signal: agreed: the signal that asked to stop.
-        loss: of the step just done, nats a token, over all processes.
+        loss: of the step just done, nats per token, over all processes.
     """
 
     def __init__(self) -> None:

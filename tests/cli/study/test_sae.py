@@ -119,7 +119,7 @@ def test_an_autoencoder_says_how_much_text_is_sensible(
     assert "holds an autoencoder" not in told
     kept = (run / "autoencoders/1.resid_post-topk/sae_weights.safetensors").read_bytes()
     assert main([*small, "--text", str(tmp_path / "few")]) == 4
-    assert "3 tokens for 8 features, fewer than one a feature; give a text of 800 tokens" in capsys.readouterr().err
+    assert "3 tokens for 8 features, fewer than one per feature; give a text of 800 tokens" in capsys.readouterr().err
     assert (run / "autoencoders/1.resid_post-topk/sae_weights.safetensors").read_bytes() == kept
     (tmp_path / "plenty").write_text("the cat sat on the mat. " * 40)
     assert main([*small, "--text", str(tmp_path / "plenty")]) == 0

@@ -1,4 +1,4 @@
-"""Patching: the fast way against one edited forward a site, and against what must hold of any."""
+"""Patching: the fast way against one edited forward per site, and against what must hold of any."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def study_of(preset: str) -> Study:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_loss_by_position_is_that_of_the_plain_model(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "TOKENS_AT_ONCE", 48)  # two rows a forward: a part of one is left over
+    monkeypatch.setattr(context, "TOKENS_AT_ONCE", 48)  # two rows per forward: a part of one is left over
     study, ids = study_of(preset), random_ids(5, 24)
     with torch.no_grad():
         logits = study.model(ids)

@@ -540,7 +540,7 @@ def test_sliders_recompute_the_distribution(page: Page, run: Path) -> None:
 @needs_chromium
 def test_curves_show_the_run_and_name_the_point_under_the_pointer(page: Page) -> None:
     titles = page.value("[...document.querySelectorAll('figcaption')].map((c) => c.firstChild.textContent)")
-    assert titles == ["Loss, nats a token", "Induction", "Loss without the head, nats"]
+    assert titles == ["Loss, nats per token", "Induction", "Loss without the head, nats"]
     page.hover("#training svg", dx=-131, dy=-70)
     assert "training 4 at step 1" in text_of(page, "#training figcaption")
     assert "0.75" in text_of(page, "#training figure:nth-of-type(2) figcaption")

@@ -141,7 +141,7 @@ def test_drawn_beams_are_drawn_without_replacement_from_all_continuations():
         for token in order:
             chance *= p[token] / rest
             rest -= p[token]
-        # At its last token a text ends, if it is among the best two of those drawn.
+        # At its last token per text ends, if it is among the best two of those drawn.
         pair = tuple(sorted(order, reverse=True)[:2])
         expected[pair] = expected.get(pair, 0.0) + chance
     count = 1200

@@ -67,7 +67,7 @@ def test_the_meters_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     agreement: Any = SimpleNamespace(loss=1.5)
     metrics = Metrics(tmp_path, config, loader, agreement, 0)
     metrics.on_train_start(trainer, module)
-    metrics.peak = 1e6 * cost_of(config.model).training_flops  # what a million tokens a second would need
+    metrics.peak = 1e6 * cost_of(config.model).training_flops  # what a million tokens per second would need
     for step in range(1, 9):
         clock.now += 0.5 if step <= 4 else 0.25
         loader.waited += 0.1 if step <= 4 else 0.0
