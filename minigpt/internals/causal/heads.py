@@ -221,29 +221,29 @@ def _scores(
 
 @dataclass
 class Heads(Tabled):
-    """What `heads` found. Prints as a table, a head per line; `table()` is that table as a Result."""
+    """Result of `heads`. Prints as a table with one head per line; `table()` returns it as a Result."""
 
     scores: dict[str, Result]
     """By kind: layer x head."""
     effect: Result | None = None
-    """Heads x (loss, KL, flips) when a head writes nothing; None where it was not measured."""
+    """Heads x (loss, KL, flips): the effect of zero ablation; None if it was not measured."""
 
     def best(self, kind: str) -> tuple[str, float]:
-        """The head that is most of this kind, and its score: ("L1H3", 0.94)."""
+        """The head with the highest score of this kind, and the score: ("L1H3", 0.94)."""
         ((layer, head), score), *_ = self.scores[kind].top(1)
         return f"L{layer}{head}", score
 
     def table(self) -> Result:
-        """Heads x scores, with the change of loss in nats as the last column where it was measured."""
+        """Heads x scores; the last column is the loss increase under zero ablation, in nats, if it was measured."""
         layers, names = (axis.labels for axis in next(iter(self.scores.values())).axes)
         columns = [result.values.reshape(-1) for result in self.scores.values()]
         labels = list(self.scores)
         if self.effect is not None:
             columns.append(self.effect.values[:, self.effect.axes[1].labels.index("loss")])
-            labels.append("loss without")
+            labels.append("Δloss (nats)")
         rows = [f"L{layer}{head}" for layer in layers for head in names]
         axes = (Axis("head", rows), Axis("score", labels))
-        return Result("What each head does", np.stack(columns, 1), axes, "scores from 0 to 1; nats", self._notes())
+        return Result("Attention heads", np.stack(columns, 1), axes, "scores 0 to 1; Δloss when ablated", self._notes())
 
     def _notes(self) -> dict[str, str]:
         return {f"most {kind}": "{} {:.2f}".format(*self.best(kind)) for kind in self.scores}

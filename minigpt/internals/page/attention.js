@@ -54,7 +54,7 @@ function attentionView(attn) {
       tiles.forEach((tile) => tile.setAttribute("aria-pressed", tile.dataset.head === state.head));
       fill(caption, state.head, el("small", {}, `layer ${Math.floor(head / H)}, head ${head % H}`));
       fill(facts, ...Object.entries(SCORES).filter(([kind]) => kind in badge).map(([kind, label]) => fact(label, fixed(badge[kind]))),
-        "effect" in badge ? fact("loss without it", `${signed(badge.effect, 3)} nats`) : null);
+        "effect" in badge ? fact("loss increase when ablated", `${signed(badge.effect, 3)} nats`) : null);
     }
     const weight = (j) => (state.turn === "from" ? at(head, t, j) : at(head, j, t));
     let most = 0;

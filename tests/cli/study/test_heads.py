@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_heads_prints_a_table_of_scores_and_effects(run: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["heads", run]) == 0
     out = capsys.readouterr().out
-    assert "loss without" in out and "most induction  L1H2" in out and "\n  L0H1       1.000" in out
+    assert "Δloss (nats)" in out and "most induction  L1H2" in out and "\n  L0H1       1.000" in out
     assert main(["heads", run, "--json", "--kinds", "previous,duplicate", "--causal", "false", "--text", "abcabc"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert table["axes"][1]["labels"] == ["previous", "duplicate"]
