@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: nats per token, perplexity, and bits per byte, which any tokenizer can share."""
+"""Loss of a model on held-out text: nats per token, perplexity, and bits per byte (comparable across tokenizers)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Cost:
     unembedding_parameters: int
     """0 where it is the embedding."""
     forward_flops: int
-    """FLOPs per token of a forward at full context: 2 a matrix weight, and 4 H D S for attention, S averaged (causal)."""
+    """Forward FLOPs per token at full context: 2 per matrix weight, plus 4 H D S for attention (S the mean, causal)."""
     cache_bytes_per_token: int
     """Keys and values of all layers in float32 (2 n_layer n_kv_head head_dim 4 bytes)."""
 

@@ -46,7 +46,7 @@ LOGITS_AT_ONCE = 2**24  # 64 MiB of float32; a few times that while they are wor
 
 @dataclass(frozen=True)
 class Score:
-    """A text as a model sees it: an entry per token in every list, None (in `top` an empty list) where none is scored."""
+    """Scores of a text: one entry per token in every list; None (in `top` an empty list) for tokens without a score."""
 
     ids: list[int]
     """The whole text, given tokens included."""

@@ -48,8 +48,8 @@ def ablate(
         seed: of which row gets whose, for resample.
 
     Returns:
-        The change of loss (nats per token), KL(with || without) (nats), and the share of positions whose likeliest token
-        changes. Greatest first is `.top()`.
+        The loss increase (nats per token), KL(with || without) (nats), and the fraction of positions whose most likely
+        token changes. `.top()` sorts them.
 
     Raises:
         ConfigError: edits are open, or there is no such way or part.

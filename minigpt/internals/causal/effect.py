@@ -106,7 +106,7 @@ class Metric:
 
 
 def logit_difference(answer: Tokens, versus: Tokens | None = None, position: int = -1) -> Metric:
-    """The logit of an answer, less that of another token, after a position; tokens as text or ids, one or one per row."""
+    """Metric: logit of an answer at a position, minus that of `versus`; tokens as text or ids, one or one per row."""
 
     def bind(study: Access, clean: Tensor) -> Bound:
         rows, length = clean.shape

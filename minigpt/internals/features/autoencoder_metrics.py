@@ -38,8 +38,8 @@ def judge_autoencoder(
         limit: tokens, at most.
 
     Returns:
-        The figures (axis figure): features per token (L0), the shares above, losses and KL in nats per token (a block_size
-        of 1 has none), the share of features that never fired; and the share of tokens at which each feature fires
+        The metrics (axis figure): features per token (L0), the fractions above, losses and KL in nats per token (none
+        for a block_size of 1), the fraction of dead features; and the fraction of tokens at which each feature fires
         (axis feature).
     """
     tokens, width = tokens_of(study, text), study.config.block_size

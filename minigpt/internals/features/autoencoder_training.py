@@ -251,8 +251,8 @@ def _check_amount(tokens: int, features: int) -> None:
     sensible = TOKENS_A_FEATURE * features
     if tokens < features:
         raise DataError(
-            f"text: {tokens:,} tokens for {features:,} features, fewer than one per feature; give a text of {sensible:,} "
-            f"tokens or more, or a smaller d_sae"
+            f"text: {tokens:,} tokens for {features:,} features, fewer than one per feature; give a text of "
+            f"{sensible:,} tokens or more, or a smaller d_sae"
         )
     if tokens < sensible:
         notice(
