@@ -1,4 +1,4 @@
-"""`python -m minigpt`: the same as the `minigpt` command."""
+"""`python -m minigpt`, equal to the `minigpt` command."""
 
 from minigpt.cli.main import run
 

@@ -1,4 +1,4 @@
-"""Writing that survives: synced, whole or not at all, sealed by hashes; the words about disks turned into ours."""
+"""Durable writing: synced, atomic, with checksums; disk errors become one-line errors with a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What long work shows a person: one progress bar in a terminal, plain lines where output is no terminal."""
+"""Progress bars in a terminal, plain lines elsewhere; notices."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-PLAIN_LINE_EVERY = 10.0  # seconds between two lines where output is no terminal
+PLAIN_LINE_EVERY = 10.0  # seconds between two lines if output is not a terminal
 
-BAR_EVERY = 0.1  # seconds between two changes of the bar
+BAR_EVERY = 0.1  # seconds between two updates of the bar
 
 
 class Progress(Protocol):
-    """A running bar: `update` moves it to `done` units and may set the text beside it."""
+    """A progress bar: `update` sets it to `done` units and can set the text beside it."""
 
     def update(self, done: float, text: str = "") -> None: ...
 
@@ -26,7 +26,7 @@ _hushed = False
 
 @contextmanager
 def hushed(hush: bool = True) -> Iterator[None]:
-    """For the length of a `with` block nothing is noticed and no progress shown, if `hush` is true."""
+    """Suppress notices and progress within a `with` block, if `hush` is true."""
     global _hushed
     before, _hushed = _hushed, hush or _hushed
     try:
@@ -36,23 +36,23 @@ def hushed(hush: bool = True) -> Iterator[None]:
 
 
 def notice(line: str) -> None:
-    """Print one line about what is going on, apart from the program's own output (to standard error)."""
+    """Print one line to standard error, separate from the program's output."""
     if not _hushed:
         print(spelled(line), file=sys.stderr, flush=True)
 
 
 def spelled(line: str) -> str:
-    """The line with \\udce9 for a byte E9 of a file's name that is no UTF-8: Python has it as half a character."""
+    """Escape bytes of file names that are not UTF-8 (surrogates in Python), such as \\udce9 for byte E9."""
     return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def show_what_can_be_shown() -> None:
-    """Have standard output spell characters that its encoding lacks (\\xe9, \\u4e2d), rather than fail on them.
+    """Make standard output escape characters that its encoding lacks (\\xe9, \\u4e2d) instead of failing.
 
-    Where UTF-8 passes bytes on that are no UTF-8, such as those of a file's name, it goes on to.
+    UTF-8 output that passes through invalid bytes, such as those of a file name, keeps doing so.
     """
     out: Any = sys.stdout
-    if not isinstance(out, io.TextIOWrapper):  # Python has none where it is closed; notebooks have their own
+    if not isinstance(out, io.TextIOWrapper):  # closed output is None; notebooks have their own class
         return
     passes_on = out.errors == "surrogateescape" and codecs.lookup(out.encoding).name == "utf-8"
     if out.errors in ("strict", "surrogateescape") and not passes_on:

@@ -1,1 +1,1 @@
-"""A checkpoint: a folder written so that it survives and read so that nothing runs. Runs, formats, other layouts."""
+"""Checkpoints: saving, loading, verification, pruning, and Hugging Face's formats."""

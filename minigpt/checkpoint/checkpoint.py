@@ -1,4 +1,4 @@
-"""A checkpoint is a folder, complete by itself: weights, config, tokenizer, sampling defaults, training state.
+"""Loading a checkpoint: a folder with weights, config, tokenizer, sampling defaults and training state.
 
     step-00000500/
         model.safetensors, config.json      Hugging Face's layout where it can hold the model, else our own names

@@ -1,4 +1,4 @@
-"""Tensors into a model: checked before anything is allocated, and put in place where no copy is needed."""
+"""Load tensors into a model: checked before any allocation, without a copy where possible."""
 
 from __future__ import annotations
 

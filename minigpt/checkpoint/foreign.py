@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says, in our words: each key is obeyed, refused by name, or named in a notice.
+"""Hugging Face's config.json translated to ours: each key is obeyed, refused by name, or named in a notice.
 
 Absent keys mean what they mean to transformers, whose defaults stand below. docs/interop.md lists every key.
 """

@@ -1,4 +1,4 @@
-"""The versions of what a checkpoint holds: which can be read, and what an older one means in the words of today.
+"""Versions of the checkpoint format: which can be read, and how older ones are migrated.
 
 A file of an older format lacks what came later. For each format the tables say which fields came with it, and the value
 that says how things were before; a new field is one line in a table, and nothing that was ever saved is lost.

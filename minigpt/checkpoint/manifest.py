@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and sha256 of every file, written last, and what verifies them.
+"""The manifest of a checkpoint: size and sha256 of every file; writing and verifying it.
 
 What a process has verified it remembers, by the sizes and times of the files, so that nothing is read twice.
 """

@@ -1,4 +1,4 @@
-"""Room on the disk: checkpoints that may go, and what was killed half way."""
+"""Delete old checkpoints and the leftovers of interrupted saves."""
 
 from __future__ import annotations
 

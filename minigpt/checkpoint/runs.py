@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are whole, which is the newest, which is the best.
+"""The checkpoints of a run: which are valid, which is the newest, which is the best.
 
 runs/NAME/
 metrics.jsonl                       what was measured while it trained, one object per row

@@ -1,4 +1,4 @@
-"""Saving a checkpoint: beside its final place, synced, compared with what is in memory, renamed, read back."""
+"""Save a checkpoint: write to a temporary folder, sync, compare with memory, rename, read back."""
 
 from __future__ import annotations
 

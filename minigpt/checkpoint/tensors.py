@@ -1,4 +1,4 @@
-"""Files of tensors (safetensors): written whole or not at all, read without running anything."""
+"""Safetensors files: written atomically, read without running code."""
 
 from __future__ import annotations
 

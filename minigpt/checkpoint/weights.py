@@ -1,4 +1,4 @@
-"""Name maps between our parameters and Hugging Face's GPT-2 and Llama layouts, both ways.
+"""Name maps between our parameters and Hugging Face's GPT-2 and Llama layouts, in both directions.
 
 Our state holds one tensor a name and a tied unembedding once, as trunk.embed.weight. A layout is used for writing only
 where it needs no tensor that the model does not have; `to_huggingface` says None otherwise.

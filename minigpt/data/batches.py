@@ -1,4 +1,4 @@
-"""Step number -> batch. What is in batch s follows from (seed, s, batch size) alone, so there is no order to save.
+"""Step number -> batch. Batch s depends only on (seed, s, batch size), so no data order has to be saved.
 
 An epoch cuts the stream into windows of block_size tokens, beginning at an offset of its own, and visits each window
 once in an order of its own. The order is a keyed permutation that is computed, never stored: a Feistel network over the

@@ -1,4 +1,4 @@
-"""The corpora known by name: data/corpora.yaml, their download, and those that need none."""
+"""Named corpora: data/corpora.yaml, their download, and built-in ones."""
 
 from __future__ import annotations
 

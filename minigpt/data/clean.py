@@ -1,4 +1,4 @@
-"""Cleaning text piece by piece: what comes out does not depend on where the pieces were cut."""
+"""Clean text in pieces; the result does not depend on where the pieces are cut."""
 
 from __future__ import annotations
 

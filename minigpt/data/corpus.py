@@ -1,4 +1,4 @@
-"""A config's `source` -> documents, streamed, with a fingerprint that tells whether the text has changed unread."""
+"""A config's `source` -> a stream of documents, with a fingerprint that detects changes without reading the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes -> text, by one rule for every text that a person names: its byte order mark says how, else it is UTF-8.
+"""Bytes -> text, with one rule for all inputs: the byte order mark selects the encoding, otherwise UTF-8.
 
 The mark itself is no part of the text. Bytes that stand for no character become U+FFFD and are counted.
 """

@@ -1,4 +1,4 @@
-"""The second pass over a corpus: text -> ids -> shards, in bounded groups that every core works on at once."""
+"""Second pass over a corpus: text -> ids -> shards, in groups of bounded size that use all cores."""
 
 from __future__ import annotations
 

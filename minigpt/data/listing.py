@@ -1,4 +1,4 @@
-"""A folder or a pattern -> the files it names, and what lies there that is left out, so that it can be told."""
+"""A folder or a glob -> the files to read, and a report of what is skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a prepared corpus as a file-system matter: it appears whole or not at all; its manifest is sealed."""
+"""The folder of a prepared corpus: created atomically, with a manifest that has its own checksum."""
 
 from __future__ import annotations
 

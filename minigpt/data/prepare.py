@@ -1,4 +1,4 @@
-"""Preparing a corpus: the text surveyed, the tokenizer built, the shards written; or what was made before, found."""
+"""Prepare a corpus: survey the text, build the tokenizer, write the shards; or find an earlier result."""
 
 from __future__ import annotations
 

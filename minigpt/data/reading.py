@@ -1,4 +1,4 @@
-"""Files -> documents, in pieces of about a megabyte, so that a text of any size needs the memory of one piece."""
+"""Files -> documents, in pieces of about a megabyte, so that memory does not depend on the size of the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared corpora: a folder of token shards that a manifest describes to the last byte, and how one is made.
+"""Prepared corpora: a folder of token shards described by a manifest, opened and verified.
 
     data/NAME/KIND-1a2b3c4d/
         train-00000.bin, ..., val-00000.bin, ...    bare little-endian uint16 or uint32

@@ -1,4 +1,4 @@
-"""A read-only stream of token ids over memory-mapped shards: any window of it, whichever shards it lies in."""
+"""A read-only sequence of token ids over memory-mapped shards; windows may span shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first pass over a corpus: which documents are kept, how long they are, and where validation begins."""
+"""First pass over a corpus: which documents are kept, their lengths, and where validation begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluating a loaded run: on the validation split it was trained beside, or on any other text."""
+"""Evaluate a loaded run on its validation split or on any other text."""
 
 from __future__ import annotations
 

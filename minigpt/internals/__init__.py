@@ -1,1 +1,1 @@
-"""Studying a trained model: every activation seen, changed, traced to its sources; `Study` is the door."""
+"""Study a trained model: read, edit and trace activations. `Study` is the entry point."""

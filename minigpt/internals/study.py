@@ -1,4 +1,4 @@
-"""The door to a model's inside: see any activation, change any, alone or while it writes, and every analysis of it.
+"""`Study`: read and edit activations of a model, with every analysis as a method.
 
     study = Study("runs/NAME")
     logits, cache = study.run_with_cache("ROMEO:", names=["pattern", "resid_post"])

@@ -1,1 +1,1 @@
-"""The Transformer: configuration, layers, attention, cache, GPT. It knows nothing of text, files or training."""
+"""The Transformer: config, layers, attention, cache, GPT. Independent of text, files and training."""

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key/value heads, by PyTorch's fused kernel. Its twin is in explicit.py."""
+"""Causal self-attention with grouped key/value heads, using PyTorch's fused kernel; explicit.py has its twin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three small functions with their backward passes written out, for training on a CPU.
+"""Three functions with hand-written backward passes, for training on a CPU.
 
 What these cost there is passes over memory. PyTorch composes them of general operations, whose derivatives make
 more of them. Elsewhere a compiler or a fused kernel does this, so other devices, half precision and

@@ -1,4 +1,4 @@
-"""The key/value cache: what attention remembers of the tokens that have passed.
+"""The key/value cache.
 
 Row b's token t always sits in slot t. Rows may hold different numbers of tokens: unequal prompts are padded on the
 right, causality hides the padding, and `truncate` then sets the true lengths; the next tokens overwrite it.

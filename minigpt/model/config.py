@@ -1,4 +1,4 @@
-"""One frozen configuration for every GPT: sizes, and the choices that tell GPT-2, Llama and the modern recipe apart.
+"""The config of every GPT: sizes, and the choices that distinguish GPT-2, Llama and the modern preset.
 
     GPTConfig(preset="llama", vocab_size=512)    every field not given is filled in by the preset
 

@@ -1,4 +1,4 @@
-"""What a model costs before it exists: parameters, floating-point operations, memory. Arithmetic only, no tensors."""
+"""Cost of a model computed from its config: parameters, FLOPs, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model runs: the device that is meant, or the best that is here."""
+"""Choose the device that a model runs on."""
 
 from __future__ import annotations
 

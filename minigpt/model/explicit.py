@@ -1,4 +1,4 @@
-"""The explicit twin of the forward: the same parameters, nothing fused, every activation passes through a tap.
+"""The explicit twin of the forward pass: the same parameters, no fused operations, a hook at every activation.
 
 The plain forward carries no tap, hook or identity module. Whoever wants to see or change an activation runs these
 functions instead. A tap is called as tap(name, activation) and returns what the computation goes on with; names and

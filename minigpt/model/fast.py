@@ -1,4 +1,4 @@
-"""A model made ready for decoding: kept beside the model, never in its place.
+"""A copy of a model laid out for fast decoding.
 
 Decoding reads one token per row again and again. On a CPU nearly all of its time goes into fetching weights, and the
 usual layout is not the one that this is quickest in: `fast` keeps a second copy of the matrices, laid out for it. On a

@@ -1,4 +1,4 @@
-"""The small parts: norms, rotary positions, the MLP. The letters in shape comments are explained in gpt.py."""
+"""Norms, rotary positions, MLP, n-gram embeddings. gpt.py explains the letters in shape comments."""
 
 from __future__ import annotations
 

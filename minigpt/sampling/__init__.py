@@ -1,1 +1,1 @@
-"""Decoding: processors (logits -> logits), choice (logits -> ids), stopping, the loop and its front door."""
+"""Decoding: processors (logits -> logits), choice (logits -> ids), stopping, the generation loop, the Sampler."""

@@ -1,4 +1,4 @@
-"""From settings to processors: what a `SamplingConfig`, or one for each prompt, asks for, in its order."""
+"""Settings -> processors, in the order that the settings ask for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front door: text or token ids in, completions, a stream of events or scores out."""
+"""The Sampler: text or token ids in; completions, a stream of events, or scores out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from minigpt.tokenizer.given import as_tokenizer
 
 
 class Usage(NamedTuple):
-    """How many tokens were read and written."""
+    """Token counts of a sample."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -42,51 +42,51 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample: what a prompt was continued with."""
+    """One sample: the continuation of a prompt."""
 
     prompt_ids: list[int]
-    """The prompt's tokens; for an empty prompt, the token it was started from."""
+    """Token ids of the prompt; for an empty prompt, the token it starts from."""
     ids: list[int]
-    """The written tokens, with the end token or stop string that ended them."""
+    """Generated token ids, including the end token or stop string."""
     text: str
-    """Their text, without the end token and (but for include_stop) the stop string."""
+    """The generated text, without the end token and (unless include_stop) without the stop string."""
     finish_reason: str
-    """end, stop, length, context, time, repetition, error or a criterion's own: see `Event.finish_reason`."""
+    """end, stop, length, context, time, repetition, error, or the reason of a custom criterion; see `Event.finish_reason`."""
     seed: int | None
-    """The prompt's seed: with it the sample can be written again; None where nothing was drawn."""
+    """Seed of the prompt, which reproduces the sample; None if nothing was drawn."""
     log_probs: list[float]
-    """The model's own log-probability of each written token, before any processor (nats)."""
+    """Log-probability of each generated token under the model, before any processor (nats)."""
     usage: Usage
     error: str | None = None
-    """Why, where the reason is error."""
+    """The error message, if finish_reason is error."""
     score: float | None = None
-    """Of a search: what texts are ranked by; see `search.Hypothesis.score`."""
+    """Beam search: the score that texts are ranked by; see `search.Hypothesis.score`."""
     complete: bool = True
-    """Of a search: whether all of force_words appear."""
+    """Beam search: whether all of force_words appear."""
     missing: int = 0
-    """Of a search: how many texts fewer than num_return_sequences it found for the prompt."""
+    """Beam search: how many of num_return_sequences were not found for the prompt."""
     details: list[Details] | None = None
-    """With top_logprobs: how each token stood among the others."""
+    """With top_logprobs: rank and alternatives of each token."""
     work: list[tuple[Stage, ...]] | None = None
-    """What each processor did for each token, where asked for."""
+    """With show_work: the candidates after each processor, for each token."""
 
 
 class Sampler:
-    """Writes on from prompts. The same prompt, seed and settings give the same text in any company.
+    """Generates text from prompts. The same prompt, seed and settings give the same text alone or in any batch.
 
-    Policies:
-        - A text begins with what its tokenizer puts in front of one (`Tokenizer.prefix_ids`); token ids are as given.
-        - An empty prompt starts from that, else from end-of-text, or else from a newline; none shows in the text.
-        - Special tokens named in a prompt's text are ordinary text.
-        - Longer than the model's context: see `SamplingConfig.overflow`, and batch.py on the window.
-        - max_new_tokens = 0 gives empty completions with the reason "length".
-        - A sample with no token left to choose ends with the reason "error" and says why; the others go on.
-        - Ids that the model has and the tokenizer has not are never written.
+    Rules:
+        - A text prompt starts with the tokenizer's prefix (`Tokenizer.prefix_ids`); token ids are used as given.
+        - An empty prompt starts from the prefix, otherwise from end-of-text, otherwise from a newline; none of them is
+          part of the text.
+        - Special tokens in a prompt's text are ordinary text.
+        - Beyond the context length, see `SamplingConfig.overflow` and batch.py.
+        - max_new_tokens = 0 gives empty completions with finish_reason "length".
+        - A sample with no possible token ends with finish_reason "error" and a message; the others continue.
+        - Ids that the tokenizer does not have are never generated.
 
     Args:
-        model: what predicts; its mode and its gradients are left as they were.
-        tokenizer: turns text into the model's tokens and back; one of minigpt's, or any object with encode, decode and
-            vocab_size.
+        model: a GPT or any `Decodable`; its mode and gradients are not changed.
+        tokenizer: one of minigpt's, or any object with encode, decode and vocab_size.
         config: settings for every call; a call can override each of them.
         processors: the caller's own, applied where `config.order` has the step "processors".
         criteria: endings beyond those of the config.
@@ -113,9 +113,9 @@ class Sampler:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, show_work: int = 0, **overrides: Any
     ) -> list[list[Completion]]:
-        """Continue one prompt or several: result[prompt][sample], or [prompt][the best of num_beams].
+        """Generate completions of one or several prompts: result[prompt][sample], for beam search the best first.
 
-        Arguments as for `stream`, whose events it collects unless num_beams asks for a search.
+        Arguments as for `stream`.
         """
         ids = self._encode(prompts)
         common, configs = self._configs(len(ids), overrides)
@@ -132,17 +132,17 @@ class Sampler:
         return result
 
     def stream(self, prompts: Prompt | Sequence[Prompt], *, show_work: int = 0, **overrides: Any) -> Iterator[Event]:
-        """Continue one prompt or several and tell each token as it is chosen.
+        """Generate from one or several prompts and yield an event for each token.
 
         Args:
-            prompts: a text, token ids, or a list of such.
-            show_work: let `Event.work` tell what each processor did to this many of the likeliest tokens.
-            overrides: fields of `SamplingConfig` for this call; those of `config.PER_PROMPT`, and stop, may be lists of
-                one value for each prompt.
+            prompts: a text, token ids, or a list of either.
+            show_work: number of top candidates to report in `Event.work` after each processor; 0: none.
+            overrides: fields of `SamplingConfig` for this call; those in `config.PER_PROMPT`, and stop, may be lists with
+                one value per prompt.
 
         Raises:
-            ConfigError: at once, not at the first event: an unknown or ill-valued field, a prompt that cannot be used,
-                a search, which knows its texts only at its end.
+            ConfigError: immediately, not at the first event: an unknown field, an invalid value, an unusable prompt, or
+                beam search, which cannot be streamed.
         """
         ids = self._encode(prompts)
         common, configs = self._configs(len(ids), overrides)
@@ -154,13 +154,13 @@ class Sampler:
         return self._stream(ids, common, configs, show=show_work)
 
     def replay(self, prompts: Any, continuations: Any, *, show_work: int = 0, **overrides: Any) -> list[Completion]:
-        """Have each prompt continued by given tokens, and tell of each what it would have been told if chosen.
+        """Report for given continuations what `stream` would report if their tokens had been generated.
 
         Args:
             prompts: as for `stream`.
-            continuations: one for each prompt, as text or token ids.
+            continuations: one per prompt, as text or token ids.
             show_work: as for `stream`.
-            overrides: as for `stream`; those that ask for several texts count for nothing.
+            overrides: as for `stream`; settings for several texts have no effect.
         """
         ids = self._encode(prompts)
         forced = encode_all(self.tokenizer, continuations, "continuation", bare=True)
@@ -174,12 +174,11 @@ class Sampler:
         return [_completion(prompt, events) for prompt, events in zip(ids, collected, strict=True)]
 
     def score(self, texts: Any, *, stride: int | None = None, top: int = 0, show: bool = False) -> list[Score]:
-        """The model's log-probability of each token of one or several given texts; see `scoring.score_ids`.
+        """Log-probability of each token of one or several given texts; see `scoring.score_ids`.
 
-        A text is read as if it stood at the beginning of a document: after what the tokenizer puts in front of a text,
-        else after its end-of-text token. That predicts the first token; where there is neither, nothing does. The same
-        is put in front of token ids, unless they begin with it themselves. What the tokenizer puts in front is
-        given, and not scored.
+        A text is scored as the start of a document: after the tokenizer's prefix, otherwise after end-of-text, which
+        predicts the first token. If the tokenizer has neither, the first token has no score. Token ids get the same
+        prefix unless they start with it. The prefix itself is not scored.
         """
         prefix = list(self.tokenizer.prefix_ids)
         start = prefix if prefix or self.tokenizer.eot is None else [self.tokenizer.eot]
@@ -193,7 +192,7 @@ class Sampler:
         )
 
     def processors_for(self, **overrides: Any) -> tuple[list[Any], Order]:
-        """The processors of a call with these overrides, in their order, and the order itself."""
+        """The processors of a call with these overrides, in order, and the order itself."""
         _, configs = self._configs(1, overrides)
         return cook(configs, self.tokenizer, self.model.vocab_size, self.processors)
 

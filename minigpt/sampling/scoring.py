@@ -1,4 +1,4 @@
-"""How likely given texts are under a model: the log-probability and the rank of every token.
+"""Score given texts: log-probability and rank of every token.
 
 For perplexity, for ranking answers, for classification by the likeliest label. Nothing is sampled and no processor is
 applied: these are the model's own probabilities, the same that sampling reports as `log_prob`.

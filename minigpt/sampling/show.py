@@ -1,4 +1,4 @@
-"""A token's way through the processors as a table: the candidates downwards, the stages from left to right."""
+"""The top candidates of a token through all processors, as a table."""
 
 from __future__ import annotations
 

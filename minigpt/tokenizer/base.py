@@ -1,4 +1,4 @@
-"""What every tokenizer is: text to ids, ids to bytes, bytes to text, and a description that it can be rebuilt from.
+"""The tokenizer protocol: text -> ids -> bytes -> text, and a description to rebuild the tokenizer from.
 
 An id stands for bytes, not for characters: a character may be spread over several ids, and ids that a model chose may
 join to bytes that are no text at all. So decoding is always ids -> bytes -> text, in one go (`decode`) or as the ids

@@ -1,4 +1,4 @@
-"""From a config to a tokenizer, and from a tokenizer to its file and back.
+"""Config -> tokenizer; saving and loading a tokenizer.
 
 The file, `minigpt_tokenizer.json`, is complete by itself: `{"format": 1, "hash": ..., "tokenizer": {...}}`, where the
 hash is that of the description, so that an altered vocabulary is found out before a model is fed with it.

@@ -1,4 +1,4 @@
-"""What a person can ask of a tokenizer. Nothing heavy is imported here, so that `--help` answers at once."""
+"""Settings of the tokenizer. Light imports only, so that `--help` is fast."""
 
 from __future__ import annotations
 

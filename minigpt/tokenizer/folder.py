@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer.json say, and which of them counts where they disagree, as transformers 5 has it.
+"""The files beside a tokenizer.json, and which one wins where they disagree, as in transformers 5.
 
 tokenizer.json is run as it stands. Its template alone decides what is put around a text; tokenizer_config.json, or
 special_tokens_map.json where the former lists no added tokens, which token ends one. docs/interop.md lists every key.

@@ -1,4 +1,4 @@
-"""A tokenizer of the caller's own as one of ours: it needs encode, decode and vocab_size, the rest has defaults."""
+"""A user's tokenizer object: it needs encode, decode and vocab_size; the rest has defaults."""
 
 from __future__ import annotations
 

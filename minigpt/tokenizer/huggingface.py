@@ -1,4 +1,4 @@
-"""A Hugging Face `tokenizer.json`, run by the `tokenizers` library; transformers is not needed.
+"""A Hugging Face `tokenizer.json`, run with the `tokenizers` library; transformers is not needed.
 
 Encoding is the library's, with no special tokens added and none recognised inside text. Decoding is ours wherever the
 ids stand for bytes, which they do in the two families that language models use: byte-level BPE, and SentencePiece with

@@ -1,4 +1,4 @@
-"""The two vocabularies that need no merging: every byte an id, or every character of the corpus an id."""
+"""Byte and character vocabularies."""
 
 from __future__ import annotations
 

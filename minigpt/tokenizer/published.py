@@ -1,4 +1,4 @@
-"""The vocabularies that OpenAI published for GPT-2, GPT-4 (cl100k) and GPT-4o (o200k), found here or fetched.
+"""OpenAI's vocabularies of GPT-2, GPT-4 (cl100k) and GPT-4o (o200k), found locally or downloaded.
 
 Each is one file, known by its sha256 and looked for in this order: the folder that MINIGPT_VOCAB_DIR names, tiktoken's
 cache, installed packages that carry it, the network. tiktoken's own download waits for ever where the network swallows

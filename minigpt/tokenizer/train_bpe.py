@@ -1,4 +1,4 @@
-"""A byte-pair vocabulary learned from the user's own text.
+"""Train a byte-level BPE vocabulary on a text.
 
 Hugging Face's `tokenizers` counts and merges; what comes out is a list of tokens in the order they were learned, which
 `BPETokenizer` runs. The trainer starts from the 256 bytes and again and again makes one token of the pair of neighbours

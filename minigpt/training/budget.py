@@ -1,4 +1,4 @@
-"""A run that ends with its minutes: a probe times the job in small, and the number of steps follows, once.
+"""`--minutes`: a short probe measures the run, and sets its number of steps once.
 
 The probe is the run itself: the same job, by the same way into the same number of processes, in a folder that is
 thrown away. It runs twice. The first time fills the compiler's cache and tells roughly what a step takes; the second

@@ -1,4 +1,4 @@
-"""From a config to a running job: settle what all processes must agree on, then train in one process or in several."""
+"""Config -> a running job: settle what all processes must agree on, then train in one process or several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One of several processes: `python -m minigpt.training.worker JOB`, started by launch.py."""
+"""One of several training processes: `python -m minigpt.training.worker JOB`, started by launch.py."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every analysis needs of a model under study: texts, activations and their names, edits, results."""
+"""What every analysis needs: tokenization, activations and their names, hooks, results."""

@@ -1,8 +1,7 @@
-"""What every analysis needs of a model under study: to see any activation and to change any, alone or while it writes.
+"""Read and edit the activations of a model, in single forward passes and during generation.
 
-The model itself gains no method and no hook: a watched run goes through the explicit twin of its forward
-(minigpt.model.explicit), a plain one never does. So there is nothing to restore in the model, and a compiled callable
-beside it stays as it is.
+The model itself has no hooks: watched forward passes run its explicit twin (minigpt.model.explicit), plain ones never do.
+So nothing has to be restored in the model, and a compiled copy is not affected.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ if TYPE_CHECKING:
 
 
 class Site(NamedTuple):
-    """Where an edit stands: what it is called with beside the activation."""
+    """The place of an activation, passed to an edit together with the activation."""
 
     name: str
     """The activation's full name."""
     axes: tuple[str, ...]
     """The activation's axes; see `minigpt.internals.access.names`."""
     positions: Tensor
-    """Where in the text the activation's positions are: (T), or (B, T) where rows stand at different lengths."""
+    """Positions in the text: (T), or (B, T) if rows have different lengths."""
 
     @property
     def layer(self) -> int | None:
@@ -52,11 +51,11 @@ Edits = Mapping[Any, "Edit | Tensor | float"]
 
 
 class _Enough(Exception):
-    """The last activation asked for has been seen."""
+    """Stops the forward pass after the last requested activation."""
 
 
 class Watch:
-    """The tap of one run: applies the edits, then keeps what is asked for."""
+    """The hook of one forward pass: applies edits, then stores the requested activations."""
 
     def __init__(
         self, table: dict[str, Activation], edits: list[tuple[str, Edit]], keep: Sequence[str], stop: bool
@@ -94,14 +93,14 @@ class Watch:
 
 
 class Access(Texts):
-    """A model and its tokenizer, opened up.
+    """Access to the activations of a model with its tokenizer.
 
     Args:
-        run: a run or checkpoint folder, or what `minigpt.load` returned. `Study.of(model, tokenizer)` takes the parts.
+        run: a run or checkpoint folder, or the result of `minigpt.load`. See `Study.of` for a model in memory.
 
-    Texts are given as text, as several of the same number of tokens, or as token ids (B, T) or (T). A text begins with
-    what its tokenizer puts in front of one; token ids are taken as they are. Runs are made in evaluation mode and
-    without gradients unless asked for; the model's mode, parameters and their gradients stay as they were.
+    A text is a string, several strings with the same number of tokens, or token ids (B, T) or (T). Strings get the
+    tokenizer's prefix; token ids are used as given. Forward passes run in evaluation mode, without gradients unless
+    requested; the mode, parameters and gradients of the model are not changed.
     """
 
     def __init__(self, run: Run | str | Path) -> None:
@@ -112,7 +111,7 @@ class Access(Texts):
 
     @classmethod
     def of(cls, model: GPT, tokenizer: Tokenizer | None = None) -> Self:
-        """A study of a model that is in memory. Without a tokenizer texts are token ids only."""
+        """A study of a model in memory. Without a tokenizer, texts must be token ids."""
         study = cls.__new__(cls)
         study._open(model, tokenizer, None)
         return study
@@ -130,14 +129,13 @@ class Access(Texts):
 
     @contextmanager
     def hooks(self, edits: Edits) -> Iterator[Self]:
-        """Change activations in every run of this `with` block, generation included; before and after it nothing is.
+        """Edit activations in every forward pass within this `with` block, including generation.
 
         Args:
-            edits: a name, pattern or (short name, layer) -> a function (activation, site) that returns what the
-                computation goes on with (or None where it wrote into its argument), or the tensor or number itself.
+            edits: a name, pattern or (short name, layer) -> a function (activation, site) that returns the new activation
+                (or None if it modified its argument), or a tensor or number that replaces the activation.
 
-        Blocks nest: the inner edits come after the outer ones. Raises ConfigError, naming the nearest, for an unknown
-        name.
+        Blocks nest: inner edits run after outer ones. Raises ConfigError with a suggestion for an unknown name.
         """
         added: list[tuple[str, Edit]] = []
         for names, edit in edits.items():
@@ -151,10 +149,10 @@ class Access(Texts):
             self._edits = before
 
     def watch(self, keep: Sequence[str] = (), stop: bool = False) -> Watch:
-        """The tap of a run to come: the edits of the open `hooks`, and the full names to keep.
+        """The hook of a forward pass: the edits of active `hooks`, and the full names to store.
 
-        Raises ConfigError for an edit of a norm that the run does not compute: where heads read the stream each by
-        itself, there is no one norm before attention.
+        Raises ConfigError for an edit of a norm that is not computed: if heads read the stream separately, there is no
+        single norm before attention.
         """
         watch = Watch(self.table, self._edits, keep, stop)
         for name in watch.edits:
@@ -165,7 +163,7 @@ class Access(Texts):
         return watch
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, watch: Watch | None = None) -> Tensor:
-        """Normed hidden states (B, T, C) of ids (B, T), with the edits of the open `hooks`, by the explicit forward."""
+        """Normed hidden states (B, T, C) of ids (B, T) by the explicit forward pass, with the edits of active `hooks`."""
         watch = watch or self.watch()
         offsets = torch.arange(ids.shape[1], device=ids.device)
         if cache is None or cache.even:
@@ -176,7 +174,7 @@ class Access(Texts):
 
     @contextmanager
     def running(self, grad: bool = False) -> Iterator[None]:
-        """Evaluation mode, with or without gradients, for the length of a `with` block."""
+        """Evaluation mode, with or without gradients, within a `with` block."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -196,15 +194,15 @@ class Access(Texts):
         stop: bool = False,
         grad: bool = False,
     ) -> tuple[Tensor, Activations]:
-        """Logits (B, T, V) and activations of one forward.
+        """Logits (B, T, V) and activations of one forward pass.
 
         Args:
             text: see the class.
-            names: which activations to keep (see `names.select`); None: all that are computed anyway.
-            positions: keep these positions of each (of an attention pattern: these queries); None: all.
-            device: where to keep them; None: where they are.
-            stop: end the forward once the last of them is there; the logits are then empty (B, 0, V).
-            grad: keep the graph, so that what is returned can be differentiated.
+            names: activations to store (see `names.select`); None: all except those on request.
+            positions: positions to store (of an attention pattern: queries); None: all.
+            device: device to store them on; None: the model's.
+            stop: stop after the last requested activation; the logits are then empty (B, 0, V).
+            grad: keep the autograd graph.
         """
         ids, keep = self.ids(text), select(self.config, names)
         watch = self.watch(keep, stop)
@@ -224,30 +222,30 @@ class Access(Texts):
         return value if device is None else value.to(device)
 
     def logits(self, text: Text, *, grad: bool = False) -> Tensor:
-        """Logits (B, T, V), with the edits of the open `hooks`."""
+        """Logits (B, T, V), with the edits of active `hooks`."""
         ids = self.ids(text)
         with self.running(grad):
             return self.model.unembed(self.forward(ids))
 
     def losses(self, text: Text, *, grad: bool = False) -> Tensor:
-        """Nats that each token but the first costs after those before it, (B, T - 1)."""
+        """Loss of each token except the first, in nats, (B, T - 1)."""
         ids = self.ids(text)
         need_two(ids.shape[1])
         return token_losses(self.logits(ids, grad=grad), ids)
 
     def loss(self, text: Text) -> float:
-        """Mean nats per token, over every token but each row's first."""
+        """Mean loss in nats per token, over all tokens except the first of each row."""
         return float(self.losses(text).mean())
 
     def gradients(
         self, text: Text, metric: Callable[[Tensor], Tensor], names: Names | None = None
     ) -> tuple[Tensor, Activations, Activations]:
-        """What a number made of the logits depends on: its value, activations, and its gradients by them.
+        """A scalar function of the logits: its value, the activations, and its gradients with respect to them.
 
         Args:
             text: see the class.
-            metric: logits (B, T, V) -> a scalar; a sum over rows keeps the rows' gradients apart.
-            names: as in `run_with_cache`; an activation that the number does not depend on has gradient 0.
+            metric: logits (B, T, V) -> a scalar; a sum over rows keeps the gradients of rows separate.
+            names: as in `run_with_cache`; an activation that the value does not depend on has gradient 0.
         """
         logits, cache = self.run_with_cache(text, names, grad=True)
         with torch.enable_grad():
@@ -263,7 +261,7 @@ class Access(Texts):
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Nats of each id after those before it, (B, T - 1), from the logits (B, T, V) at each."""
+    """Loss of each id except the first, in nats, (B, T - 1), from logits (B, T, V)."""
     return F.cross_entropy(widen(logits[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
         len(ids), -1
     )

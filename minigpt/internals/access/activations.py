@@ -1,4 +1,4 @@
-"""What a watched run leaves behind: activations by full or short name."""
+"""The cache of a watched forward pass: activations by full or short name."""
 
 from __future__ import annotations
 

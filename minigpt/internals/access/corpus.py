@@ -1,4 +1,4 @@
-"""Much text for a study: a run's own corpus or any other, cut into windows, and activations gathered over it."""
+"""Large texts for a study: a run's own corpus or another, in windows, and activations gathered over it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The activations of a model by name: TransformerLens's classic names, their axes, and what they are.
+"""The names of a model's activations, as in TransformerLens, with their axes and meaning.
 
     hook_embed                    batch pos d_model      a name of the whole model
     blocks.3.attn.hook_pattern    batch head pos slot    a name of one block

@@ -1,4 +1,4 @@
-"""What every analysis returns: numbers with labelled axes that print, show themselves in a notebook, and save."""
+"""The return type of every analysis: numbers with labelled axes that print, display in a notebook, and save."""
 
 from __future__ import annotations
 

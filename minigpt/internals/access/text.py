@@ -1,4 +1,4 @@
-"""Text into a model and out of it, for study: as sampling reads it, nothing guessed, every token shown."""
+"""Text <-> token ids for a study, tokenized as for sampling, with every token displayable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watching and steering a model while it writes: a model for the sampler whose every forward is a watched one.
+"""Hooks during generation: a model for the sampler whose forward passes are watched.
 
 A sampler asks little of a model (see decodable.py), so a study's edits reach whatever is written with it:
 

@@ -1,1 +1,1 @@
-"""What a logit is made of, and who wrote it."""
+"""What a logit is made of: decomposition, attribution, lenses, saliency."""

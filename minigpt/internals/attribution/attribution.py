@@ -1,4 +1,4 @@
-"""Direct logit attribution: how much each term of the last stream adds to a logit, exactly and without folding weights.
+"""Direct logit attribution: the exact contribution of each term of the residual stream, without folding weights.
 
 The last norm divides by a scale s that the whole stream decides, and the logit of token t is linear in what is left:
 

@@ -1,4 +1,4 @@
-"""What the residual stream is made of: it starts as embeddings, and every attention and MLP adds to it.
+"""Residual stream decomposition: embeddings plus the output of every attention layer and MLP.
 
     study.components("ROMEO:", by="head")                       terms that sum to the last stream exactly
     study.components("ROMEO:", by="component", at=("resid_mid", 2), read="share")

@@ -1,4 +1,4 @@
-"""Where the information at each position came from: attention of all layers multiplied through.
+"""Attention rollout and value-weighted flow: attention of all layers multiplied.
 
 In a block a position keeps part of its stream and takes the rest from the positions that it looks at. Two ways to say
 how much, each a matrix whose rows sum to 1, multiplied over the blocks:

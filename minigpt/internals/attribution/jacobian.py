@@ -1,4 +1,4 @@
-"""Fitting a Jacobian lens: how, on average over text, the last stream depends on the stream at each place.
+"""Fit a Jacobian lens: the mean dependence of the final stream on the stream at each place.
 
     J = mean over texts and tokens t of   sum over t' >= t of   d last(t') / d stream(t)
     read: unembed(norm(J h))  or, around the means of the stream h and of the last stream,  J (h - mean h) + mean last

@@ -1,4 +1,4 @@
-"""Lenses: what the model would say if it stopped there, at every place of the stream and every token.
+"""Logit lens and its variants: the prediction at every place of the residual stream and every token.
 
     print(study.logit_lens("ROMEO:"))                  rows: places, columns: tokens, cells: the likeliest next token
     study.logit_lens("ROMEO:", stat="kl")              how far from the final answer each place is, in nats

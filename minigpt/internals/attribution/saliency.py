@@ -1,4 +1,4 @@
-"""Which tokens of the text an answer depends on, by gradients and by taking tokens away.
+"""Saliency: which tokens a prediction depends on, by gradients or occlusion.
 
 With x_t what token t puts into the stream, x'_t a baseline in its place, and f the answer's logit (or the difference to
 another's):

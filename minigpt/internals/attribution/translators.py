@@ -1,4 +1,4 @@
-"""Lenses that translate: an affine map a place, from the stream there to what it will be at the end.
+"""Lenses with an affine map per place, from the stream there to the final stream.
 
     tuned lens       trained so that what it reads comes closest to the model's own output   tuned.py
     Jacobian lens    the mean derivative of the end by the stream there   jacobian.py

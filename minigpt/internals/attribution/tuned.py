@@ -1,4 +1,4 @@
-"""Training a tuned lens: for each place of the stream the affine map whose reading is closest to the model's output.
+"""Train a tuned lens: for each place the affine map whose prediction is closest to the model's output.
 
     loss = mean over tokens of KL(model's output || unembed(norm(A h + b))),   one A and b a place, from the identity on
 

@@ -1,4 +1,4 @@
-"""What heads can do, read from their weights: the OV and QK circuits.
+"""OV and QK circuits: what heads can do according to their weights.
 
 (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, transformer-circuits.pub/2021/framework)
 

@@ -1,1 +1,1 @@
-"""What changes when something is changed."""
+"""Causal analyses: ablation, patching, paths, circuits, heads."""

@@ -1,4 +1,4 @@
-"""What a part is worth: the output without it. Parts are heads and MLPs, each taken away by itself.
+"""Ablation: the output without a head or an MLP.
 
 Taking a part away is putting something in the place of what it writes to the stream:
 

@@ -1,4 +1,4 @@
-"""Circuits: the few connections between heads and MLPs that carry a behaviour, found and judged.
+"""Circuits: find and evaluate the few connections that carry a behaviour.
 
     input -> L0H1 -> L1H0.k -> L1H0 -> output
 

@@ -1,4 +1,4 @@
-"""How much a change matters: what it does to the loss, the distribution and an answer; causal analyses measure here.
+"""The effect of an edit on the loss, the distribution and an answer; the metrics of all causal analyses.
 
 A metric is one number made of logits. Analyses bind it to their texts first, which tells them at which positions it
 looks: nothing else needs to be computed.

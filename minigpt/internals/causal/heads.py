@@ -1,4 +1,4 @@
-"""What attention heads do, by what they look at: detectors that give every head a number from 0 to 1.
+"""Detectors of attention heads: every head gets a score from 0 to 1 for each kind.
 
 A kind of head is a rule that says, of each query, which slots such a head looks at; the score is the attention that
 falls on them. The text is a block of random tokens that comes twice, A B C D A B C D, so that nothing but its own

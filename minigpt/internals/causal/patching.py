@@ -1,4 +1,4 @@
-"""Activation patching: which activations carry what tells two texts apart.
+"""Activation patching: which activations carry the difference between two texts.
 
 The model reads a corrupted text, and one activation after another is replaced with what it is in a clean text of as
 many tokens. How far the output moves towards that of the clean text says how much of the difference runs through there.

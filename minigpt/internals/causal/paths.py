@@ -1,4 +1,4 @@
-"""Path patching: not which parts matter, but along which connections. Exact, norms included.
+"""Path patching: along which connections a difference travels. Exact, including norms.
 
 A sender (a head, an MLP, the embeddings) writes something else in a clean text than in a corrupted one. A receiver (the
 queries, keys or values of a head, an MLP, the logits) reads the stream. Along the path between them alone the clean

@@ -1,4 +1,4 @@
-"""Going on from the middle of a forward: the outcome of very many small changes without a whole forward for each.
+"""Run a forward pass from the middle: many small edits without a whole forward pass for each.
 
 A change of the stream at one place leaves all layers before it as they were, and in every layer all positions before
 it. So a base run is made once, and each change costs the layers after it and the positions from it on:

@@ -1,1 +1,1 @@
-"""How a model came about: over its context, over its training, between models."""
+"""Changes over the context, over training, and between models."""

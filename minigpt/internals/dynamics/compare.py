@@ -1,4 +1,4 @@
-"""Two models side by side, such as two checkpoints of a run: what each token costs, and how alike their streams are."""
+"""Compare two models, such as two checkpoints of a run: loss per token and similarity of their streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model gains from its context: the loss at each position, and one number for how much it falls.
+"""What a model gains from context: loss by position, and the in-context score.
 
 Both are measured on windows of held-out text that stay the same, so that they can be compared between checkpoints.
 """

@@ -1,4 +1,4 @@
-"""Series as a page of small charts: drawn here, as SVG, so that the page needs no script, no library and no network."""
+"""Series as an HTML page of small SVG charts, without scripts or libraries."""
 
 from __future__ import annotations
 

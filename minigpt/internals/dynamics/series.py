@@ -1,4 +1,4 @@
-"""How the inside of a model changed while it trained: snapshots step by step, as results and as lines in a terminal."""
+"""Snapshots over training as results, and as lines in a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model at one moment in figures, cheap enough to be taken many times while it trains (see KINDS for what they are).
+"""Metrics of a model's internals at one step, cheap enough to repeat during training (see KINDS).
 
 Taken again and again, they show when each thing is learned: `minigpt.internals.dynamics.series`.
 """

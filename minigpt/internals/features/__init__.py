@@ -1,1 +1,1 @@
-"""Directions in activations."""
+"""Directions in activations: neurons, probes, steering, autoencoders."""

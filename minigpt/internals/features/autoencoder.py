@@ -1,4 +1,4 @@
-"""Sparse autoencoders and transcoders: an activation written as a sum of few directions out of many.
+"""Sparse autoencoders and transcoders: an activation as a sum of a few of many directions.
 
     f = act((x - b_dec) W_enc + b_enc)      features, nearly all of them zero        (..., d_in) -> (..., d_sae)
     y = f W_dec + b_dec                     the reconstruction                       (..., d_sae) -> (..., d_out)

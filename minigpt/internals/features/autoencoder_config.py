@@ -1,4 +1,4 @@
-"""The settings of a sparse autoencoder's training, declared once; the command line reads them from here."""
+"""Settings for training a sparse autoencoder, also used by the command line."""
 
 from __future__ import annotations
 

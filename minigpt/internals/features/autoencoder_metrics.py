@@ -1,4 +1,4 @@
-"""What a sparse autoencoder is worth: how sparse it is, how true, and what the model loses when it stands in."""
+"""Metrics of a sparse autoencoder: sparsity, reconstruction, and the model's loss with the reconstruction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a sparse autoencoder or transcoder on activations of a model of one's own, in minutes.
+"""Train a sparse autoencoder or transcoder on a model's activations.
 
 Activations come from windows anywhere in the training text, a few thousand tokens at a time, shuffled, and scaled to a
 variance of 1 (the scale is folded into the weights at the end). The loss is then the share of variance that is missed,

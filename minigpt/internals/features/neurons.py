@@ -1,4 +1,4 @@
-"""Neurons: where in a corpus each is most active, and which tokens it speaks for.
+"""Neurons: contexts of maximum activation, and direct effect on the logits.
 
     found = study.top_contexts(("post", 1), k=10)          one pass over the run's validation split
     print(found.show(37))                                  neuron 37's ten strongest contexts

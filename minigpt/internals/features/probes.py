@@ -1,4 +1,4 @@
-"""Linear probes: what can be read off an activation with a straight line, layer by layer.
+"""Linear probes: what can be decoded linearly from an activation, layer by layer.
 
     study.probe(texts, ["noun", "verb", ...])                      what is known after each block
     study.probe(texts, lengths, "resid_post", position=None)       numbers instead of classes, from the mean over tokens

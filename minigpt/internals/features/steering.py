@@ -1,4 +1,4 @@
-"""Steering: a direction found from texts of two kinds, added to an activation while the model runs or writes.
+"""Steering vectors: a direction from two sets of texts, added to an activation.
 
     happy = study.steering_vector(["I love it", ...], ["I hate it", ...], ("resid_post", 2))
     with study.hooks(happy.edits(4)):

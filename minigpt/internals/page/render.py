@@ -1,4 +1,4 @@
-"""A report's data as one page: the data as JSON, a style sheet and plain scripts in a single file, for any browser.
+"""Report data -> one HTML file: JSON, a style sheet and plain scripts.
 
 The page asks nothing of a network and of a build. What it is given is untrusted: the text of tokens, names of runs. So
 the data is JSON in which no `<` occurs, scripts make elements from it without parsing markup, and a policy in the head

@@ -1,4 +1,4 @@
-"""What each view of the report page holds, in numbers: one function a view, one dict each (see docs/study/page.md).
+"""The data of each view of the report: one function and one dict per view (see docs/study/page.md).
 
 All but the scores of heads come from one watched run of the text. Position t of a text predicts token t + 1.
 """

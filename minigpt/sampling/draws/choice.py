@@ -1,4 +1,4 @@
-"""From logits to a token: the likeliest one, or one drawn with a given uniform number."""
+"""Logits -> token: the argmax, or a draw with a given uniform number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sampling needs of a model, and of the cache that the model hands out: two protocols and nothing else.
+"""What sampling needs of a model and its cache: two protocols.
 
 A GPT fulfils them; so do a table, an n-gram model, and a wrapper that combines several models (its cache then passes
 each verb on to the caches inside).

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of where they are used, not of what was drawn before.
+"""Counter-based random numbers: a function of seed and position, not of earlier draws.
 
 A generator with a state gives a row other numbers when its neighbours change. Here a number is computed from (seed,
 absolute token position, sample index, purpose, draw), so a row gets the same ones alone or in any batch, streamed or

@@ -1,1 +1,1 @@
-"""Rows that are written together."""
+"""The generation loop over a batch of rows."""

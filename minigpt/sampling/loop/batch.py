@@ -1,4 +1,4 @@
-"""The rows being written, in step with the model: reading tokens, choosing the next, moving and dropping rows.
+"""The rows being generated: read tokens, choose the next ones, move and drop rows.
 
 All that has a row axis is here, so that whatever moves rows moves every part of them: the model's cache, the
 processors' states, the context that they look at, the noise.

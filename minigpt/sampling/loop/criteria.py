@@ -1,4 +1,4 @@
-"""Ready-made endings beyond length and end tokens: token sequences, a time limit, repetition.
+"""Stopping criteria besides length and end tokens: token sequences, a time limit, repetition.
 
 Each is a `Criterion`: called after every token with the context that holds it, it gives a reason for each row that is
 to end. None remembers anything of a row, so rows may be moved, copied and dropped between two calls. What ended a row

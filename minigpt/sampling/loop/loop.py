@@ -1,4 +1,4 @@
-"""The loop: token prompts in, an event for every token out, and the policies on where a sample ends.
+"""The generation loop: token prompts in, one event per token out; decides when a sample ends.
 
 Every sample of every prompt is a row. Rows are written in batches: all at once, or sorted by length into as many as a
 budget of rows and tokens asks for. Each distinct prompt is read once, its cache row copied to its samples; a row that

@@ -1,4 +1,4 @@
-"""A list of processors as one processor: in their order, each with its own state, greedy rows unshaped."""
+"""A list of processors as one: in order, each with its own state; greedy rows skip shaping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts to token ids, and written tokens back to text that continues the prompt's."""
+"""Prompts -> token ids, and generated tokens -> text that continues the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From tokens to text, and where the text ends: whole characters as they come, stop strings found and held back."""
+"""Tokens -> text as it is generated, and stop strings: found, held back, cut off."""
 
 from __future__ import annotations
 

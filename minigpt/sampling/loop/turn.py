@@ -1,4 +1,4 @@
-"""One turn of the plain loop: every row's next token chosen, and what may be told about the choice."""
+"""One step of the loop: choose each row's next token, and collect details of the choice."""
 
 from __future__ import annotations
 

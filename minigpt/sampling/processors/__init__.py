@@ -1,1 +1,1 @@
-"""Logits -> logits, one family a file."""
+"""Logits -> logits, one family per file."""

@@ -1,4 +1,4 @@
-"""Processors with memory: each steers a row towards a target by what it has chosen so far.
+"""Stateful processors: each steers a row towards a target, based on the tokens chosen so far.
 
 Put them last: what they learn from is the probability a token had when it was chosen. A row's state holds its own
 parameters too, so that it needs no look at the call.

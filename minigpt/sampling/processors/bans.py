@@ -1,4 +1,4 @@
-"""Bans and biases on given tokens, alone or after given others. Greedy rows obey them.
+"""Bans and biases of given tokens, alone or after given others. They also apply to greedy rows.
 
 Definitions are those of transformers' processors of similar names; each row is seen without its padding.
 """

@@ -1,4 +1,4 @@
-"""Filters that cut at a border: tokens whose probability or logit lies below it are forbidden.
+"""Filters with a threshold: tokens with a probability or logit below it are forbidden.
 
 See `truncation` for what holds for every filter. p stands for softmax(z), z for the logits.
 """

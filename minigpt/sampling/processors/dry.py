@@ -1,4 +1,4 @@
-"""DRY: a penalty on tokens that would go on repeating what was said before (p-e-w, 2024).
+"""DRY: a penalty on tokens that would continue a repeated sequence (p-e-w, 2024).
 
 If the last n tokens occurred earlier and were followed by v, then choosing v would make the repetition one longer, and
 z of v is lowered by multiplier * base^(n - allowed_length), for the greatest such n:

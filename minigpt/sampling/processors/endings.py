@@ -1,4 +1,4 @@
-"""Where a text may begin and end: tokens forced or kept back at given lengths. Greedy rows obey them.
+"""First and last tokens: forced or forbidden at given lengths. They also apply to greedy rows.
 
 Lengths are counted in each row's own tokens, without padding. The end ids are those of the call.
 """

@@ -1,4 +1,4 @@
-"""Penalties: a token's logit is lowered (or raised) because the token was seen, whatever the distribution looks like.
+"""Penalties: the logits of tokens that were seen before are lowered (or raised).
 
 Greedy rows obey them. `scope` says which tokens count: the "prompt", the "output" after it, or "both"; `window` takes
 only the last n of those; padding never counts. Only the logits of seen tokens are touched. A strength is a number, or

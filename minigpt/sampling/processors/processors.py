@@ -1,4 +1,4 @@
-"""Processors turn a step's logits into the logits that the choice is made from: what they see, and the plain ones.
+"""The processor protocol, its context, and the simplest processors.
 
 A processor is called as (context, logits, state) with (B, V) float32 logits and returns new logits; it never changes
 its input, and a token it forbids gets -inf. Its parameters are a number, or one number for each prompt of the call.

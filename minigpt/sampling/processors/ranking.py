@@ -1,4 +1,4 @@
-"""What filters are made of: a cut at a border, and the first tokens of a ranking without sorting the vocabulary.
+"""Building blocks of filters: a threshold, and the top of a ranking without sorting the vocabulary.
 
 Sorting 50 000 logits takes thirty times as long as finding the first hundred, which nearly always decide. So a rule on
 the ranking first sees those; only the rows in which it goes on beyond them are ranked further, in the end in full. What

@@ -1,4 +1,4 @@
-"""Processors that bend the distribution by its own shape, each row by its own: all tokens stay possible."""
+"""Processors that rescale logits; every token stays possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of a row's tokens a processor looks back at: prompt, output or both, all or the last n, never the padding."""
+"""Which tokens of a row a processor counts: prompt, output or both, all or the last n, never padding."""
 
 from __future__ import annotations
 

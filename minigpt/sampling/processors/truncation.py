@@ -1,4 +1,4 @@
-"""Filters that keep the first tokens of a ranking and forbid the rest; `borders` has those that cut at a border.
+"""Filters that keep the top of a ranking and forbid the rest; `borders` has those with a threshold.
 
 Every filter acts on each row alone, leaves at least one token, and sees probabilities renormalised over what earlier
 filters left. A parameter is a number, or one for each prompt of the call; `keep` is how many tokens survive at least.

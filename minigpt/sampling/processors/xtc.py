@@ -1,4 +1,4 @@
-"""XTC, the filter that removes the likeliest tokens."""
+"""XTC, the filter that removes the most likely tokens."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Beams of every kind."""
+"""Beam search and its variants."""

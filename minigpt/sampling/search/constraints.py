@@ -1,4 +1,4 @@
-"""Phrases that must appear in what is written: how far a text has come, and what brings it nearer.
+"""Phrases that a search must generate: progress of a text, and tokens that advance it.
 
 The phrases together are an automaton (Aho and Corasick, 1975): its state is the longest end of the text that begins one
 of them. So a match that breaks goes on with as much of it as still holds, and phrases may overlap.

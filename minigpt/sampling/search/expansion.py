@@ -1,4 +1,4 @@
-"""By what the candidates of a search's step are picked: three ways to rank the continuations of beams.
+"""Three ways to rank the continuations of beams in a step of a search.
 
 A ranking maps the continuations' sums of log-probabilities, (R, V) for R beams, to keys, (R, V); those with the
 greatest keys are the candidates. Adding Gumbel noise to log-probabilities and taking the greatest draws without

@@ -1,4 +1,4 @@
-"""The texts that a search weighs against each other: how they are scored, which go on, when nothing better can come.
+"""The candidates of a search: how they are scored, which are extended, when the search can stop.
 
 No tensor here: a step hands in the best continuations of each beam as plain numbers, and the rest is a matter of a few
 texts per prompt. The rules are those of transformers' beam search, named after its parameters.

@@ -1,4 +1,4 @@
-"""Search: several continuations of a prompt followed at once, for those that the model likes best as a whole.
+"""Beam search: several continuations of a prompt in parallel, returned by score.
 
 One loop serves every method. A step has the model read the beams of all prompts in one batch, ranks their continuations
 (`expansion`) and lets each group of beams decide what goes on and what ends (`hypotheses`); then the batch's rows

@@ -1,1 +1,1 @@
-"""Settings of sampling: fields, their rules, conflicts and orders."""
+"""Settings of sampling: fields, rules, conflicts, orders."""

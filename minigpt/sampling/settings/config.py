@@ -1,4 +1,4 @@
-"""How to sample: the fields of `SamplingConfig`, some of them in `shape` and `length`, and generation_config.json.
+"""`SamplingConfig`: its fields (some in `shape` and `length`), and reading and writing generation_config.json.
 
 Imports nothing heavy, so that the command line can show its help at once.
 """

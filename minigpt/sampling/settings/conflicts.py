@@ -1,4 +1,4 @@
-"""Settings that contradict each other, found before anything is computed. Imports nothing heavy."""
+"""Contradictory settings, found before anything is computed. Light imports only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which strategies are applied: presets named after the libraries that people come from, or a list.
+"""The order of processors: presets named after libraries, or a list.
 
 A step is named after the field of `SamplingConfig` that switches it on. Where a library has no such strategy, it stands
 beside its nearest relative. Imports nothing heavy.

@@ -1,4 +1,4 @@
-"""What settings and the parameters of processors accept: `setting` makes a field, `check` checks an object's fields.
+"""Which values settings and processor parameters accept. `setting` makes a field, `check` checks an object's fields.
 
 Imports nothing heavy, so that the command line can show its help at once.
 """

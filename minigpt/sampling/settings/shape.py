@@ -1,4 +1,4 @@
-"""The fields of `SamplingConfig` that shape the distribution a token is drawn from; the table of filters.
+"""The fields of `SamplingConfig` that shape the distribution; the table of filters.
 
 `filter="FILE.CLASS"` names the class in minigpt/sampling/processors/ that a field makes, as CLASS(value, keep=...). All
 else follows from it: the flag, the places in the orders, the conflict with mirostat, the row in docs/sampling.md, and

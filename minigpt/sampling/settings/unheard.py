@@ -1,4 +1,4 @@
-"""Keys of a generation_config.json that minigpt does not act on: named once, unless they ask for nothing."""
+"""Keys of a generation_config.json that have no effect in minigpt: named in one notice."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a run will cost."""
+"""Estimate what a run will cost."""

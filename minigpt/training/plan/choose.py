@@ -1,4 +1,4 @@
-"""What the machine decides: the number format, measured or known, settled once and said with the reason."""
+"""Choices that depend on the machine, such as the number format: measured once and reported."""
 
 from __future__ import annotations
 

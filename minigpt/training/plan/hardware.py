@@ -1,4 +1,4 @@
-"""What a machine can do: the peak rate of its matrix products, its memory, and how much of that a process has used."""
+"""Peak FLOPs and memory of a machine, and the memory that a process has used."""
 
 from __future__ import annotations
 

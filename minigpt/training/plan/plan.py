@@ -1,4 +1,4 @@
-"""What a run costs, told before any time is spent: parameters, memory, operations, tokens, time here and on GPUs."""
+"""Estimate of a run: parameters, memory, FLOPs, tokens, time here and on GPUs."""
 
 from __future__ import annotations
 

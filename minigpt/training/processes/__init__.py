@@ -1,1 +1,1 @@
-"""Several processes as one."""
+"""Several processes as one run: launch, join, watch."""

@@ -1,4 +1,4 @@
-"""Several processes of this machine, started as torchrun would start them, watched, signalled and ended together.
+"""Launch several processes on this machine as torchrun does; watch them, forward signals, end them together.
 
 torch's own launchers end the others at fixed times: Lightning's kills the first process within 5 seconds of any other's
 end, even in the middle of a save; torch's elastic agent kills what has not left 30 seconds after a signal. Here nobody

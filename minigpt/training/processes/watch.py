@@ -1,4 +1,4 @@
-"""Finding the process that hangs: each shows the others signs of life and how far it is, and all look.
+"""Find the process that hangs: each reports progress and watches the others.
 
 A thread in every process writes, several times in `trainer.hang_seconds`, a beat and the place where the main thread is
 (micro-batch, phase) to the store that all share. Every process looks at all the others.

@@ -1,1 +1,1 @@
-"""What a step computes, on one process or many."""
+"""What a training step computes, on one process or several."""

@@ -1,4 +1,4 @@
-"""A running average of the weights: what is validated, saved and sampled, while the raw weights train on."""
+"""Exponential moving average of the weights, which is validated, saved and sampled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signs that a run cannot learn, looked for before its first step and in its first ones.
+"""Detect a run that cannot learn, before its first step and during the first ones.
 
 A gradient of exactly zero leaves loss, speed and utilisation looking healthy to the end. So does a compiler that is
 wrong. Each is found here, told by the parameters' names, and ends the run. Under several processes all of

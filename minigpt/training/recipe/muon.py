@@ -1,4 +1,4 @@
-"""Muon: momentum whose updates are made orthogonal, for the matrices inside blocks, with AdamW for everything else.
+"""Muon (momentum with orthogonalised updates) for matrices inside blocks, AdamW for all other parameters.
 
 One optimizer holds both, so that a training step has one `step()`, one state and one learning-rate schedule.
 """

@@ -1,4 +1,4 @@
-"""The optimizer: which parameters Muon and AdamW take, and the optimizer's state by parameter name."""
+"""Build the optimizer: which parameters Muon and AdamW get; optimizer state by parameter name."""
 
 from __future__ import annotations
 

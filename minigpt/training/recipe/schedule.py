@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that nothing about it needs saving."""
+"""The learning rate as a function of the step; nothing has to be saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in pieces: each process keeps a part of every tensor and gathers a block's whole weights while it uses them.
+"""FSDP: each process keeps a part of every tensor and gathers a block's weights while it is used.
 
 This is FSDP2, torch's fully_shard (Zhao et al. 2023, arXiv 2304.11277; Rajbhandari et al. 2020, arXiv 1910.02054): the
 same arithmetic as with a copy in each process, in a fraction of the memory. A piece is a DTensor, which knows the shape

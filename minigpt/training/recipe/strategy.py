@@ -1,4 +1,4 @@
-"""How several processes share the work, and how a block trades time for memory."""
+"""DDP and FSDP strategies, and activation checkpointing."""
 
 from __future__ import annotations
 

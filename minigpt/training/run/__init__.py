@@ -1,1 +1,1 @@
-"""A run's life, told by fit."""
+"""The life of a run; start with fit."""

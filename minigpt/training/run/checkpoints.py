@@ -1,4 +1,4 @@
-"""Saving while it trains, and going on from what was saved."""
+"""Save checkpoints during training, and resume from them."""
 
 from __future__ import annotations
 

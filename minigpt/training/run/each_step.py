@@ -1,4 +1,4 @@
-"""What the callbacks share: a hook that is called once per step, and when something is due."""
+"""Shared by callbacks: a hook that runs once per step, and the test whether something is due."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training story: corpus, model, batches, and Lightning's Trainer with our callbacks in the order they act."""
+"""Training: corpus, model, batches, and Lightning's Trainer with our callbacks in order."""
 
 from __future__ import annotations
 

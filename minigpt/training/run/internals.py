@@ -1,4 +1,4 @@
-"""The inside of the model while it trains: a snapshot at chosen steps, as rows of metrics.jsonl.
+"""Snapshots of the internals during training, as rows of metrics.jsonl.
 
     internals/induction/L1H0    and the like: see minigpt.internals.dynamics.snapshot for the kinds
 

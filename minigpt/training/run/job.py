@@ -1,4 +1,4 @@
-"""A run that is ready to be trained, as every process of it is handed it."""
+"""A run that is ready to train, in a form that can be passed to other processes."""
 
 from __future__ import annotations
 

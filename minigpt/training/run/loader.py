@@ -1,4 +1,4 @@
-"""The training loader: a plain sized iterable over one process's micro-batches, from any step on."""
+"""The training loader: an iterable over one process's micro-batches, from any step on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trackers that `--log` names, as Lightning's loggers.
+"""The trackers of `--log` as Lightning loggers.
 
 One whose package is missing is refused before the run begins; from then on a tracker never blocks a run or stops it.
 """

@@ -1,4 +1,4 @@
-"""Metrics: one JSON object per row in metrics.jsonl, the progress bar, and the logger that was asked for.
+"""Metrics: rows of metrics.jsonl, the progress bar, and the logger.
 
 A row of training holds, beside loss, lr and grad_norm, since the row before:
     tokens_per_second   over all processes, without validation, saves and samples

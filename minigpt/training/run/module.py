@@ -1,4 +1,4 @@
-"""The training step as Lightning calls it: next-token cross-entropy, one gradient norm, one optimizer."""
+"""The training step as a LightningModule: next-token cross-entropy, one gradient norm, one optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at the model while it trains: validation and samples. Neither touches training's data or random numbers."""
+"""Validation and samples during training; neither changes the training data order or random numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one place that touches Lightning's private attributes (written against lightning 2.6.6; a test watches them)."""
+"""All uses of Lightning's private attributes (written for lightning 2.6.6; a test watches them)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that several processes could answer differently, answered once: corpus, name, folder, checkpoint."""
+"""Decide once what several processes must agree on: corpus, run name, folder, checkpoint."""
 
 from __future__ import annotations
 

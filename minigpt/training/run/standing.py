@@ -1,4 +1,4 @@
-"""How validation stands: the best loss, when it was, and for how long nothing better came.
+"""The state of validation: best loss, its step, and validations since then.
 
 It follows from the rows of metrics.jsonl up to a step, so that nothing about it needs saving, and a resumed run counts
 on from exactly where the one before it was. best.json, beside the rows, says which checkpoint is the best one; where

@@ -1,4 +1,4 @@
-"""Signals: each only sets a flag; processes agree on the flags once per step, and the step in progress is finished.
+"""Signals set flags; processes agree on the flags once per step, and the current step is finished.
 
 Several processes that `minigpt train` starts hear what their launcher hears. torchrun passes on SIGTERM and SIGINT, but
 dies of SIGUSR1: send that to one of its processes. torchrun kills what has not left 30 seconds after a signal; where a
