@@ -51,7 +51,7 @@ class Completion:
     text: str
     """The generated text, without the end token and (unless include_stop) without the stop string."""
     finish_reason: str
-    """end, stop, length, context, time, repetition, error, or the reason of a custom criterion; see `Event.finish_reason`."""
+    """end, stop, length, context, time, repetition, error, or a criterion's own reason; see `Event.finish_reason`."""
     seed: int | None
     """Seed of the prompt, which reproduces the sample; None if nothing was drawn."""
     log_probs: list[float]
@@ -137,8 +137,8 @@ class Sampler:
         Args:
             prompts: a text, token ids, or a list of either.
             show_work: number of top candidates to report in `Event.work` after each processor; 0: none.
-            overrides: fields of `SamplingConfig` for this call; those in `config.PER_PROMPT`, and stop, may be lists with
-                one value per prompt.
+            overrides: fields of `SamplingConfig` for this call; those in `config.PER_PROMPT`, and stop, may be lists
+                with one value per prompt.
 
         Raises:
             ConfigError: immediately, not at the first event: an unknown field, an invalid value, an unusable prompt, or

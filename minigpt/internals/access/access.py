@@ -1,7 +1,7 @@
 """Read and edit the activations of a model, in single forward passes and during generation.
 
-The model itself has no hooks: watched forward passes run its explicit twin (minigpt.model.explicit), plain ones never do.
-So nothing has to be restored in the model, and a compiled copy is not affected.
+The model itself has no hooks: watched forward passes run its explicit twin
+(minigpt.model.explicit), plain ones never do. So nothing has to be restored in the model, and a compiled copy is not affected.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class Access(Texts):
         """Edit activations in every forward pass within this `with` block, including generation.
 
         Args:
-            edits: a name, pattern or (short name, layer) -> a function (activation, site) that returns the new activation
-                (or None if it modified its argument), or a tensor or number that replaces the activation.
+            edits: a name, pattern or (short name, layer) -> a function (activation, site) that returns the new
+                activation (or None if it modified its argument), or a tensor or number that replaces the activation.
 
         Blocks nest: inner edits run after outer ones. Raises ConfigError with a suggestion for an unknown name.
         """
@@ -163,7 +163,7 @@ class Access(Texts):
         return watch
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, watch: Watch | None = None) -> Tensor:
-        """Normed hidden states (B, T, C) of ids (B, T) by the explicit forward pass, with the edits of active `hooks`."""
+        """Normed hidden states (B, T, C) of ids (B, T) by the explicit forward, with the edits of active `hooks`."""
         watch = watch or self.watch()
         offsets = torch.arange(ids.shape[1], device=ids.device)
         if cache is None or cache.even:
