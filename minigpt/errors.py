@@ -1,7 +1,7 @@
-"""The errors a user can meet. Each carries the process exit code that the command line ends with.
+"""Exceptions for users of the library. Each class defines the exit code of the command line.
 
 A message is one line that names the field, file or flag, the value, what was expected and what to do next. The command
-line prints that line alone; `--debug` adds the traceback.
+line prints only that line; `--debug` adds the traceback.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Any, NoReturn
 
 
 class MinigptError(Exception):
-    """Base of every error that is the user's to mend rather than ours."""
+    """Base class of all errors that the user can fix, as opposed to bugs in minigpt."""
 
     exit_code = 1
 
 
 class ConfigError(MinigptError, ValueError):
-    """A flag, a config field or a call's argument that cannot be used as given."""
+    """Invalid flag, config field or argument."""
 
     exit_code = 2
 
 
 class MissingExtra(ConfigError):
-    """A package that a feature needs is not installed, or does not work.
+    """A package that a feature needs is not installed or cannot be imported.
 
     Args:
-        package: its name.
-        extra: the extra of ours that brings it; "" for one that every installation has.
-        purpose: what needs it: a flag, a file.
-        cause: what importing it raised.
+        package: name of the package.
+        extra: the extra of minigpt that installs it; "" for a package that every installation has.
+        purpose: what needs the package: a flag, a file.
+        cause: the exception that the import raised.
     """
 
     def __init__(self, package: str, extra: str, purpose: str, cause: Exception | None = None) -> None:
@@ -44,21 +44,21 @@ class MissingExtra(ConfigError):
 
 
 def imported(package: str, extra: str, purpose: str) -> Any:
-    """The module of that name. Raises MissingExtra (see there) where it cannot be imported."""
+    """Import a package and return the module. Raises MissingExtra if the import fails."""
     try:
         return import_module(package)
-    except Exception as error:  # a package that is there and broken raises anything
+    except Exception as error:  # importing a broken package can raise any exception
         raise MissingExtra(package, extra, purpose, error) from error
 
 
 class DataError(MinigptError):
-    """Text, token shards or a tokenizer that are missing, altered or unfit."""
+    """Text, token shards or a tokenizer that are missing, modified or invalid."""
 
     exit_code = 4
 
 
 class CheckpointError(MinigptError):
-    """A checkpoint that is missing, incomplete, altered or made for something else."""
+    """A checkpoint that is missing, incomplete, modified or incompatible."""
 
     exit_code = 5
 
@@ -70,19 +70,19 @@ class DiskError(MinigptError):
 
 
 class NonFiniteError(MinigptError):
-    """Loss or gradients stayed NaN or infinite."""
+    """The loss or the gradients stayed NaN or infinite."""
 
     exit_code = 7
 
 
 class NotLearning(MinigptError):
-    """Gradients are zero, missing or wrong: the run would go on without learning anything."""
+    """Gradients are zero, missing or wrong, so the run would not learn anything."""
 
     exit_code = 7
 
 
 class DistributedError(MinigptError):
-    """Processes could not be started, did not agree, or were lost."""
+    """Processes of a distributed run failed to start, disagreed, or were lost."""
 
     exit_code = 8
 
@@ -94,7 +94,7 @@ class MemoryExceeded(MinigptError):
 
 
 class Interrupted(MinigptError):
-    """The user or the system asked to stop; everything was saved."""
+    """The user or the system asked the run to stop; everything was saved."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
@@ -102,9 +102,9 @@ class Interrupted(MinigptError):
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this exit code, without Python's last steps.
+    """Exit the process with this code and skip Python's finalization (os._exit).
 
-    For a process that was one of several or launched several: torch's threads may abort it when the interpreter ends.
+    For a process of a distributed run, or one that launched others: torch's threads may abort it during finalization.
     """
     sys.stdout.flush()
     sys.stderr.flush()

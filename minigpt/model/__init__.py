@@ -1,1 +1,1 @@
-"""The Transformer: configuration, layers, attention, cache, GPT. It knows nothing of text, files or training."""
+"""The Transformer: configuration, layers, attention, key/value cache, GPT. No text, files or training here."""

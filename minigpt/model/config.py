@@ -1,8 +1,8 @@
-"""One frozen configuration for every GPT: sizes, and the choices that tell GPT-2, Llama and the modern recipe apart.
+"""The model configuration: sizes, and the architecture choices that distinguish GPT-2, Llama and the modern recipe.
 
-    GPTConfig(preset="llama", vocab_size=512)    every field not given is filled in by the preset
+    GPTConfig(preset="llama", vocab_size=512)    the preset fills in the fields that are not given
 
-A field that a preset decides defaults to None in the signature; in an instance it always holds its number.
+Fields that depend on the preset default to None in the signature; an instance always holds the resolved value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rope"]
 Activation = Literal["gelu", "gelu_exact", "relu2", "swiglu"]
 
-# What a preset decides. "gpt2" equals Hugging Face's GPT2LMHeadModel, "llama" its LlamaForCausalLM.
+# Fields set by each preset. "gpt2" equals Hugging Face's GPT2LMHeadModel, "llama" its LlamaForCausalLM.
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "norm": "layernorm",
@@ -62,61 +62,61 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. Raises ConfigError, naming the field, where the numbers cannot make a model."""
+    """Architecture of a GPT. Raises ConfigError, naming the field, if the values do not define a valid model."""
 
     preset: Literal["gpt2", "llama", "modern"] = "modern"
-    """Fills in every field below that is not given: gpt2, llama or modern."""
+    """Architecture preset (gpt2, llama or modern). Sets the default of the fields below."""
     vocab_size: int | None = None
-    """Rows of the embedding; taken from the tokenizer when not given. A larger one pads the vocabulary."""
+    """Rows of the embedding. Default: the tokenizer's vocabulary size; a larger value pads it with unused rows."""
     block_size: int = 128
-    """Longest context, in tokens."""
+    """Maximum context length in tokens."""
     n_layer: int = 4
-    """Number of blocks."""
+    """Number of Transformer blocks."""
     n_head: int = 2
     """Number of query heads."""
     n_kv_head: int | None = None
-    """Number of key/value heads, a divisor of n_head (grouped-query attention); n_head when not given."""
+    """Number of key/value heads (grouped-query attention); must divide n_head. Default: n_head."""
     n_embd: int = 128
     """Width of the residual stream (channels)."""
     head_dim: int | None = None
-    """Width of a head; n_embd / n_head when not given."""
+    """Head width in channels. Default: n_embd / n_head."""
     n_inner: int | None = None
-    """Hidden width of the MLP; 4 n_embd when not given (swiglu: 8/3 n_embd rounded up to a multiple of 32)."""
+    """Hidden width of the MLP. Default: 4 n_embd (swiglu: 8/3 n_embd, rounded up to a multiple of 32)."""
     dropout: float = 0.0
-    """Probability of dropping an embedding or a block's output, while training."""
+    """Dropout probability of the embeddings and of the outputs of attention and MLP, in training. 0: none."""
     attn_dropout: float | None = None
-    """Probability of dropping an attention weight; as dropout when not given. 0 keeps the fused kernel on a CPU."""
+    """Dropout probability of the attention weights. Default: dropout. On a CPU only 0 allows the fused kernel."""
     norm: Norm | None = None
-    """layernorm or rmsnorm."""
+    """Type of normalization: layernorm or rmsnorm."""
     norm_eps: float = 1e-5
-    """Added to the variance inside a norm."""
+    """Epsilon added to the variance in the norms."""
     norm_weight: bool | None = None
-    """rmsnorm multiplies by a learned weight a channel; layernorm always does."""
+    """Give rmsnorm a learned weight per channel. layernorm always has one."""
     position: Position | None = None
-    """learned position embeddings, or rope (rotary, half-split pairs)."""
+    """Position encoding: learned embeddings, or rope (rotary, half-split pairs)."""
     rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rope frequencies."""
     activation: Activation | None = None
-    """gelu (tanh form), gelu_exact (erf), relu2 (squared ReLU) or swiglu (gated)."""
+    """MLP activation: gelu (tanh approximation), gelu_exact (erf), relu2 (squared ReLU) or swiglu (gated)."""
     qk_norm: bool | None = None
-    """Normalise queries and keys per head (RMSNorm) before the rotation."""
+    """Apply RMSNorm to the queries and keys of each head, before rope."""
     bias: bool | None = None
-    """Biases in the linear layers and in layernorm."""
+    """Use biases in the linear layers and in layernorm."""
     tie_embeddings: bool | None = None
-    """The unembedding shares the embedding's weight."""
+    """Share one weight between the embedding and the unembedding."""
     zero_init: bool | None = None
-    """Start every block's output projections at zero, so that a new model is the identity on the stream."""
+    """Initialize the output projections of every block to zero, so that each block starts as the identity."""
     logit_softcap: float | None = None
-    """c > 0: logits become c tanh(logits / c); 0 leaves them as they are."""
+    """Cap c on the logits: c tanh(logits / c). 0: no cap."""
 
     bigram_rows: int | None = None
-    """Rows of an embedding of each token with the one before it; pairs share rows where they must. 0: none."""
+    """Rows of the bigram embedding (token and previous token); hashed if there are more bigrams than rows. 0: none."""
     trigram_rows: int | None = None
-    """Rows of an embedding of each token with the two before it; 0: none."""
+    """Rows of the trigram embedding (token and previous two); hashed if there are more trigrams than rows. 0: none."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise ConfigError(f"model.preset: '{self.preset}' is none of {', '.join(PRESETS)}")
+            raise ConfigError(f"model.preset: '{self.preset}' is not one of {', '.join(PRESETS)}")
         derived: dict[str, Any] = {
             **PRESETS[self.preset],
             "n_kv_head": self.n_head,
@@ -152,7 +152,9 @@ class GPTConfig:
                 f"choose a divisor of it, or give model.head_dim"
             )
         if self.position == "rope" and self.head_dim % 2:  # type: ignore[operator]
-            raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope turns pairs, so it must be even")
+            raise ConfigError(
+                f"model.head_dim: {self.head_dim} is odd; rope rotates pairs of channels and needs an even value"
+            )
         for name in ("dropout", "attn_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not in [0, 1)")
@@ -165,16 +167,16 @@ class GPTConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
                 raise ConfigError(
-                    f"model.{name}: '{getattr(self, name)}' is none of {', '.join(allowed.__args__)}"  # type: ignore[attr-defined]
+                    f"model.{name}: '{getattr(self, name)}' is not one of {', '.join(allowed.__args__)}"  # type: ignore[attr-defined]
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field with its number, ready for JSON."""
+        """All fields with their resolved values, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
-        """The inverse of to_dict. Raises ConfigError for a field this version does not know."""
+        """Create a config from the output of to_dict. Raises ConfigError for unknown fields."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ConfigError(f"model: unknown fields {sorted(unknown)}; a newer version may have written this config")

@@ -1,4 +1,4 @@
-"""What a model costs before it exists: parameters, floating-point operations, memory. Arithmetic only, no tensors."""
+"""Compute parameters, FLOPs and memory of a model from its config, without creating tensors."""
 
 from __future__ import annotations
 
@@ -9,61 +9,62 @@ from minigpt.model.config import GPTConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of one model. A multiply-add is two floating-point operations (FLOPs)."""
+    """Parameters, FLOPs and memory of one model. A multiply-add counts as two floating-point operations (FLOPs)."""
 
     embedding_parameters: int
-    """Token, n-gram and position embeddings, with the unembedding where it is tied to them."""
+    """Token, n-gram and position embeddings; includes a tied unembedding."""
     block_parameters: int
-    """All blocks and the last norm."""
+    """All blocks and the final norm."""
     matrix_parameters: int
-    """Those of them that are in matrices: what Muon updates."""
+    """Parameters in the matrices of the blocks, which Muon updates."""
     unembedding_parameters: int
-    """0 where it is the embedding."""
+    """The unembedding; 0 if it is tied to the embedding."""
     forward_flops: int
-    """FLOPs a token of a forward at full context: 2 a matrix weight, and 4 H D S for attention, S averaged (causal)."""
+    """FLOPs per token of a forward pass at full context: 2 per matrix weight, and 4 H D S per layer for attention with
+    S averaged over the causal positions."""
     cache_bytes_per_token: int
     """Keys and values of all layers in float32 (2 n_layer n_kv_head head_dim 4 bytes)."""
 
     @property
     def parameters(self) -> int:
-        """All of them, shared ones once."""
+        """Total number of parameters; tied parameters count once."""
         return self.embedding_parameters + self.block_parameters + self.unembedding_parameters
 
     @property
     def training_flops(self) -> int:
-        """FLOPs a token of a training step: three forwards' worth (Kaplan et al. 2020, arXiv 2001.08361)."""
+        """FLOPs per token of a training step: three times a forward pass (Kaplan et al. 2020, arXiv 2001.08361)."""
         return 3 * self.forward_flops
 
     def optimizer_bytes(self, name: str) -> int:
-        """What the optimizer remembers in float32, but for a counter a tensor.
+        """Bytes of optimizer state in float32, without the step counter of each tensor.
 
         Args:
-            name: "adamw" (two moments a parameter) or "muon" (one for matrices inside blocks, two for the rest).
+            name: "adamw" (two moments per parameter) or "muon" (one for the matrices in blocks, two for the rest).
         """
         return 4 * (2 * self.parameters - (self.matrix_parameters if name == "muon" else 0))
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that training keeps from the forward pass for the backward pass, for one token; uncompiled, no dropout."""
+    """Activation memory of training in bytes per token (kept for backward); without torch.compile and dropout."""
 
     block: int
-    """One block's."""
+    """One block."""
     stream: int
-    """The input of a block: all that is kept of one under activation checkpointing."""
+    """Input of a block: the only activation of a block that activation checkpointing keeps."""
     ends: int
-    """The last norm's."""
+    """The final norm."""
     logits: int
-    """The logits and what the loss makes of them."""
+    """Logits and the intermediate values of the loss."""
 
     def bytes(self, layers: int, tokens: int, checkpointing: bool = False) -> int:
-        """All of it but the logits, for `tokens` tokens of a forward through `layers` blocks."""
+        """Total bytes without the logits, for `tokens` tokens and `layers` blocks."""
         blocks = layers * self.stream + self.block if checkpointing else layers * self.block
         return tokens * (blocks + self.ends)
 
 
 def cost_of(config: GPTConfig) -> Cost:
-    """Count a model from its config alone. vocab_size must be known."""
+    """Compute the Cost of a model from its config. vocab_size must be set."""
     assert config.vocab_size is not None and config.n_inner is not None
     assert config.n_kv_head is not None and config.head_dim is not None
     width, vocab, layers = config.n_embd, config.vocab_size, config.n_layer
@@ -91,26 +92,26 @@ def cost_of(config: GPTConfig) -> Cost:
 
 
 def activations_of(config: GPTConfig, half: bool = False, on_gpu: bool = True) -> Activations:
-    """What a token's forward leaves for the backward pass.
+    """Compute the activation memory per token that training keeps for the backward pass.
 
     Args:
-        config: of the model; vocab_size must be known.
-        half: whether matrix products are in bfloat16, as under bf16-mixed. The stream and the norms stay float32.
-        on_gpu: on a CPU attention stays float32 too.
+        config: config of the model; vocab_size must be set.
+        half: matrix products in bfloat16, as with bf16-mixed. The residual stream and the norms stay float32.
+        on_gpu: False for a CPU, where attention stays float32 too.
     """
     assert config.vocab_size is not None and config.n_inner is not None
     assert config.n_kv_head is not None and config.head_dim is not None
     size = 2 if half else 4
     width, vocab = config.n_embd, config.vocab_size
     keys, heads = config.n_kv_head * config.head_dim, config.n_head * config.head_dim
-    norm = 4 * width + (2 if half else 4) * width  # its input, and its output in the products' dtype
+    norm = 4 * width + (2 if half else 4) * width  # its input, and its output in the dtype of the matrix products
     attends = size if on_gpu else 4
-    attention = attends * (heads + 2 * keys)  # queries, keys and values as they were made
+    attention = attends * (heads + 2 * keys)  # queries, keys and values before norm and rope
     if config.qk_norm:
         attention += 4 * (heads + keys)
     if config.position == "rope":
         attention += 4 * (heads + keys)
-    attention += attends * heads + 4 * config.n_head  # what was read, and the sums of the softmax
+    attention += attends * heads + 4 * config.n_head  # output, and the log-sum-exp of the softmax
     inner = size * config.n_inner * (4 if config.activation == "swiglu" else 2)
     logits = 4 * vocab * (2 if config.logit_softcap else 1) + (2 * vocab if half else 0)
     return Activations(block=2 * norm + attention + inner, stream=4 * width, ends=norm, logits=logits)
