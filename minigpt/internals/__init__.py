@@ -1,1 +1,1 @@
-"""Studying a trained model: every activation seen, changed, traced to its sources; `Study` is the door."""
+"""Interpretability of trained models: read, edit and attribute activations. The entry point is `Study`."""

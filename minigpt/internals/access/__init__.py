@@ -1,1 +1,1 @@
-"""What every analysis needs of a model under study: texts, activations and their names, edits, results."""
+"""Shared by all analyses: texts, activations and their names, edits, results."""

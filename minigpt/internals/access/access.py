@@ -1,8 +1,7 @@
-"""What every analysis needs of a model under study: to see any activation and to change any, alone or while it writes.
+"""Read and edit the activations of a model, in single forward passes and during generation.
 
-The model itself gains no method and no hook: a watched run goes through the explicit twin of its forward
-(minigpt.model.explicit), a plain one never does. So there is nothing to restore in the model, and a compiled callable
-beside it stays as it is.
+The model itself gets no hooks: forward passes of a study use the explicit forward (minigpt.model.explicit) instead of
+the model's own. So nothing in the model has to be restored, and a compiled version of it stays valid.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ if TYPE_CHECKING:
 
 
 class Site(NamedTuple):
-    """Where an edit stands: what it is called with beside the activation."""
+    """Describes the activation that an edit function is called with."""
 
     name: str
-    """The activation's full name."""
+    """Full name of the activation."""
     axes: tuple[str, ...]
-    """The activation's axes; see `minigpt.internals.access.names`."""
+    """Axes of the activation; see `minigpt.internals.access.names`."""
     positions: Tensor
-    """Where in the text the activation's positions are: (T), or (B, T) where rows stand at different lengths."""
+    """Positions in the text along the activation's pos axis: (T), or (B, T) if rows have different lengths."""
 
     @property
     def layer(self) -> int | None:
-        """The block's number; None for an activation of the whole model."""
+        """Index of the block; None for an activation outside the blocks."""
         return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
 
 
@@ -52,11 +51,11 @@ Edits = Mapping[Any, "Edit | Tensor | float"]
 
 
 class _Enough(Exception):
-    """The last activation asked for has been seen."""
+    """Raised to stop a forward pass after the last requested activation."""
 
 
 class Watch:
-    """The tap of one run: applies the edits, then keeps what is asked for."""
+    """The tap of one forward pass: applies the edits, then keeps the requested activations."""
 
     def __init__(
         self, table: dict[str, Activation], edits: list[tuple[str, Edit]], keep: Sequence[str], stop: bool
@@ -75,7 +74,7 @@ class Watch:
     def __call__(self, name: str, activation: Tensor) -> Tensor:
         for edit in self.edits.get(name, ()):
             site = Site(name, self.table[name].axes, self.positions)
-            own = activation.clone()  # an edit may write into it, and other activations may share its memory
+            own = activation.clone()  # an edit may change it in place, and other activations may share its memory
             changed = edit(own, site)
             changed = own if changed is None else changed
             if not isinstance(changed, Tensor) or changed.shape != activation.shape:
@@ -83,9 +82,9 @@ class Watch:
                 raise ConfigError(f"the edit at {name} returned {got}; expected a tensor {tuple(activation.shape)}")
             activation = changed.to(activation)
         if name in self.keep:
-            if torch.is_grad_enabled():  # hook_resid_mid and hook_mlp_in are one tensor, and two to differentiate by
+            if torch.is_grad_enabled():  # hook_resid_mid and hook_mlp_in are one tensor but need separate gradients
                 activation = activation.view_as(activation)
-                if not activation.requires_grad:  # a frozen model: the graph begins here
+                if not activation.requires_grad:  # in a frozen model the graph starts here
                     activation.requires_grad_()
             self.kept[name] = activation
         if name == self.last:
@@ -94,14 +93,15 @@ class Watch:
 
 
 class Access(Texts):
-    """A model and its tokenizer, opened up.
+    """A model and its tokenizer with access to all activations.
 
     Args:
-        run: a run or checkpoint folder, or what `minigpt.load` returned. `Study.of(model, tokenizer)` takes the parts.
+        run: a run or checkpoint folder, or a `Run` from `minigpt.load`. For a model in memory, use
+            `Study.of(model, tokenizer)`.
 
-    Texts are given as text, as several of the same number of tokens, or as token ids (B, T) or (T). A text begins with
-    what its tokenizer puts in front of one; token ids are taken as they are. Runs are made in evaluation mode and
-    without gradients unless asked for; the model's mode, parameters and their gradients stay as they were.
+    A text argument is a string, a list of strings with equal numbers of tokens, or token ids (B, T) or (T). The
+    tokenizer adds its beginning-of-text tokens, if it has any, to strings but not to token ids. Forward passes run in
+    evaluation mode, and without gradients unless requested. The model's mode, parameters and gradients do not change.
     """
 
     def __init__(self, run: Run | str | Path) -> None:
@@ -112,13 +112,13 @@ class Access(Texts):
 
     @classmethod
     def of(cls, model: GPT, tokenizer: Tokenizer | None = None) -> Self:
-        """A study of a model that is in memory. Without a tokenizer texts are token ids only."""
+        """Create a study of a model in memory. Without a tokenizer, texts must be token ids."""
         study = cls.__new__(cls)
         study._open(model, tokenizer, None)
         return study
 
     def _open(self, model: Any, tokenizer: Tokenizer | None, run: Run | None) -> None:
-        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper is left aside
+        model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
         if not isinstance(model, GPT):
             raise ConfigError(f"Study: expected a minigpt.GPT, got {type(model).__name__}; give the model itself")
         super().__init__(model, tokenizer)
@@ -126,18 +126,18 @@ class Access(Texts):
         self.table = activations(model.config)
         self._edits: list[tuple[str, Edit]] = []
 
-    # Seeing and changing.
+    # Reading and editing.
 
     @contextmanager
     def hooks(self, edits: Edits) -> Iterator[Self]:
-        """Change activations in every run of this `with` block, generation included; before and after it nothing is.
+        """Edit activations in every forward pass inside this `with` block, including generation.
 
         Args:
-            edits: a name, pattern or (short name, layer) -> a function (activation, site) that returns what the
-                computation goes on with (or None where it wrote into its argument), or the tensor or number itself.
+            edits: maps a name, pattern or (short name, layer) to the replacement: a tensor, a number, or a function
+                (activation, site) that returns the new activation, or None if it changed its argument in place.
 
-        Blocks nest: the inner edits come after the outer ones. Raises ConfigError, naming the nearest, for an unknown
-        name.
+        Blocks can be nested: inner edits apply after outer ones. An unknown name raises ConfigError with the closest
+        valid names.
         """
         added: list[tuple[str, Edit]] = []
         for names, edit in edits.items():
@@ -151,21 +151,21 @@ class Access(Texts):
             self._edits = before
 
     def watch(self, keep: Sequence[str] = (), stop: bool = False) -> Watch:
-        """The tap of a run to come: the edits of the open `hooks`, and the full names to keep.
+        """Create the tap of one forward pass, with the edits of the active `hooks` and the full names to keep.
 
-        Raises ConfigError for an edit of a norm that the run does not compute: where heads read the stream each by
-        itself, there is no one norm before attention.
+        Raises ConfigError for an edit of an ln1 activation while per-head inputs are requested: each head then has its
+        own norm, and the shared norm before attention is not computed.
         """
         watch = Watch(self.table, self._edits, keep, stop)
         for name in watch.edits:
             block, norm, _ = name.partition("ln1.")
             reads = [f"{block}hook_{letter}_input" for letter in "qkv"] if norm else []
             for read in filter(watch.wants, reads):
-                raise ConfigError(f"the edit at {name}: would change nothing beside {read}; edit or keep one of them")
+                raise ConfigError(f"edit of {name}: has no effect together with {read}; edit or keep only one of them")
         return watch
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, watch: Watch | None = None) -> Tensor:
-        """Normed hidden states (B, T, C) of ids (B, T), with the edits of the open `hooks`, by the explicit forward."""
+        """Normed hidden states (B, T, C) of ids (B, T), with the edits of the active `hooks`."""
         watch = watch or self.watch()
         offsets = torch.arange(ids.shape[1], device=ids.device)
         if cache is None or cache.even:
@@ -176,7 +176,7 @@ class Access(Texts):
 
     @contextmanager
     def running(self, grad: bool = False) -> Iterator[None]:
-        """Evaluation mode, with or without gradients, for the length of a `with` block."""
+        """Put the model into evaluation mode, with or without gradients, inside a `with` block."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -196,15 +196,15 @@ class Access(Texts):
         stop: bool = False,
         grad: bool = False,
     ) -> tuple[Tensor, Activations]:
-        """Logits (B, T, V) and activations of one forward.
+        """Run one forward pass; return the logits (B, T, V) and activations.
 
         Args:
             text: see the class.
-            names: which activations to keep (see `names.select`); None: all that are computed anyway.
-            positions: keep these positions of each (of an attention pattern: these queries); None: all.
-            device: where to keep them; None: where they are.
-            stop: end the forward once the last of them is there; the logits are then empty (B, 0, V).
-            grad: keep the graph, so that what is returned can be differentiated.
+            names: activations to return (see `names.select`); None: all that cost nothing extra.
+            positions: return only these positions (query positions of an attention pattern); None: all.
+            device: device to move the activations to; None: leave them on the model's device.
+            stop: stop after the last requested activation; the logits are then empty (B, 0, V).
+            grad: keep the autograd graph.
         """
         ids, keep = self.ids(text), select(self.config, names)
         watch = self.watch(keep, stop)
@@ -224,30 +224,30 @@ class Access(Texts):
         return value if device is None else value.to(device)
 
     def logits(self, text: Text, *, grad: bool = False) -> Tensor:
-        """Logits (B, T, V), with the edits of the open `hooks`."""
+        """Logits (B, T, V), with the edits of the active `hooks`."""
         ids = self.ids(text)
         with self.running(grad):
             return self.model.unembed(self.forward(ids))
 
     def losses(self, text: Text, *, grad: bool = False) -> Tensor:
-        """Nats that each token but the first costs after those before it, (B, T - 1)."""
+        """Cross-entropy loss in nats of every token except the first, (B, T - 1)."""
         ids = self.ids(text)
         need_two(ids.shape[1])
         return token_losses(self.logits(ids, grad=grad), ids)
 
     def loss(self, text: Text) -> float:
-        """Mean nats a token, over every token but each row's first."""
+        """Mean loss in nats per token, over every token except the first of each row."""
         return float(self.losses(text).mean())
 
     def gradients(
         self, text: Text, metric: Callable[[Tensor], Tensor], names: Names | None = None
     ) -> tuple[Tensor, Activations, Activations]:
-        """What a number made of the logits depends on: its value, activations, and its gradients by them.
+        """Return the value of a metric of the logits, the activations, and the metric's gradients with respect to them.
 
         Args:
             text: see the class.
-            metric: logits (B, T, V) -> a scalar; a sum over rows keeps the rows' gradients apart.
-            names: as in `run_with_cache`; an activation that the number does not depend on has gradient 0.
+            metric: maps logits (B, T, V) to a scalar. With a sum over rows, each row has its own gradient.
+            names: activations, as in `run_with_cache`; one that does not affect the metric has gradient 0.
         """
         logits, cache = self.run_with_cache(text, names, grad=True)
         with torch.enable_grad():
@@ -263,7 +263,7 @@ class Access(Texts):
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Nats of each id after those before it, (B, T - 1), from the logits (B, T, V) at each."""
+    """Loss in nats of every id except the first, (B, T - 1), from the logits (B, T, V) and ids (B, T)."""
     return F.cross_entropy(widen(logits[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
         len(ids), -1
     )
@@ -281,5 +281,7 @@ def _positions(positions: Sequence[int] | None, length: int) -> list[int] | None
         return None
     wrong = [position for position in positions if not -length <= position < length]
     if wrong:
-        raise ConfigError(f"positions: {wrong[0]} is none of the text's {length}; expected {-length} .. {length - 1}")
+        raise ConfigError(
+            f"positions: {wrong[0]} is outside the text of {length} tokens; expected {-length} .. {length - 1}"
+        )
     return [position % length for position in positions]
