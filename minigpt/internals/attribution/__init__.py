@@ -1,1 +1,1 @@
-"""What a logit is made of, and who wrote it."""
+"""Attribution: which components, tokens and layers a logit comes from."""
