@@ -281,7 +281,5 @@ def _positions(positions: Sequence[int] | None, length: int) -> list[int] | None
         return None
     wrong = [position for position in positions if not -length <= position < length]
     if wrong:
-        raise ConfigError(
-            f"positions: {wrong[0]} is outside the text of {length} tokens; expected {-length} .. {length - 1}"
-        )
+        raise ConfigError(f"positions: {wrong[0]} is outside the text; expected {-length} .. {length - 1}")
     return [position % length for position in positions]

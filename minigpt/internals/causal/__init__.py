@@ -1,1 +1,1 @@
-"""What changes when something is changed."""
+"""Causal analyses: ablation, patching, circuits. They measure what an intervention does to the output."""

@@ -1,7 +1,7 @@
-"""How much a change matters: what it does to the loss, the distribution and an answer; causal analyses measure here.
+"""Effect sizes for causal analyses: changes of the loss, of the output distribution and of an answer's logit.
 
-A metric is one number made of logits. Analyses bind it to their texts first, which tells them at which positions it
-looks: nothing else needs to be computed.
+A metric is one number computed from logits. An analysis first binds the metric to its texts. The bound metric lists the
+positions that it needs, so that only their logits are computed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ Tokens = str | int | Sequence[str] | Sequence[int]
 MEASURES = ("loss", "KL", "flips")
 
 
-# What a change does.
+# Effects.
 
 
 def changes(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
-    """What a change did, (..., 3): the loss's change in nats a token, KL(before || after) in nats, and the share of
-    positions whose likeliest token is another now.
+    """Compare logits before and after an intervention: the MEASURES, (..., 3).
+
+    They are the change of the loss in nats per token, KL(before || after) in nats, and the share of positions whose
+    most likely token changes.
 
     Args:
         before: logits (B, T, V).
         after: logits (..., B, T, V).
-        ids: (B, T).
+        ids: token ids (B, T).
     """
     need_two(ids.shape[1])
     then, now = widen(before).log_softmax(-1), widen(after).log_softmax(-1)
@@ -56,19 +58,19 @@ def effect(
     versus: Tokens | None = None,
     position: int = -1,
 ) -> Result:
-    """What edits do to the model's output on a text.
+    """Measure what edits do to the model's output on a text.
 
     Args:
         study: see `Study`.
-        text: one, or several of equal length.
-        edits: as for `Study.hooks`.
-        answer: a token whose logit is compared before and after too; one a row, or one for all.
-        versus: another, whose logit is subtracted.
-        position: where the answer is due: after this position.
+        text: one text, or several of equal length.
+        edits: edits, as for `Study.hooks`.
+        answer: a token whose logit is compared as well; one per row, or one for all.
+        versus: a second token, whose logit is subtracted.
+        position: position of that logit.
 
     Returns:
-        The change of loss (nats a token), KL(before || after) (nats), the share of positions whose likeliest token
-        changes, and the change of the answer's logit or of the difference of the two.
+        The change of the loss (nats per token), KL(before || after) (nats), the share of positions whose most likely
+        token changes and, with `answer`, the change of its logit or of the logit difference.
     """
     ids = study.ids(text)
     before = study.logits(ids)
@@ -80,33 +82,33 @@ def effect(
         values = torch.cat([values, (bound.of(after[:, bound.positions]) - bound.of(before[:, bound.positions]))[None]])
         labels.append("logit" if versus is None else "logit difference")
     axis = Axis("measure", labels)
-    return Result("Effect of the change", values.numpy(force=True), (axis,), "nats; nats; share; logits")
+    return Result("Effect of the edits", values.numpy(force=True), (axis,), "nats/token; nats; share; logits")
 
 
 # Metrics.
 
 
 class Bound(NamedTuple):
-    """A metric that knows its texts."""
+    """A metric bound to its texts."""
 
     positions: list[int]
-    """P: where it looks."""
+    """The P positions whose logits it needs."""
     of: Callable[[Tensor], Tensor]
-    """Logits there (..., B, P, V) -> one number for each (...), the mean over B."""
+    """Maps logits at these positions (..., B, P, V) to the metric (...), averaged over B."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number made of logits, as `logit_difference`, `loss` and `kl` make them."""
+    """One number computed from logits; see `logit_difference`, `loss` and `kl`."""
 
     name: str
     unit: str
     bind: Callable[[Access, Tensor], Bound]
-    """(study, ids (B, T) of the clean text) -> what it is for them."""
+    """(study, ids (B, T) of the clean text) -> the bound metric."""
 
 
 def logit_difference(answer: Tokens, versus: Tokens | None = None, position: int = -1) -> Metric:
-    """The logit of an answer, less that of another token, after a position; tokens as text or ids, one or one a row."""
+    """Metric: the answer's logit, or its difference to another token's, at a position. Tokens: one, or one per row."""
 
     def bind(study: Access, clean: Tensor) -> Bound:
         rows, length = clean.shape
@@ -126,7 +128,7 @@ def logit_difference(answer: Tokens, versus: Tokens | None = None, position: int
 
 
 def loss() -> Metric:
-    """The mean nats that the clean text's tokens cost, each after those before it."""
+    """Metric: the mean loss on the clean text, in nats per token."""
 
     def bind(study: Access, clean: Tensor) -> Bound:
         need_two(clean.shape[1])
@@ -142,7 +144,7 @@ def loss() -> Metric:
 
 
 def kl(position: int | None = -1) -> Metric:
-    """KL(clean || run) of the next token after a position; after None: the mean over all positions."""
+    """Metric: KL(clean || run) of the next-token distribution at a position; None: the mean over all positions."""
 
     def bind(study: Access, clean: Tensor) -> Bound:
         length = clean.shape[1]
@@ -162,7 +164,7 @@ def kl(position: int | None = -1) -> Metric:
 
 
 def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
-    """A metric; a plain function of logits (B, T, V) is made one."""
+    """Return a Metric; a plain function of logits (B, T, V) is wrapped."""
     if isinstance(metric, Metric):
         return metric
     if not callable(metric):
@@ -180,11 +182,11 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
 def _each(study: Access, tokens: Tokens, rows: int) -> Tensor:  # (B, 1)
     each: list[Any] = [tokens] * rows if isinstance(tokens, str | int) else list(tokens)
     if len(each) != rows:
-        raise ConfigError(f"answer: {len(each)} tokens for {rows} texts; give one, or one a text")
+        raise ConfigError(f"answer: {len(each)} tokens for {rows} texts; give one, or one per text")
     return torch.tensor([study.token_id(token) for token in each], device=study.model.device)[:, None]
 
 
 def _place(position: int, length: int) -> int:
     if not -length <= position < length:
-        raise ConfigError(f"position: {position} is none of the text's {length}; expected {-length} .. {length - 1}")
+        raise ConfigError(f"position: {position} is outside the text; expected {-length} .. {length - 1}")
     return position % length
