@@ -7,7 +7,7 @@
     print(sampler.generate("Once upon a time")[0][0].text)
     minigpt.Study(run).loss("Once upon a time")
 
-The public names are resolved when they are first used: `import minigpt` loads neither torch nor lightning.
+Public names are imported on first use, so `import minigpt` alone loads neither torch nor lightning.
 """
 
 from __future__ import annotations

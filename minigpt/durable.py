@@ -19,20 +19,20 @@ from minigpt.errors import ConfigError, DiskError
 
 
 def named_path(value: Any, what: str) -> Path:
-    """`value` as a path. Raises ConfigError for "", which to pathlib is the current folder, and for what is no path.
+    """Return `value` as a Path. Raises ConfigError for "" (the current folder to pathlib) and for other types.
 
     Args:
-        value: as it was given.
-        what: the path of what was expected.
+        value: a string or path, as given by the user.
+        what: what the path should point to, for the message.
     """
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         told = repr(value) if isinstance(value, (str, bool, int, float, type(None))) else type(value).__name__
-        raise ConfigError(f"{told}: an empty path; expected the path of {what}")
+        raise ConfigError(f"{told}: expected the path of {what}")
     return Path(value)
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Sha256 (hex) of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -41,14 +41,14 @@ def file_sha256(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, characters as themselves (see `json_text`)."""
+    """Canonical JSON of a value: sorted keys, no spaces, non-ASCII characters unescaped (see `json_text`)."""
     return json_text(value, sort_keys=True, separators=(",", ":"))
 
 
 def json_text(value: Any, encoding: str = "utf-8", **style: Any) -> str:
-    """JSON with characters as themselves, or all but ASCII as \\uXXXX where the encoding lacks one of them.
+    """Encode as JSON with non-ASCII characters unescaped, or all escaped as \\uXXXX if `encoding` cannot represent one.
 
-    UTF-8 lacks lone surrogates: a byte of a file name that is no UTF-8 is one in Python.
+    UTF-8 cannot represent lone surrogates, which Python uses for the bytes of a file name that is not UTF-8.
     """
     text = json.dumps(value, ensure_ascii=False, **style)
     try:
@@ -64,18 +64,18 @@ def sha256_of(value: Any) -> str:
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the sha256 of all the rest of it, so that a later change shows."""
+    """Return the record with a "sha256" key: the hash of all other keys, so that later changes are detected."""
     content = {key: value for key, value in record.items() if key != "sha256"}
     return {**content, "sha256": sha256_of(content)}
 
 
 def is_intact(record: dict[str, Any]) -> bool:
-    """Whether a sealed record says what it said when it was sealed."""
+    """Whether a sealed record still matches its hash."""
     return record.get("sha256") == sealed(record)["sha256"]
 
 
 def sync(path: Path) -> None:
-    """Force a file's or folder's content to the disk; a file is then read from there, not from the memory's copy."""
+    """Flush a file or folder to disk (fsync). A file is also dropped from the page cache, so reads come from disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to sync it
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -91,7 +91,7 @@ def sync(path: Path) -> None:
 
 
 def mount_of(path: Path) -> Path:
-    """The mount point of the file system that `path`, or its nearest folder that exists, lies on."""
+    """Mount point of the file system that holds `path`, or its nearest existing parent folder."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -102,16 +102,16 @@ def mount_of(path: Path) -> Path:
 
 
 def space(path: Path, needed: int | None = None) -> str:
-    """What is needed and what is free there: '12.3 MB needed, 4.5 MB free on /data'."""
+    """Describe the needed and the free disk space at `path`: '12.3 MB needed, 4.5 MB free on /data'."""
     mount = mount_of(path)
     free = f"{shutil.disk_usage(mount).free / 1e6:.1f} MB free on {mount}"
     return free if needed is None else f"{needed / 1e6:.1f} MB needed, {free}"
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raise DiskError where fewer than `needed` bytes are free on the disk that `path` is to be written to."""
+    """Raise DiskError if the disk of `path` has fewer than `needed` bytes free."""
     if shutil.disk_usage(mount_of(path)).free < needed:
-        raise DiskError(f"{path}: {space(path, needed)}; free some space; what was saved before is untouched")
+        raise DiskError(f"{path}: {space(path, needed)}; free some space; files saved earlier are untouched")
 
 
 def _figures(what: str, needed: int | None) -> str:
@@ -120,20 +120,20 @@ def _figures(what: str, needed: int | None) -> str:
 
 @contextmanager
 def disk_errors(
-    what: str, remedy: str = "what was saved before is untouched", needed: int | None = None
+    what: str, remedy: str = "files saved earlier are untouched", needed: int | None = None
 ) -> Iterator[None]:
-    """Turn the operating system's words about a disk into one line that says what to do.
+    """Convert OS errors about a disk into a one-line DiskError that says what to do.
 
     Args:
         what: the file or folder being written.
-        remedy: what to do once there is space, or with another folder.
-        needed: bytes that are to be written, where that is known.
+        remedy: what to do once space is free, or with another folder.
+        needed: bytes to be written, if known.
     """
     try:
         yield
-    except Exception as error:  # safetensors reports a full disk as an error of its own, with the number in its text
+    except Exception as error:  # safetensors has its own error type for a full disk, with the errno in its text
         if isinstance(error, DiskError) and isinstance(error.__cause__, OSError):
-            error = error.__cause__  # it is told of the whole, not of the file in it
+            error = error.__cause__  # report the outer `what` (say, the folder), not the single file inside it
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         told = re.search(r"os error (\d+)", str(error))
@@ -142,7 +142,7 @@ def disk_errors(
             raise DiskError(f"{what}: the disk is full{_figures(what, needed)}; free some space; {remedy}") from error
         if number in (errno.EDQUOT, errno.EFBIG):
             raise DiskError(
-                f"{what}: a quota or a limit on file sizes (ulimit -f) is reached{_figures(what, needed)}; raise it; "
+                f"{what}: a disk quota or file size limit (ulimit -f) was reached{_figures(what, needed)}; raise it; "
                 f"{remedy}"
             ) from error
         if number in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -151,7 +151,7 @@ def disk_errors(
 
 
 def probe_writing(folder: Path, remedy: str) -> None:
-    """Write, sync and remove a small file, so that a folder that cannot be written to is found out at once."""
+    """Write, sync and delete a small file, to find out early if the folder is not writable."""
     path = folder / f".probe.{secrets.token_hex(4)}"
     with disk_errors(str(folder), remedy):
         try:
@@ -164,7 +164,7 @@ def probe_writing(folder: Path, remedy: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: temporary sibling, sync, rename."""
+    """Write a small text file atomically: temporary file in the same folder, sync, rename."""
     with disk_errors(str(path)):
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
@@ -176,19 +176,19 @@ def write_text(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-held: set[int] = set()  # descriptors of the locks that this process holds
+held: set[int] = set()  # file descriptors of the locks that this process holds
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, for as long as it lives. Raises ConfigError where another process holds it.
+    """Lock a folder for this process inside a `with` block. Raises ConfigError if another process holds the lock.
 
-    The system lets the lock go however the process ends, so none is ever left behind. Processes that inherit a
-    descriptor of `held` hold it too, until the last of them has ended.
+    The OS releases the lock however the process ends, so stale locks cannot occur. Child processes that inherit a
+    descriptor in `held` also hold the lock, until the last of them has ended.
     """
     try:
         import fcntl
-    except ImportError:  # Windows: two processes on one run are the user's to avoid
+    except ImportError:  # Windows has no flock: the user must not start two processes on one run
         yield
         return
     with disk_errors(str(folder / ".lock"), "or choose another folder"):
@@ -199,7 +199,9 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise ConfigError(f"{folder}: is in use by {holder}; wait for it, or choose another --run_name") from None
+            raise ConfigError(
+                f"{folder}: in use by {holder}; wait for it to end, or choose another --run_name"
+            ) from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -212,31 +214,31 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def to_json(value: Any) -> str:
-    """JSON as we write it: indented, non-ASCII as it is (see `json_text`), NaN refused."""
+    """Encode as indented JSON with non-ASCII unescaped (see `json_text`). Raises ValueError for NaN and infinity."""
     return json_text(value, indent=2, allow_nan=False) + "\n"
 
 
-MOST_JSON = 64 << 20  # bytes of JSON that are read; a vocabulary of a quarter million tokens has 20 MB
+MOST_JSON = 64 << 20  # largest JSON file read, in bytes; a vocabulary of a quarter million tokens takes 20 MB
 
 
 def read_text(path: Path, most: int = MOST_JSON) -> str:
-    """A text file of at most `most` bytes. Raises ValueError for a longer one and OSError as `open` does."""
+    """Read a text file of at most `most` bytes. Raises ValueError for a longer one, and OSError as `open` does."""
     if (size := path.stat().st_size) > most:
-        raise ValueError(f"it has {size} bytes, more than the {most} that are read")
+        raise ValueError(f"it has {size} bytes; the limit is {most}")
     return path.read_text(encoding="utf-8")
 
 
 def parse_json(text: str) -> Any:
-    """JSON in the strict sense: a key twice, NaN, Infinity or a hundred thousand brackets are a ValueError."""
+    """Parse strict JSON. Raises ValueError for duplicate keys, NaN, Infinity and too deep nesting."""
 
     def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is no number of JSON")
+        raise ValueError(f"{name} is not a valid JSON number")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+            raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
         return found
 
     try:

@@ -1,7 +1,7 @@
 """Errors for the user. Each class has the exit code of the command line.
 
 A message is one line that names the field, file or flag, the value, what was expected and what to do next. The command
-line prints that line alone; `--debug` adds the traceback.
+line prints only that line; `--debug` adds the traceback.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DiskError(MinigptError):
 
 
 class NonFiniteError(MinigptError):
-    """Loss or gradients stayed NaN or infinite."""
+    """The loss or the gradients stayed NaN or infinite."""
 
     exit_code = 7
 

@@ -63,14 +63,14 @@ _told: set[str] = set()
 
 
 def notice_once(line: str) -> None:
-    """A notice that a process gives once, however often it comes to it: what a folder says that is read again."""
+    """Print a notice at most once a process, for example about a folder that is read several times."""
     if not _hushed and line not in _told:
         _told.add(line)
         notice(line)
 
 
 def readable(number: float) -> str:
-    """1234567 -> '1.23M': three significant digits with a suffix."""
+    """Format a number with three significant digits and a suffix: 1234567 -> '1.23M'."""
     for suffix in ("", "k", "M", "G", "T"):
         if abs(number) < 999.5 or suffix == "T":
             break
@@ -79,7 +79,7 @@ def readable(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """3723 -> '1:02:03', 75 -> '1:15'."""
+    """Format seconds as a duration: 3723 -> '1:02:03', 75 -> '1:15'."""
     minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
@@ -91,13 +91,13 @@ class _Silent:
 
 
 class _Rate:
-    """Units a second since the first update: what came before it (loading, compiling) happens once."""
+    """Units per second since the first update, so that one-time work before it (loading, compiling) does not count."""
 
     def __init__(self) -> None:
         self.first: tuple[float, float] | None = None  # seconds, units
 
     def at(self, now: float, done: float) -> float:
-        """So far; 0 until there is a second update."""
+        """Average rate so far; 0 at the first update."""
         if self.first is None:
             self.first = (now, done)
         began, before = self.first
@@ -105,7 +105,7 @@ class _Rate:
 
 
 class _PlainLines:
-    """A line now and then: for log files, pipes and schedulers."""
+    """Progress as a line every PLAIN_LINE_EVERY seconds, for log files, pipes and schedulers."""
 
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
@@ -149,14 +149,14 @@ class _Bar:
 def progress(
     description: str, total: float | None, unit: str, *, start: float = 0, show: bool = True
 ) -> Iterator[Progress]:
-    """A progress bar with rate and time left, for the length of a `with` block.
+    """Show a progress bar with rate and remaining time inside a `with` block.
 
     Args:
-        description: what is being done, at the left.
-        total: how many units there are; None when that is not known.
-        unit: what is counted ("tokens", "steps", "bytes").
-        start: units done before (a resumed run); they do not count into the rate.
-        show: False gives a bar that shows nothing, for ranks other than the first.
+        description: text at the left of the bar.
+        total: number of units; None if unknown.
+        unit: name of the unit ("tokens", "steps", "bytes").
+        start: units done before (a resumed run); they do not count towards the rate.
+        show: False shows nothing; for ranks other than 0.
     """
     if not show or _hushed:
         yield _Silent()

@@ -45,11 +45,11 @@ def test_a_device_that_is_named_is_taken_or_refused(monkeypatch, capsys):
     assert [pick_device(name) for name in ("cpu", "cuda", "cuda:1", "mps")] == ["cpu", "cuda", "cuda:1", "mps"]
     capsys.readouterr()
     pick_device("mps", float64=True)
-    assert "has no 64-bit numbers" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="--device tpu: not here; there is cuda, mps, cpu"):
+    assert "does not support float64" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--device tpu: not available; available: cuda, mps, cpu"):
         pick_device("tpu")
     here(monkeypatch)
-    with pytest.raises(ConfigError, match="--device cuda: not here; there is cpu"):
+    with pytest.raises(ConfigError, match="--device cuda: not available; available: cpu"):
         pick_device("cuda")
 
 
@@ -125,12 +125,12 @@ def test_loading_stays_on_the_processor_unless_asked(run, monkeypatch):
         (
             TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."),
             2,
-            "has no 64-bit",
+            "does not support float64",
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
             9,
-            "too small (CUDA out of memory); use --device",
+            "out of device memory (CUDA out of memory); use --device",
         ),
     ],
 )

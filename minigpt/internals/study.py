@@ -8,7 +8,7 @@
     with study.hooks({("z", 0): without_head_1}):
         study.loss("ROMEO: But soft")
 
-What a study sees and changes is in access/access.py; each analysis is a function in a file of its own.
+access/access.py implements reading and editing; each analysis is a function in its own file.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ from minigpt.internals.page.report import report
 
 
 class Study(Access):
-    """A model and its tokenizer, opened up: what `Access` sees and changes, and the analyses as methods.
+    """A model and its tokenizer with access to all activations (see `Access`) and all analyses as methods.
 
     Args:
-        run: a run or checkpoint folder, or what `minigpt.load` returned. `Study.of(model, tokenizer)` takes the parts.
+        run: a run or checkpoint folder, or a `Run` from `minigpt.load`. For a model in memory, use
+            `Study.of(model, tokenizer)`.
     """
 
     components = components
@@ -91,15 +92,15 @@ class Study(Access):
     report = report
 
     def generate(self, prompt: str, names: Names = (), **settings: Any) -> tuple[Any, Activations]:
-        """Write on from a prompt, with the edits of the open `hooks`, and keep activations on the way.
+        """Generate text from a prompt with the edits of the active `hooks`, and return activations.
 
         Args:
             prompt: one text.
-            names: which activations to keep of every token but the last written, which nothing has read yet.
-            settings: as of `minigpt.SamplingConfig`.
+            names: activations to return, for every token except the last generated one, which was never an input.
+            settings: fields of `minigpt.SamplingConfig`.
 
         Returns:
-            The completion (see `minigpt.Sampler`) and the activations, those of one forward over all but the last
-            token.
+            The completion (see `minigpt.Sampler`) and the activations, with the shapes of one forward pass over all
+            tokens but the last.
         """
         return write(self, prompt, select(self.config, names), settings)

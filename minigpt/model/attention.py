@@ -14,9 +14,9 @@ from minigpt.model.layers import RMSNorm, Rotary, widen
 
 
 class Attention(nn.Module):
-    """Every position looks at itself and at what came before (Vaswani et al. 2017, arXiv 1706.03762).
+    """Causal multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762).
 
-    H query heads share G key/value heads, H / G each (Ainslie et al. 2023, arXiv 2305.13245):
+    Groups of H / G query heads share one of G key/value heads (Ainslie et al. 2023, arXiv 2305.13245):
 
         queries   0 1 2 3 4 5      H = 6
         keys      0 0 1 1 2 2      G = 3
@@ -39,11 +39,11 @@ class Attention(nn.Module):
             self.rotary = Rotary(self.head_dim, config.block_size, config.rope_theta)
 
     def heads(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, H + 2G, T, D)
-        """Queries, keys and values of a normed stream, one behind the other."""
+        """Project the normed residual stream to queries, keys and values, concatenated along the head axis."""
         return self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def normed(self, qk: Tensor) -> Tensor:  # (B, H + G, T, D) -> (B, H + G, T, D)
-        """Queries and keys through their norms: one pass over both, as all heads are normed alike."""
+        """Apply the query and key norms, in one pass where the norms have no weights."""
         assert self.q_norm is not None and self.k_norm is not None
         if self.q_norm.weight is None:
             return self.q_norm(qk)
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         return torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
-        # On a CPU attention's backward pass in bfloat16 takes several times as long as in float32.
+        # On a CPU, the backward pass of attention takes several times as long in bfloat16 as in float32.
         wide = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         heads = widen(self.heads(x)) if wide else self.heads(x)  # (B, H + 2G, T, D)
         qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)

@@ -1,8 +1,8 @@
 """Three functions with hand-written backward passes, for training on a CPU.
 
-What these cost there is passes over memory. PyTorch composes them of general operations, whose derivatives make
-more of them. Elsewhere a compiler or a fused kernel does this, so other devices, half precision and
-whoever needs no gradient take the plain formulas in layers.py; tests hold both against each other.
+On a CPU their cost is memory traffic. PyTorch's autograd of the plain formulas makes more passes over memory than
+necessary. On other devices a compiler or a fused kernel solves this, so other devices, half precision and inference
+use the plain formulas in layers.py. Tests compare both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from torch.autograd.function import once_differentiable
 
 
 def suits(x: Tensor, half: bool = False) -> bool:
-    """Whether the functions here are the quick ones for x; `half`: one that rounds nothing on its way is."""
+    """Whether to use the functions of this module for x.
+
+    Args:
+        x: the input.
+        half: also accept half precision; for functions without intermediate rounding.
+    """
     plain = x.device.type == "cpu" and (half or x.dtype in (torch.float32, torch.float64))
     return plain and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -25,7 +30,7 @@ class ScaledToUnit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:  # (..., C) -> (..., C)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, where x.square().mean() makes two
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass over memory; x.square().mean() needs two
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         y = x * inverse
         ctx.save_for_backward(y, inverse)
@@ -56,7 +61,7 @@ class SquaredReLU(torch.autograd.Function):
 
 
 class Rotated(torch.autograd.Function):
-    """Channel i turned together with channel i + D/2; the gradient is turned back."""
+    """Rotary embedding: rotates the channel pairs (i, i + D/2); backward rotates the gradient by the opposite angle."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (..., T, D), (..., T, D) with sin's sign

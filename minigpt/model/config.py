@@ -1,8 +1,8 @@
 """The config of every GPT: sizes, and the choices that distinguish GPT-2, Llama and the modern preset.
 
-    GPTConfig(preset="llama", vocab_size=512)    every field not given is filled in by the preset
+    GPTConfig(preset="llama", vocab_size=512)    the preset fills in the fields that are not given
 
-A field that a preset decides defaults to None in the signature; in an instance it always holds its number.
+Fields that depend on the preset default to None in the signature; an instance always holds the resolved value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rope"]
 Activation = Literal["gelu", "gelu_exact", "relu2", "swiglu"]
 
-# What a preset decides. "gpt2" equals Hugging Face's GPT2LMHeadModel, "llama" its LlamaForCausalLM.
+# Fields set by each preset. "gpt2" equals Hugging Face's GPT2LMHeadModel, "llama" its LlamaForCausalLM.
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "norm": "layernorm",
@@ -71,7 +71,7 @@ class GPTConfig:
     block_size: int = 128
     """Context length, in tokens."""
     n_layer: int = 4
-    """Number of blocks."""
+    """Number of Transformer blocks."""
     n_head: int = 2
     """Number of query heads."""
     n_kv_head: int | None = None
@@ -87,7 +87,7 @@ class GPTConfig:
     attn_dropout: float | None = None
     """Dropout probability of attention weights; equal to dropout if not given. 0 allows the fused kernel on a CPU."""
     norm: Norm | None = None
-    """layernorm or rmsnorm."""
+    """Type of normalization: layernorm or rmsnorm."""
     norm_eps: float = 1e-5
     """Added to the variance in a norm."""
     norm_weight: bool | None = None
@@ -95,9 +95,9 @@ class GPTConfig:
     position: Position | None = None
     """learned (position embeddings) or rope (rotary, half-split pairs)."""
     rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rope frequencies."""
     activation: Activation | None = None
-    """gelu (tanh form), gelu_exact (erf), relu2 (squared ReLU) or swiglu (gated)."""
+    """MLP activation: gelu (tanh approximation), gelu_exact (erf), relu2 (squared ReLU) or swiglu (gated)."""
     qk_norm: bool | None = None
     """Apply RMSNorm to queries and keys of each head before the rotation."""
     bias: bool | None = None
@@ -116,7 +116,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise ConfigError(f"model.preset: '{self.preset}' is none of {', '.join(PRESETS)}")
+            raise ConfigError(f"model.preset: '{self.preset}' is not one of {', '.join(PRESETS)}")
         derived: dict[str, Any] = {
             **PRESETS[self.preset],
             "n_kv_head": self.n_head,
@@ -152,7 +152,9 @@ class GPTConfig:
                 f"choose a divisor of it, or give model.head_dim"
             )
         if self.position == "rope" and self.head_dim % 2:  # type: ignore[operator]
-            raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope turns pairs, so it must be even")
+            raise ConfigError(
+                f"model.head_dim: {self.head_dim} is odd; rope rotates pairs of channels and needs an even value"
+            )
         for name in ("dropout", "attn_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not in [0, 1)")
@@ -165,16 +167,16 @@ class GPTConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
                 raise ConfigError(
-                    f"model.{name}: '{getattr(self, name)}' is none of {', '.join(allowed.__args__)}"  # type: ignore[attr-defined]
+                    f"model.{name}: '{getattr(self, name)}' is not one of {', '.join(allowed.__args__)}"  # type: ignore[attr-defined]
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field with its number, ready for JSON."""
+        """All fields with their resolved values, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
-        """The inverse of to_dict. Raises ConfigError for a field this version does not know."""
+        """Create a config from the output of to_dict. Raises ConfigError for unknown fields."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ConfigError(f"model: unknown fields {sorted(unknown)}; a newer version may have written this config")

@@ -9,16 +9,16 @@ from minigpt.model.config import GPTConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of one model. A multiply-add is two floating-point operations (FLOPs)."""
+    """Parameters, FLOPs and memory of one model. A multiply-add counts as two floating-point operations (FLOPs)."""
 
     embedding_parameters: int
-    """Token, n-gram and position embeddings, with the unembedding where it is tied to them."""
+    """Token, n-gram and position embeddings; includes a tied unembedding."""
     block_parameters: int
-    """All blocks and the last norm."""
+    """All blocks and the final norm."""
     matrix_parameters: int
-    """Those of them that are in matrices: what Muon updates."""
+    """Parameters in the matrices of the blocks, which Muon updates."""
     unembedding_parameters: int
-    """0 where it is the embedding."""
+    """The unembedding; 0 if it is tied to the embedding."""
     forward_flops: int
     """Forward FLOPs per token at full context: 2 per matrix weight, plus 4 H D S for attention (S the mean, causal)."""
     cache_bytes_per_token: int
@@ -26,7 +26,7 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """All of them, shared ones once."""
+        """Total number of parameters; tied parameters count once."""
         return self.embedding_parameters + self.block_parameters + self.unembedding_parameters
 
     @property
@@ -45,25 +45,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that training keeps from the forward pass for the backward pass, for one token; uncompiled, no dropout."""
+    """Activation memory of training in bytes per token (kept for backward); without torch.compile and dropout."""
 
     block: int
-    """One block's."""
+    """One block."""
     stream: int
-    """The input of a block: all that is kept of one under activation checkpointing."""
+    """Input of a block: the only activation of a block that activation checkpointing keeps."""
     ends: int
-    """The last norm's."""
+    """The final norm."""
     logits: int
-    """The logits and what the loss makes of them."""
+    """Logits and the intermediate values of the loss."""
 
     def bytes(self, layers: int, tokens: int, checkpointing: bool = False) -> int:
-        """All of it but the logits, for `tokens` tokens of a forward through `layers` blocks."""
+        """Total bytes without the logits, for `tokens` tokens and `layers` blocks."""
         blocks = layers * self.stream + self.block if checkpointing else layers * self.block
         return tokens * (blocks + self.ends)
 
 
 def cost_of(config: GPTConfig) -> Cost:
-    """Count a model from its config alone. vocab_size must be known."""
+    """Compute the Cost of a model from its config. vocab_size must be set."""
     assert config.vocab_size is not None and config.n_inner is not None
     assert config.n_kv_head is not None and config.head_dim is not None
     width, vocab, layers = config.n_embd, config.vocab_size, config.n_layer
@@ -91,26 +91,26 @@ def cost_of(config: GPTConfig) -> Cost:
 
 
 def activations_of(config: GPTConfig, half: bool = False, on_gpu: bool = True) -> Activations:
-    """What a token's forward leaves for the backward pass.
+    """Compute the activation memory per token that training keeps for the backward pass.
 
     Args:
-        config: of the model; vocab_size must be known.
-        half: whether matrix products are in bfloat16, as under bf16-mixed. The stream and the norms stay float32.
-        on_gpu: on a CPU attention stays float32 too.
+        config: config of the model; vocab_size must be set.
+        half: matrix products in bfloat16, as with bf16-mixed. The residual stream and the norms stay float32.
+        on_gpu: False for a CPU, where attention stays float32 too.
     """
     assert config.vocab_size is not None and config.n_inner is not None
     assert config.n_kv_head is not None and config.head_dim is not None
     size = 2 if half else 4
     width, vocab = config.n_embd, config.vocab_size
     keys, heads = config.n_kv_head * config.head_dim, config.n_head * config.head_dim
-    norm = 4 * width + (2 if half else 4) * width  # its input, and its output in the products' dtype
+    norm = 4 * width + (2 if half else 4) * width  # its input, and its output in the dtype of the matrix products
     attends = size if on_gpu else 4
-    attention = attends * (heads + 2 * keys)  # queries, keys and values as they were made
+    attention = attends * (heads + 2 * keys)  # queries, keys and values before norm and rope
     if config.qk_norm:
         attention += 4 * (heads + keys)
     if config.position == "rope":
         attention += 4 * (heads + keys)
-    attention += attends * heads + 4 * config.n_head  # what was read, and the sums of the softmax
+    attention += attends * heads + 4 * config.n_head  # output, and the log-sum-exp of the softmax
     inner = size * config.n_inner * (4 if config.activation == "swiglu" else 2)
     logits = 4 * vocab * (2 if config.logit_softcap else 1) + (2 * vocab if half else 0)
     return Activations(block=2 * norm + attention + inner, stream=4 * width, ends=norm, logits=logits)

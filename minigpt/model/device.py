@@ -7,15 +7,15 @@ from minigpt.terminal import notice
 
 
 def pick_device(name: str = "auto", float64: bool = False) -> str:
-    """The device of that name; "auto" is cuda, then mps, then cpu. A notice names one that is not the cpu.
+    """Return an available device name; "auto" prefers cuda, then mps, then cpu. Prints a notice if it is not cpu.
 
     Args:
         name: auto, cpu, cuda (cuda:1) or mps.
-        float64: whether 64-bit numbers are computed on the device, as the sampler and most studies do. mps has none, so
-            "auto" passes it over then.
+        float64: whether the work needs float64 on the device, as the sampler and most studies do. mps does not support
+            float64, so "auto" then skips it.
 
     Raises:
-        ConfigError: the machine has no such device.
+        ConfigError: the device is not available.
     """
     import torch
 
@@ -24,21 +24,21 @@ def pick_device(name: str = "auto", float64: bool = False) -> str:
         name = next(kind for kind, here in there.items() if here and not (kind == "mps" and float64))
     if not there.get(name.partition(":")[0], False):
         raise ConfigError(
-            f"--device {name}: not here; there is {', '.join(kind for kind, here in there.items() if here)}"
+            f"--device {name}: not available; available: {', '.join(kind for kind, here in there.items() if here)}"
         )
     if name != "cpu":
-        lacks = ", which has no 64-bit numbers: where they are needed, this ends" if name == "mps" and float64 else ""
+        lacks = ", which does not support float64: operations that need it fail" if name == "mps" and float64 else ""
         notice(f"running on {name}{lacks}; use --device cpu for the CPU")
     return name
 
 
 def told(error: Exception) -> tuple[str, int] | None:
-    """What to say of an error that comes from the device, in one line, and the exit code; None for another error."""
+    """One-line message and exit code for an error raised by the device; None for other errors."""
     if isinstance(error, TypeError) and "MPS" in str(error) and "float64" in str(error):
-        return "--device mps: has no 64-bit numbers, and this computes with them; use --device cpu", 2
+        return "--device mps: does not support float64, which this command needs; use --device cpu", 2
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            f"the device's memory is too small ({str(error).partition('. ')[0]}); use --device cpu, or ask for less",
+            f"out of device memory ({str(error).partition('. ')[0]}); use --device cpu, or a smaller batch or length",
             9,
         )
     return None

@@ -1,14 +1,14 @@
 """The explicit twin of the forward pass: the same parameters, no fused operations, a hook at every activation.
 
-The plain forward carries no tap, hook or identity module. Whoever wants to see or change an activation runs these
-functions instead. A tap is called as tap(name, activation) and returns what the computation goes on with; names and
-shapes are the field's (TransformerLens's classic ones), for example
+The regular forward pass has no hooks or identity modules. To read or change activations, run these functions instead.
+A tap is called as tap(name, activation); the computation continues with the tensor that it returns. Names and shapes
+are the classic ones of TransformerLens, for example
 
     blocks.3.attn.hook_pattern   (B, H, T, S)    attention weights after the softmax
-    blocks.3.hook_resid_mid      (B, T, C)       the stream between attention and MLP
+    blocks.3.hook_resid_mid      (B, T, C)       residual stream between attention and MLP
 
-A few activations cost time and memory that nothing else needs: what each head reads and writes by itself. They are
-computed only where the tap asks for them, by a method `wants(name)`.
+A few activations cost extra time and memory: the inputs and outputs of individual heads. They are computed only if
+the tap asks for them with a method `wants(name)`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Tap = Callable[[str, Tensor], Tensor]
 
 
 def untouched(name: str, activation: Tensor) -> Tensor:
-    """The tap that changes nothing."""
+    """Identity tap: return the activation unchanged."""
     return activation
 
 
 def wants(tap: Tap, name: str) -> bool:
-    """Whether a tap asks for an activation that is not computed by itself."""
+    """Whether a tap asks for an activation that is only computed on request."""
     return hasattr(tap, "wants") and tap.wants(name)
 
 
 def explicit_norm(
     norm: LayerNorm | RMSNorm, x: Tensor, tap: Tap = untouched, at: str = ""
 ) -> Tensor:  # (..., C) -> (..., C)
-    """LayerNorm or RMSNorm: hook_scale (..., 1) is what the (centred) input is divided by."""
+    """LayerNorm or RMSNorm with taps: hook_scale (..., 1) is the divisor of the (centred) input."""
     wide = widen(x)
     if isinstance(norm, LayerNorm):
         wide = wide - wide.mean(-1, keepdim=True)
@@ -54,8 +54,9 @@ def explicit_norm(
 def separate_heads(
     attn: Attention, norm: LayerNorm | RMSNorm, x: Tensor, tap: Tap, at: str = ""
 ) -> Tensor:  # (B, T, C) -> (B, H + 2G, T, D)
-    """Queries, keys and values where every head reads a copy of the stream of its own: hook_q_input (B, T, H, C),
-    hook_k_input and hook_v_input (B, T, G, C), each then normed by itself.
+    """Compute queries, keys and values with a separate copy of the residual stream per head.
+
+    The copies are hook_q_input (B, T, H, C), hook_k_input and hook_v_input (B, T, G, C); each is normed separately.
     """
     made, begin = [], 0
     for letter, count in (("q", attn.n_head), ("k", attn.n_kv_head), ("v", attn.n_kv_head)):
@@ -71,9 +72,9 @@ def separate_heads(
 def explicit_attention(
     attn: Attention, heads: Tensor, step: Step, cache: KVCache | None = None, tap: Tap = untouched, at: str = ""
 ) -> Tensor:  # (B, H + 2G, T, D) -> (B, T, C)
-    """Scores, softmax and the weighted sum written out; q, k, v and z pass the tap as (B, T, heads, D)."""
+    """Unfused attention: scores, softmax, weighted sum. q, k, v and z go through the tap as (B, T, heads, D)."""
 
-    def tapped(name: str, heads: Tensor) -> Tensor:  # (B, heads, T, D), shown with the position before the head
+    def tapped(name: str, heads: Tensor) -> Tensor:  # (B, heads, T, D); the tap gets (B, T, heads, D)
         return tap(at + name, heads.transpose(1, 2)).transpose(1, 2)
 
     def normed(norm: RMSNorm | None, heads: Tensor, name: str) -> Tensor:
@@ -107,7 +108,10 @@ def explicit_attention(
 
 
 def explicit_mlp(mlp: MLP, x: Tensor, tap: Tap = untouched, at: str = "") -> Tensor:  # (B, T, C) -> (B, T, C)
-    """hook_pre and hook_post (B, T, inner) around the nonlinearity; of a gated MLP hook_pre is the gate's input."""
+    """MLP with taps before and after the nonlinearity: hook_pre and hook_post (B, T, inner).
+
+    In a gated MLP, hook_pre is the gate projection and hook_pre_linear the up projection.
+    """
     if mlp.gate is not None:
         gate = tap(f"{at}hook_pre", mlp.gate(x))
         hidden = mlp.hidden(tap(f"{at}hook_pre_linear", mlp.up(x)), gate)
@@ -119,7 +123,7 @@ def explicit_mlp(mlp: MLP, x: Tensor, tap: Tap = untouched, at: str = "") -> Ten
 def explicit_block(
     block: Block, x: Tensor, step: Step, cache: KVCache | None = None, tap: Tap = untouched, at: str = ""
 ) -> Tensor:  # (B, T, C) -> (B, T, C)
-    """The two residual lines with every term of the stream in sight."""
+    """Block with taps on the residual stream and on every term added to it."""
     x = tap(f"{at}hook_resid_pre", x)
     if any(wants(tap, f"{at}hook_{letter}_input") for letter in "qkv"):
         heads = separate_heads(block.attn, block.norm1, x, tap, at)  # (B, H + 2G, T, D)
@@ -133,7 +137,7 @@ def explicit_block(
 
 
 def explicit_trunk(trunk: Trunk, ids: Tensor, cache: KVCache | None = None, tap: Tap = untouched) -> Tensor:
-    """Token ids (B, T) -> normed hidden states (B, T, C)."""
+    """Trunk with taps: token ids (B, T) -> normed hidden states (B, T, C)."""
     step = trunk.begin(ids, cache)
     x = tap("hook_embed", trunk.embed(ids))
     for name, term in trunk.ngrams(ids, step, cache):
@@ -150,5 +154,5 @@ def explicit_trunk(trunk: Trunk, ids: Tensor, cache: KVCache | None = None, tap:
 
 
 def explicit_forward(model: GPT, ids: Tensor, cache: KVCache | None = None, tap: Tap = untouched) -> Tensor:
-    """Logits (B, T, V) of ids (B, T), by the explicit path."""
+    """Model with taps: token ids (B, T) -> logits (B, T, V)."""
     return model.unembed(explicit_trunk(model.trunk, ids, cache, tap))

@@ -18,11 +18,11 @@ from minigpt.model.cache import KVCache, Step
 from minigpt.model.gpt import GPT, Unembed
 from minigpt.terminal import notice
 
-LARGE = 2**20  # entries from which a matrix read for one row is quicker packed than transposed
+LARGE = 2**20  # entries; for one row, matrices of at least this size are faster packed, smaller ones transposed
 
 
 def fast(model: GPT, rows: int = 1, compiled: bool = False) -> GPT | Compiled:
-    """The model as it is now, made ready for decoding; later changes of its weights do not reach the copy.
+    """Return a copy of the model optimized for decoding; later changes of the model's weights do not affect it.
 
     Args:
         model: its parameters other than matrices are shared.
@@ -30,7 +30,8 @@ def fast(model: GPT, rows: int = 1, compiled: bool = False) -> GPT | Compiled:
         compiled: compile the step that reads one token per row; pays for many tokens, as the first one takes long.
 
     Returns:
-        What `Sampler` takes in place of the model; the model itself where it is not float32 on a CPU with oneDNN.
+        A model that `Sampler` accepts. Unless the model is float32 on a CPU with oneDNN, the matrices are not copied:
+        the result is the model itself, or a compiled wrapper of it.
     """
     weight = model.unembed.weight
     known = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
@@ -39,7 +40,7 @@ def fast(model: GPT, rows: int = 1, compiled: bool = False) -> GPT | Compiled:
         return Compiled(model) if compiled else model
     if not compiled:
         return _relaid(model, rows, True)
-    # The compiler packs by itself, but then it packs all.
+    # The compiler can pack matrices itself, but only all of them.
     transposes = rows == 1 and max(layer.weight.numel() for layer in _linears(model)) < LARGE
     return Compiled(_relaid(model, rows, False)) if transposes else Compiled(model, packs=True)
 
@@ -49,7 +50,7 @@ def _linears(model: GPT) -> list[nn.Linear]:
 
 
 def _relaid(module: nn.Module, rows: int, pack: bool) -> Any:
-    """The module with every matrix in the layout that it is quickest in; what is not a matrix, it shares."""
+    """Copy the module with every matrix in its fastest layout; other parameters are shared."""
     twin = copy.copy(module)
     if isinstance(module, GPT):
         twin.__class__ = RelaidGPT
@@ -68,16 +69,16 @@ def _relaid(module: nn.Module, rows: int, pack: bool) -> Any:
 
 
 class RelaidGPT(GPT):
-    """A GPT with its matrices laid out for decoding; of what it computes no gradient can be taken."""
+    """A GPT whose matrices are laid out for decoding. It runs in inference mode, so it has no gradients."""
 
     @torch.inference_mode()
     def next_logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
-        """As `GPT.next_logits`."""
+        """See `GPT.next_logits`."""
         return super().next_logits(ids, cache, counts)
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer with its matrix in oneDNN's layout."""
+    """A linear layer with its matrix in oneDNN's packed layout."""
 
     packed: Tensor
 
@@ -86,23 +87,23 @@ class PackedLinear(nn.Linear):
 
 
 class PackedUnembed(Unembed):
-    """The unembedding with its matrix in oneDNN's layout."""
+    """The unembedding with its matrix in oneDNN's packed layout."""
 
     packed: Tensor
 
     def project(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
-        """The logits before any cap."""
+        """Logits before the soft cap."""
         return torch.ops.mkldnn._linear_pointwise(hidden, self.packed, None, "none", [], "")
 
 
 class Compiled(nn.Module):
-    """A GPT as decoding sees it, with a compiled step.
+    """A wrapper of a GPT for decoding, with a compiled one-token step. Prompts go through the uncompiled model.
 
-    It is compiled once for all lengths, and again only where the number of rows turns from one to several or rows turn
-    out of step. Prompts are read by the model as it is.
+    The step is compiled once for all lengths. It is compiled again only when the number of rows changes from one to
+    several, or when rows get different lengths.
 
     Args:
-        model: in evaluation mode while it decodes.
+        model: the model; must be in evaluation mode while it decodes.
         packs: let the compiler keep packed copies of the matrices.
     """
 
@@ -113,13 +114,13 @@ class Compiled(nn.Module):
         self.new_cache, self.all_logits = model.new_cache, model.all_logits
         given: dict[str, Any] = {"options": {"freezing": True}} if packs else {}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            given["isolate_recompiles"] = True  # models compiled in one process do not share a limit on compilations
+            given["isolate_recompiles"] = True  # a recompilation limit of its own for each model in this process
         self.step = torch.compile(_step, fullgraph=True, **given)
         self.broken = False
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.device
 
     def next_logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
@@ -127,33 +128,33 @@ class Compiled(nn.Module):
         if self.broken or ids.shape[1] > 1 or cache.longest == 0:
             return self.model.next_logits(ids, cache, counts)
         step = self.model.trunk.begin(ids, cache)
-        slots = torch.arange(step.width, device=ids.device)  # its size is the one thing that changes from step to step
+        slots = torch.arange(step.width, device=ids.device)  # the only shape that changes between steps
         torch._dynamo.maybe_mark_dynamic(slots, 0)
         try:
             logits = self.step(self.model, ids, cache.keys, cache.values, cache.ids, step.positions, slots)
-        except Exception as error:  # no compiler, or a kernel that does not compile: both come as many types
+        except Exception as error:  # no compiler, or a kernel that does not compile: many exception types
             if "dynamo" not in type(error).__module__ and "inductor" not in type(error).__module__:
                 raise
             self.broken = True
-            notice(f"torch.compile does not work here ({type(error).__name__}); decoding goes on uncompiled")
+            notice(f"torch.compile does not work here ({type(error).__name__}); falling back to eager decoding")
             return self.model.next_logits(ids, cache, counts)
         cache.advance(step)
         return logits
 
 
 class _Slots(KVCache):
-    """The part of a cache that a compiled step works on: tensors alone, so that no plain number is compiled in."""
+    """The part of a cache that the compiled step uses: only tensors, so that no Python int becomes a constant."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], ids: list[Tensor]) -> None:
         self.keys, self.values, self.ids = keys, values, ids
 
     @property
     def rows(self) -> int:
-        """As `KVCache.rows`."""
+        """See `KVCache.rows`."""
         return self.ids[0].shape[0]
 
     def append(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """As `KVCache.append`."""
+        """See `KVCache.append`."""
         keys, values = self.keys[layer], self.values[layer]
         if step.positions.dim() == 1:
             keys[:, :, step.positions] = k
@@ -174,7 +175,7 @@ def _step(
     positions: Tensor,
     slots: Tensor,
 ) -> Tensor:  # (B, 1) -> (B, V)
-    # One query a row: where all rows stand at the same place it sees every slot.
+    # One query per row: if all rows have the same length, it attends to every slot and needs no mask.
     mask = None if positions.dim() == 1 else (slots <= positions[:, :, None])[:, None]  # (B, 1, 1, S)
     step = Step(positions, mask, False, slots.shape[0])
     cache = _Slots(keys, values, held)

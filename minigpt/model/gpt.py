@@ -24,7 +24,7 @@ from minigpt.model.layers import MLP, NgramEmbedding, make_norm, widen
 
 
 class Block(nn.Module):
-    """Two residual lines: every position reads from the others, then works on its own."""
+    """A pre-norm Transformer block: attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Token ids -> normed hidden states."""
+    """Embeddings, blocks and final norm: token ids -> normed hidden states."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Trunk(nn.Module):
         self.norm = make_norm(config, config.n_embd)
 
     def begin(self, ids: Tensor, cache: KVCache | None) -> Step:
-        """Positions and mask of this forward. Raises ConfigError for more tokens than the block holds."""
+        """Positions and mask of this forward pass. Raises ConfigError for more than block_size tokens."""
         held = cache.longest if cache is not None else 0
         if held + ids.shape[1] > self.block_size:
             raise ConfigError(
@@ -67,7 +67,7 @@ class Trunk(nn.Module):
         return causal_step(ids.shape[1], ids.device) if cache is None else cache.begin(ids.shape[1])
 
     def ngrams(self, ids: Tensor, step: Step, cache: KVCache | None) -> Iterator[tuple[str, Tensor]]:
-        """What the embeddings of tokens with those before them add to the stream, by name, each (B, T, C)."""
+        """Yield the name and output (B, T, C) of each n-gram embedding."""
         tables = [(name, table) for name in ("bigram", "trigram") if (table := getattr(self, name)) is not None]
         if not tables:
             return
@@ -81,7 +81,7 @@ class Trunk(nn.Module):
             yield name, table(history)
 
     def start(self, ids: Tensor, step: Step, cache: KVCache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
-        """The stream as the first block receives it."""
+        """Compute the input of the first block: the sum of all embeddings."""
         x = self.embed(ids)  # (B, T, C)
         for _, term in self.ngrams(ids, step, cache):
             x = x + term
@@ -100,7 +100,7 @@ class Trunk(nn.Module):
 
 
 class Unembed(nn.Module):
-    """Hidden states -> logits, softly capped where the config says so (Gemma 2, arXiv 2408.00118)."""
+    """Hidden states -> logits, with a soft cap if config.logit_softcap is set (Gemma 2, arXiv 2408.00118)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Unembed(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
 
     def project(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
-        """The logits before any cap."""
+        """Logits before the soft cap."""
         return F.linear(hidden, self.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
@@ -122,8 +122,8 @@ class Unembed(nn.Module):
 class GPT(nn.Module):
     """A decoder-only Transformer: `trunk` (ids -> hidden states), then `unembed` (hidden states -> logits).
 
-    `forward` is their composition. Who wants one position only, the hidden states or a loss in chunks calls the halves.
-    The three methods at the end are all that decoding needs of a model.
+    `forward` is their composition. Call the two parts separately to get the hidden states, the logits of one position,
+    or a loss in chunks. Decoding uses only the properties and methods at the end of the class.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -138,7 +138,7 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def tie(self) -> None:
-        """Make the unembedding's weight the embedding's: one parameter, two uses."""
+        """Share the embedding's weight with the unembedding."""
         self.unembed.weight = cast(nn.Parameter, self.trunk.embed.weight)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T) -> (B, T, V)
@@ -146,10 +146,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start anew: normal(0, 0.02), the projections that write to the stream scaled by 1/sqrt(2 n_layer) (GPT-2).
+        """Initialize all parameters. GPT-2: normal(0, 0.02), output projections scaled by 1/sqrt(2 n_layer).
 
-        With zero_init those projections start at zero, and so does an untied unembedding, so that the first loss is
-        exactly ln V; the matrices before them start uniform with the variance 1/fan-in.
+        With zero_init the output projections and an untied unembedding are zero, so that the initial loss is exactly
+        ln V. The other matrices of the blocks are uniform with variance 1/fan-in, and the embeddings normal(0, 1)
+        if they are untied.
         """
         config = self.config
         for name, parameter in self.named_parameters():
@@ -170,26 +171,26 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
 
-    # What decoding needs of a model.
+    # The interface that decoding uses.
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of rows of the unembedding."""
         assert self.config.vocab_size is not None
         return self.config.vocab_size
 
     @property
     def max_context(self) -> int:
-        """The most tokens a row can hold."""
+        """Maximum context length in tokens (block_size)."""
         return self.config.block_size
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.unembed.weight.device
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty cache for `rows` sequences of at most `capacity` tokens, in the weights' dtype and place."""
+        """Create an empty cache for `rows` sequences of up to `capacity` tokens, in the weights' dtype and device."""
         assert self.config.n_kv_head is not None and self.config.head_dim is not None
         return KVCache(
             self.config.n_layer,
@@ -202,12 +203,12 @@ class GPT(nn.Module):
         )
 
     def next_logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
-        """Logits (B, V) after each row's last token; the cache then holds the tokens too.
+        """Return the logits (B, V) after the last token of each row; append the tokens to the cache.
 
         Args:
-            ids: (B, T), padded on the right.
-            cache: B rows.
-            counts: (B) how many of a row's ids are tokens, 1 or more; None: all T.
+            ids: new tokens (B, T), padded on the right.
+            cache: cache with B rows.
+            counts: (B) number of tokens per row without padding, at least 1; None: T for all rows.
         """
         if counts is None:
             return self.unembed(self.trunk(ids, cache)[:, -1])
@@ -217,12 +218,12 @@ class GPT(nn.Module):
         return self.unembed(hidden[torch.arange(len(ids), device=ids.device), counts - 1])
 
     def all_logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) after every token of ids (B, T)."""
+        """Return the logits (B, T, V) after every token of ids (B, T)."""
         return self(ids, cache)
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out torch.nn.init, and what it is made of: tensors without memory have no first values."""
+    """Skips torch.nn.init and the in-place fills that it calls, because meta tensors have no values."""
 
     FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
 
@@ -233,8 +234,9 @@ class _Unfilled(TorchFunctionMode):
 
 
 def outline(config: GPTConfig) -> GPT:
-    """A GPT without memory (on the meta device): names, shapes, nothing computed. Its tensors are to be put in place
-    before it is used, and `Rotary.reset_buffers` called.
+    """Create a GPT on the meta device: names and shapes without memory or values.
+
+    Before use, assign its tensors and call `Rotary.reset_buffers`.
     """
     with torch.device("meta"), _Unfilled():
         return GPT(config)

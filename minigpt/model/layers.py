@@ -11,21 +11,21 @@ from minigpt.model.config import GPTConfig
 
 
 def widen(x: Tensor) -> Tensor:
-    """At least float32: half-precision values are widened, float64 stays."""
+    """Convert to at least float32: half precision becomes float32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class LayerNorm(nn.LayerNorm):
-    """Centre, scale to unit variance, then weight and optional bias (Ba et al. 2016, arXiv 1607.06450)."""
+    """Layer normalization with weight and optional bias (Ba et al. 2016, arXiv 1607.06450)."""
 
     def __init__(self, width: int, eps: float, bias: bool) -> None:
         super().__init__(width, eps=eps, bias=bias)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 inside (Zhang & Sennrich 2019, arXiv 1910.07467).
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    The weight is None where the config has no norm weights.
+    The weight is None if the config has no norm weights.
     """
 
     def __init__(self, width: int, eps: float, weight: bool = True) -> None:
@@ -42,18 +42,18 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config: GPTConfig, width: int) -> LayerNorm | RMSNorm:
-    """The norm that the config names, over `width` channels."""
+    """Create the norm selected by the config, over `width` channels."""
     if config.norm == "layernorm":
         return LayerNorm(width, config.norm_eps, bool(config.bias))
     return RMSNorm(width, config.norm_eps, bool(config.norm_weight))
 
 
 class NgramEmbedding(nn.Module):
-    """An embedding of each token with the n - 1 before it, added to the token's own; it starts at zero
+    """An embedding of n-grams (a token and the n - 1 before it), added to the token embedding; initialized to zero
     (Huang et al. 2025, arXiv 2501.16975).
 
-    With V tokens there are V (V + 1)^(n-1) such groups, as at a text's beginning there may be none before. They have a
-    row each where there are rows enough; otherwise a hash spreads them over `rows`.
+    With V tokens there are V (V + 1)^(n-1) n-grams, because previous tokens may be missing at the start of a text. If
+    `rows` is at least that, each n-gram has its own row; otherwise n-grams are hashed to `rows` rows.
     """
 
     def __init__(self, n: int, vocab_size: int, rows: int, width: int) -> None:
@@ -66,7 +66,7 @@ class NgramEmbedding(nn.Module):
     def forward(self, history: Tensor) -> Tensor:  # (B, T, n or more): the token, the one before, ... -> (B, T, C)
         group = history[..., 0]
         for back in range(1, self.n):
-            group = group * self.base + history[..., back] + 1  # -1, for none, becomes 0
+            group = group * self.base + history[..., back] + 1  # -1 (no token) becomes 0
         if self.hashed:  # Fibonacci hashing: 2^64 divided by the golden ratio, then the upper bits
             group = (group * -7046029254386353131 >> 33) % len(self.weight)
         return F.embedding(group, self.weight)
@@ -75,7 +75,7 @@ class NgramEmbedding(nn.Module):
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), half-split pairs as in Llama.
 
-    Channel i of a head is turned together with channel i + D/2 by the angle position * theta^(-2i/D).
+    The pair of channels i and i + D/2 of a head is rotated by the angle position * theta^(-2i/D).
     """
 
     cos: Tensor
@@ -90,13 +90,13 @@ class Rotary(nn.Module):
             self.reset_buffers()
 
     def reset_buffers(self, device: torch.device | str | None = None) -> None:
-        """Make the tables anew, on another device where one is named: after a model was made without memory."""
+        """Recompute the tables, optionally on another device. Needed after the model was created on the meta device."""
         device = self.cos.device if device is None else device
         exponent = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim  # (D/2)
         frequency = 1 / self.theta**exponent
         angle = torch.arange(len(self.cos), device=device).float()[:, None] * frequency  # (S, D/2)
         self.cos = angle.cos().repeat(1, 2)
-        self.sin = torch.cat((-angle.sin(), angle.sin()), -1)  # the sign of the swapped half is folded in
+        self.sin = torch.cat((-angle.sin(), angle.sin()), -1)  # includes the sign of the swapped half
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # (B, heads, T, D), (T) or (B, T)
         cos, sin = self.cos[positions], self.sin[positions]  # (T, D) or (B, T, D)
@@ -104,7 +104,7 @@ class Rotary(nn.Module):
             cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D)
         if byhand.suits(x):
             return byhand.Rotated.apply(x, cos, sin)
-        swapped = torch.cat(x.chunk(2, -1)[::-1], -1)  # (B, heads, T, D): each half in the other's place
+        swapped = torch.cat(x.chunk(2, -1)[::-1], -1)  # (B, heads, T, D): the two halves swapped
         return (x * cos + swapped * sin).to(x.dtype)
 
 
@@ -121,7 +121,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(inner, width, bias=bias)
 
     def hidden(self, pre: Tensor, gate: Tensor | None) -> Tensor:  # (B, T, inner) -> (B, T, inner)
-        """The nonlinearity; relu2 squares the ReLU (So et al. 2021, arXiv 2109.08668)."""
+        """Apply the activation; relu2 is the squared ReLU (So et al. 2021, arXiv 2109.08668)."""
         if gate is not None:
             return F.silu(gate) * pre
         if self.activation == "relu2":

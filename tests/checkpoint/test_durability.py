@@ -121,10 +121,10 @@ def test_a_disk_that_cannot_hold_a_checkpoint_is_found_at_the_start(
     ("number", "message"),
     [
         (errno.ENOSPC, r"the disk is full \(1\.\d MB needed, [\d.]+ MB free on /"),
-        (errno.EDQUOT, r"a quota or a limit on file sizes \(ulimit -f\) is reached \(1\.\d MB needed"),
-        (errno.EFBIG, r"a quota or a limit on file sizes"),
+        (errno.EDQUOT, r"a disk quota or file size limit \(ulimit -f\) was reached \(1\.\d MB needed"),
+        (errno.EFBIG, r"a disk quota or file size limit"),
         (errno.EROFS, r"not writable .*; choose another folder"),
-        (errno.EIO, r"cannot be written .*; what was saved before is untouched"),
+        (errno.EIO, r"cannot be written .*; files saved earlier are untouched"),
     ],
 )
 def test_each_fault_of_a_disk_has_its_line(

@@ -34,15 +34,15 @@ class Site(NamedTuple):
     """The place of an activation, passed to an edit together with the activation."""
 
     name: str
-    """The activation's full name."""
+    """Full name of the activation."""
     axes: tuple[str, ...]
-    """The activation's axes; see `minigpt.internals.access.names`."""
+    """Axes of the activation; see `minigpt.internals.access.names`."""
     positions: Tensor
     """Positions in the text: (T), or (B, T) if rows have different lengths."""
 
     @property
     def layer(self) -> int | None:
-        """The block's number; None for an activation of the whole model."""
+        """Index of the block; None for an activation outside the blocks."""
         return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
 
 
@@ -74,7 +74,7 @@ class Watch:
     def __call__(self, name: str, activation: Tensor) -> Tensor:
         for edit in self.edits.get(name, ()):
             site = Site(name, self.table[name].axes, self.positions)
-            own = activation.clone()  # an edit may write into it, and other activations may share its memory
+            own = activation.clone()  # an edit may change it in place, and other activations may share its memory
             changed = edit(own, site)
             changed = own if changed is None else changed
             if not isinstance(changed, Tensor) or changed.shape != activation.shape:
@@ -82,9 +82,9 @@ class Watch:
                 raise ConfigError(f"the edit at {name} returned {got}; expected a tensor {tuple(activation.shape)}")
             activation = changed.to(activation)
         if name in self.keep:
-            if torch.is_grad_enabled():  # hook_resid_mid and hook_mlp_in are one tensor, and two to differentiate by
+            if torch.is_grad_enabled():  # hook_resid_mid and hook_mlp_in are one tensor but need separate gradients
                 activation = activation.view_as(activation)
-                if not activation.requires_grad:  # a frozen model: the graph begins here
+                if not activation.requires_grad:  # in a frozen model the graph starts here
                     activation.requires_grad_()
             self.kept[name] = activation
         if name == self.last:
@@ -117,7 +117,7 @@ class Access(Texts):
         return study
 
     def _open(self, model: Any, tokenizer: Tokenizer | None, run: Run | None) -> None:
-        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper is left aside
+        model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
         if not isinstance(model, GPT):
             raise ConfigError(f"Study: expected a minigpt.GPT, got {type(model).__name__}; give the model itself")
         super().__init__(model, tokenizer)
@@ -125,7 +125,7 @@ class Access(Texts):
         self.table = activations(model.config)
         self._edits: list[tuple[str, Edit]] = []
 
-    # Seeing and changing.
+    # Reading and editing.
 
     @contextmanager
     def hooks(self, edits: Edits) -> Iterator[Self]:
@@ -159,7 +159,7 @@ class Access(Texts):
             block, norm, _ = name.partition("ln1.")
             reads = [f"{block}hook_{letter}_input" for letter in "qkv"] if norm else []
             for read in filter(watch.wants, reads):
-                raise ConfigError(f"the edit at {name}: would change nothing beside {read}; edit or keep one of them")
+                raise ConfigError(f"edit of {name}: has no effect together with {read}; edit or keep only one of them")
         return watch
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, watch: Watch | None = None) -> Tensor:
@@ -279,5 +279,5 @@ def _positions(positions: Sequence[int] | None, length: int) -> list[int] | None
         return None
     wrong = [position for position in positions if not -length <= position < length]
     if wrong:
-        raise ConfigError(f"positions: {wrong[0]} is none of the text's {length}; expected {-length} .. {length - 1}")
+        raise ConfigError(f"positions: {wrong[0]} is outside the text; expected {-length} .. {length - 1}")
     return [position % length for position in positions]

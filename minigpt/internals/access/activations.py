@@ -13,18 +13,18 @@ from minigpt.model.config import GPTConfig
 
 
 class Activations(Mapping[str, Tensor]):
-    """Activations by name, with the batch as first axis.
+    """A mapping from names to activations; the first axis of each is the batch.
 
-        cache["blocks.5.attn.hook_pattern"]    the full name
-        cache["pattern", 5]                    short, and layer
-        cache["resid_post", -1]                the last block's
-        cache["embed"]                         where there is one of that name
-        cache.stack("z")                       that of every layer, (layers, ...)
+        cache["blocks.5.attn.hook_pattern"]    full name
+        cache["pattern", 5]                    short name and layer
+        cache["resid_post", -1]                last block
+        cache["embed"]                         short name without layer, if it is unique
+        cache.stack("z")                       all layers, stacked to (layers, ...)
 
     Args:
-        config: the model's.
-        values: by full name.
-        positions: which positions were kept; None: all.
+        config: config of the model.
+        values: activations by full name.
+        positions: positions that were kept; None: all.
     """
 
     def __init__(self, config: GPTConfig, values: dict[str, Tensor], positions: list[int] | None = None) -> None:
@@ -39,7 +39,7 @@ class Activations(Mapping[str, Tensor]):
                 raise ConfigError(f"activation {name!r}: there is one per layer; give the layer, as in [{name!r}, 0]")
             name = found[0]
         if name not in self.values_by_name:
-            raise ConfigError(f"activation {name!r}: was not kept by this run; ask for it with names=")
+            raise ConfigError(f"activation {name!r}: was not kept in this forward pass; request it with names=")
         return self.values_by_name[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -56,16 +56,16 @@ class Activations(Mapping[str, Tensor]):
         return True
 
     def stack(self, name: str) -> Tensor:
-        """That activation of every layer, (layers, ...)."""
+        """Stack an activation over all layers, (layers, ...)."""
         return torch.stack([self[name, layer] for layer in range(self.config.n_layer)])
 
     def axes(self, name: str | tuple[str, int]) -> tuple[str, ...]:
-        """The names of an activation's axes."""
+        """Names of an activation's axes."""
         full = full_name(self.config, *name) if isinstance(name, tuple) else select(self.config, name)[0]
         return activations(self.config)[full].axes
 
     def to(self, device: torch.device | str) -> Activations:
-        """The same, elsewhere."""
+        """Return a copy with all activations on `device`."""
         moved = {name: value.to(device) for name, value in self.values_by_name.items()}
         return Activations(self.config, moved, self.positions)
 

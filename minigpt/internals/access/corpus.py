@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class Tokens(Protocol):
-    """Many token ids in a row, of which any window can be read; a `minigpt.data.stream.TokenStream` is one."""
+    """A long sequence of token ids with random access to windows, such as a `minigpt.data.stream.TokenStream`."""
 
     def __len__(self) -> int: ...
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The windows [start, start + length), (n, length) int64."""
+        """Read the windows [start, start + length) as int64 (n, length)."""
 
 
 class InMemory:
-    """Token ids that are in memory."""
+    """Token ids in memory, as `Tokens`."""
 
     def __init__(self, ids: Sequence[int] | np.ndarray) -> None:
         self.ids = np.asarray(ids, dtype=np.int64)
@@ -40,20 +40,20 @@ class InMemory:
 
 
 def tokens_of(study: Access, text: str | Sequence[int] | Tensor | Tokens | None = None, split: str = "val") -> Tokens:
-    """Tokens to study a model on.
+    """Return the tokens to study a model on.
 
     Args:
-        study: whose tokenizer reads the text.
-        text: a text or token ids of any length; None: the corpus that the study's run was trained on.
-        split: of that corpus: "val" or "train".
+        study: the study; its tokenizer encodes the text.
+        text: a text or token ids of any length; None: the training corpus of the study's run.
+        split: split of that corpus, "val" or "train".
 
     Raises:
-        ConfigError: no text is given, and the study's model was not trained here.
-        DataError: the run's corpus has changed, or is shorter than two tokens.
+        ConfigError: no text is given, and the model was not trained with minigpt.
+        DataError: the run's corpus has changed, or the text is shorter than two tokens.
     """
     if text is None:
         if study.run is None or not study.run.config:
-            raise ConfigError("text: the model was not trained here, so it has no corpus of its own; give a text")
+            raise ConfigError("text: the model was not trained with minigpt and has no corpus; give a text")
         from minigpt.evaluation.text import corpus_of
 
         corpus = corpus_of(study.run)
@@ -68,19 +68,19 @@ def tokens_of(study: Access, text: str | Sequence[int] | Tensor | Tokens | None 
     else:
         tokens = text
     if isinstance(tokens, InMemory) and len(tokens):
-        study.ids([[int(tokens.ids.min())], [int(tokens.ids.max())]])  # refuses what the model does not have
+        study.ids([[int(tokens.ids.min())], [int(tokens.ids.max())]])  # raises an error for ids outside the vocabulary
     if len(tokens) < 2:
-        raise DataError(f"text: holds {len(tokens)} tokens, too few to study; give more")
+        raise DataError(f"text: has {len(tokens)} tokens; expected at least 2; give a longer text")
     return tokens
 
 
 def windows(tokens: Tokens, width: int, rows: int = 32, limit: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """All tokens once, in order: where the first row begins, and ids (B, T) of neighbouring windows.
+    """Yield all tokens once, in order, as batches of consecutive windows: (start of the first row, ids (B, T)).
 
     Args:
         tokens: see `tokens_of`.
-        width: T; the last window may be shorter, and then comes alone.
-        rows: B, at most.
+        width: T. If the last window is shorter, it is a batch of its own.
+        rows: maximum B.
         limit: stop after this many tokens.
     """
     total = len(tokens) if limit is None else min(limit, len(tokens))
@@ -93,7 +93,7 @@ def windows(tokens: Tokens, width: int, rows: int = 32, limit: int | None = None
 
 
 def draws(tokens: Tokens, width: int, rows: int, seed: int) -> Iterator[Tensor]:
-    """Windows from anywhere, without end: ids (rows, T). The seed decides which."""
+    """Yield endless batches of windows at random positions: ids (rows, T), determined by the seed."""
     width = min(width, len(tokens))
     generator = np.random.default_rng(seed)
     while True:
@@ -101,17 +101,17 @@ def draws(tokens: Tokens, width: int, rows: int, seed: int) -> Iterator[Tensor]:
 
 
 def site_of(study: Access, name: Names, axes: tuple[str, ...] = ("batch", "pos")) -> str:
-    """The full name of the one activation that is meant.
+    """Return the full name of a single activation.
 
-    Raises ConfigError where several are, or where it does not begin with these axes.
+    Raises ConfigError if the name matches several, or if its axes do not start with `axes`.
     """
     found = select(study.config, name)
     if len(found) != 1:
-        raise ConfigError(f"activation {name!r}: is {len(found)} of the model's; name one, as in ('resid_post', 0)")
+        raise ConfigError(f"activation {name!r}: matches {len(found)} activations; name one, as in ('resid_post', 0)")
     if study.table[found[0]].axes[: len(axes)] != axes:
         raise ConfigError(
             f"activation {found[0]}: its axes are {', '.join(study.table[found[0]].axes)}; "
-            f"expected one that begins with {', '.join(axes)}, such as resid_post"
+            f"expected one whose axes start with {', '.join(axes)}, such as resid_post"
         )
     return found[0]
 
@@ -120,13 +120,13 @@ def gather(study: Access, texts: Sequence[Text], names: Sequence[str], position:
     """One vector per text of each activation: name -> (texts, ...).
 
     Args:
-        study: whose model reads.
-        texts: each on its own, so that they may be of different lengths.
-        names: full names of activations that begin with batch and pos.
-        position: which token's; None: the mean over all tokens.
+        study: the study of the model.
+        texts: texts, run one at a time, so that they may have different lengths.
+        names: full names of activations whose axes start with batch and pos.
+        position: position of the token to take; None: the mean over all tokens.
 
     Raises:
-        DataError: there is no text.
+        DataError: `texts` is empty or a single string.
     """
     if isinstance(texts, str) or not len(texts):
         raise DataError(f"texts: {texts!r}; expected a list of at least one text")

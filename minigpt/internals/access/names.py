@@ -1,10 +1,10 @@
 """The names of a model's activations, as in TransformerLens, with their axes and meaning.
 
-    hook_embed                    batch pos d_model      a name of the whole model
-    blocks.3.attn.hook_pattern    batch head pos slot    a name of one block
+    hook_embed                    batch pos d_model      outside the blocks
+    blocks.3.attn.hook_pattern    batch head pos slot    in block 3
 
-Short forms are understood wherever a name is: "pattern" is that activation of every block, ("pattern", 3) of block 3,
-("resid_post", -1) of the last block; shell patterns too: "blocks.*.hook_resid_*".
+Every function that takes a name also takes a short form: "pattern" for all blocks, ("pattern", 3) for block 3,
+("resid_post", -1) for the last block, or a shell pattern such as "blocks.*.hook_resid_*".
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Names = str | tuple[str, int] | Callable[[str], bool] | Iterable["str | tuple[st
 
 
 class Activation(NamedTuple):
-    """One row of the table."""
+    """Axes and meaning of one activation."""
 
     axes: tuple[str, ...]
     """batch, pos (query positions), slot (key positions), head, kv_head, d_head, d_model, d_mlp, or one."""
     meaning: str
     on_request: bool = False
-    """Costs extra, so that no pattern includes it: only its name does."""
+    """Computed only if named explicitly, because it costs extra time and memory; patterns do not match it."""
 
 
 STREAM = ("batch", "pos", "d_model")
@@ -40,67 +40,67 @@ HIDDEN = ("batch", "pos", "d_mlp")
 
 
 def activations(config: GPTConfig) -> dict[str, Activation]:
-    """Every activation of a model of this shape, by full name, in the order in which they are computed."""
-    table = {"hook_embed": Activation(STREAM, "the tokens' embeddings")}
-    for name, rows, group in (("bigram", config.bigram_rows, "pairs"), ("trigram", config.trigram_rows, "triples")):
+    """All activations of a model with this config, by full name, in the order of computation."""
+    table = {"hook_embed": Activation(STREAM, "token embeddings")}
+    for name, rows, group in (("bigram", config.bigram_rows, "bigram"), ("trigram", config.trigram_rows, "trigram")):
         if rows:
-            table[f"hook_{name}_embed"] = Activation(STREAM, f"the embeddings of the {group} that end in each token")
+            table[f"hook_{name}_embed"] = Activation(STREAM, f"embedding of the {group} that ends at each token")
     if config.position == "learned":
-        table["hook_pos_embed"] = Activation(STREAM, "the positions' embeddings")
+        table["hook_pos_embed"] = Activation(STREAM, "position embeddings")
     for layer in range(config.n_layer):
         table |= {f"blocks.{layer}.{name}": activation for name, activation in _of_block(config).items()}
-    table["ln_final.hook_scale"] = Activation(SCALE, "what the final norm divides by")
-    table["ln_final.hook_normalized"] = Activation(STREAM, "the normed stream, before the norm's own weight and bias")
+    table["ln_final.hook_scale"] = Activation(SCALE, "divisor of the final norm")
+    table["ln_final.hook_normalized"] = Activation(STREAM, "output of the final norm before its weight and bias")
     return table
 
 
 def _of_block(config: GPTConfig) -> dict[str, Activation]:
-    table = {"hook_resid_pre": Activation(STREAM, "the stream as the block receives it")}
+    table = {"hook_resid_pre": Activation(STREAM, "residual stream before the block")}
     kv_read = ("batch", "pos", "kv_head", "d_model")
     reads = {"q": ("batch", "pos", "head", "d_model"), "k": kv_read, "v": kv_read}
     for letter, axes in reads.items():
         what = {"q": "queries", "k": "keys", "v": "values"}[letter]
-        table[f"hook_{letter}_input"] = Activation(axes, f"the stream as each head reads it for its {what}", True)
-    table["ln1.hook_scale"] = Activation(SCALE, "what the norm before attention divides by")
-    table["ln1.hook_normalized"] = Activation(STREAM, "the normed stream, before the norm's own weight and bias")
-    table["attn.hook_q"] = Activation(QUERY, "queries, before norm and rotation")
-    table["attn.hook_k"] = Activation(KEY, "keys, before norm and rotation")
+        table[f"hook_{letter}_input"] = Activation(axes, f"input of each head's {what}, before the norm", True)
+    table["ln1.hook_scale"] = Activation(SCALE, "divisor of the norm before attention")
+    table["ln1.hook_normalized"] = Activation(STREAM, "output of the norm before attention, before weight and bias")
+    table["attn.hook_q"] = Activation(QUERY, "queries, before norm and rope")
+    table["attn.hook_k"] = Activation(KEY, "keys, before norm and rope")
     table["attn.hook_v"] = Activation(KEY, "values")
     if config.qk_norm:
         for letter, axes in (("q", QUERY), ("k", KEY)):
             what = "queries" if letter == "q" else "keys"
             table[f"attn.{letter}_norm.hook_scale"] = Activation(
-                (*axes[:3], "one"), f"what the norm of {what} divides by"
+                (*axes[:3], "one"), f"divisor of the norm of the {what}"
             )
-            table[f"attn.{letter}_norm.hook_normalized"] = Activation(axes, f"{what} normed, before the norm's weight")
+            table[f"attn.{letter}_norm.hook_normalized"] = Activation(axes, f"normed {what}, before the norm's weight")
     if config.position == "rope":
-        table["attn.hook_rot_q"] = Activation(QUERY, "queries as rotated to their positions")
-        table["attn.hook_rot_k"] = Activation(KEY, "keys as rotated to their positions")
-    table["attn.hook_attn_scores"] = Activation(SQUARE, "scores before the softmax; minus infinity for the future")
+        table["attn.hook_rot_q"] = Activation(QUERY, "queries after rope")
+        table["attn.hook_rot_k"] = Activation(KEY, "keys after rope")
+    table["attn.hook_attn_scores"] = Activation(SQUARE, "attention scores before the softmax; masked ones are -inf")
     table["attn.hook_pattern"] = Activation(SQUARE, "attention weights; each row sums to 1")
     table["attn.hook_z"] = Activation(QUERY, "each head's weighted sum of values")
     result = ("batch", "pos", "head", "d_model")
-    table["attn.hook_result"] = Activation(result, "what each head writes to the stream", True)
-    table["hook_attn_out"] = Activation(STREAM, "what attention adds to the stream")
-    table["hook_resid_mid"] = Activation(STREAM, "the stream between attention and MLP")
-    table["hook_mlp_in"] = Activation(STREAM, "the stream as the MLP alone reads it")
-    table["ln2.hook_scale"] = Activation(SCALE, "what the norm before the MLP divides by")
-    table["ln2.hook_normalized"] = Activation(STREAM, "the normed stream, before the norm's own weight and bias")
+    table["attn.hook_result"] = Activation(result, "output of each head, added to the residual stream", True)
+    table["hook_attn_out"] = Activation(STREAM, "output of attention, added to the residual stream")
+    table["hook_resid_mid"] = Activation(STREAM, "residual stream between attention and MLP")
+    table["hook_mlp_in"] = Activation(STREAM, "input of the MLP branch only, before its norm")
+    table["ln2.hook_scale"] = Activation(SCALE, "divisor of the norm before the MLP")
+    table["ln2.hook_normalized"] = Activation(STREAM, "output of the norm before the MLP, before weight and bias")
     if config.activation == "swiglu":
-        table["mlp.hook_pre"] = Activation(HIDDEN, "the gate's input to the nonlinearity")
-        table["mlp.hook_pre_linear"] = Activation(HIDDEN, "what the gate is multiplied with")
+        table["mlp.hook_pre"] = Activation(HIDDEN, "gate before the nonlinearity")
+        table["mlp.hook_pre_linear"] = Activation(HIDDEN, "up projection, multiplied by the gate")
     else:
         table["mlp.hook_pre"] = Activation(HIDDEN, "neurons before the nonlinearity")
-    table["mlp.hook_post"] = Activation(HIDDEN, "neurons after it")
-    table["hook_mlp_out"] = Activation(STREAM, "what the MLP adds to the stream")
-    table["hook_resid_post"] = Activation(STREAM, "the stream as the block leaves it")
+    table["mlp.hook_post"] = Activation(HIDDEN, "neurons after the nonlinearity")
+    table["hook_mlp_out"] = Activation(STREAM, "output of the MLP, added to the residual stream")
+    table["hook_resid_post"] = Activation(STREAM, "residual stream after the block")
     return table
 
 
 def full_name(config: GPTConfig, name: str, layer: int) -> str:
-    """The full name of a block's activation: ("pattern", -1) -> blocks.5.attn.hook_pattern.
+    """Return the full name of a block's activation: ("pattern", -1) -> blocks.5.attn.hook_pattern.
 
-    Raises ConfigError where there is no such layer or activation.
+    Raises ConfigError if the layer or the activation does not exist.
     """
     if not -config.n_layer <= layer < config.n_layer:
         raise ConfigError(f"activation ({name!r}, {layer}): the model's layers are 0 .. {config.n_layer - 1}")
@@ -109,20 +109,20 @@ def full_name(config: GPTConfig, name: str, layer: int) -> str:
 
 
 def listed(words: str | Iterable[str]) -> list[str]:
-    """Several words, as the command line has them ("head,pos") or one by one."""
+    """Split a comma-separated string as given on the command line ("head,pos"); other iterables become a list."""
     return [word.strip() for word in words.split(",")] if isinstance(words, str) else list(words)
 
 
 def select(config: GPTConfig, names: Names | None) -> list[str]:
-    """The full names that are meant, in the order of computation.
+    """Return the full names that `names` selects, in the order of computation.
 
     Args:
-        config: the model's.
-        names: a full or short name, a shell pattern, (short name, layer), a function of the full name, or several of
-            these; None: everything that is computed anyway.
+        config: config of the model.
+        names: a full or short name, a shell pattern, (short name, layer), a list of these, or a predicate on the full
+            name; None: all activations that cost nothing extra.
 
     Raises:
-        ConfigError: nothing is called that; names the nearest.
+        ConfigError: a name matches nothing; the message suggests the closest names.
     """
     table = activations(config)
     usual = [name for name, activation in table.items() if not activation.on_request]
@@ -131,7 +131,7 @@ def select(config: GPTConfig, names: Names | None) -> list[str]:
     if callable(names):
         picked = [name for name in table if names(name)]
         if not picked:
-            raise ConfigError(f"activation: the function picks none of the model's {len(table)} names; let it pick one")
+            raise ConfigError(f"activation: the function selects none of the model's {len(table)} names")
         return picked
     if isinstance(names, str) or (isinstance(names, tuple) and len(names) == 2 and isinstance(names[1], Integral)):
         names = [names]
@@ -143,7 +143,9 @@ def select(config: GPTConfig, names: Names | None) -> list[str]:
             matches = [name for name in usual if fnmatchcase(name, item)]
             asked = [name for name in table if fnmatchcase(name, item)]
             if not matches and asked:
-                raise ConfigError(f"activation {item!r}: is on request only; name it without a pattern: {asked[0]}")
+                raise ConfigError(
+                    f"activation {item!r}: patterns do not match costly activations; give the name: {asked[0]}"
+                )
             if not matches:
                 raise ConfigError(f"activation {item!r}: the pattern matches none of the model's {len(table)} names")
             found.update(matches)
@@ -159,9 +161,9 @@ def _find(config: GPTConfig, name: str, among: list[str]) -> list[str]:
     if short:
         kinds = {key.split(".", 2)[2] if key.startswith("blocks.") else key for key in short}
         if len(kinds) > 1:
-            raise ConfigError(f"activation {name!r}: may be any of {', '.join(sorted(kinds))}; give more of the name")
+            raise ConfigError(f"activation {name!r}: ambiguous, matches {', '.join(sorted(kinds))}; give a longer name")
         return short
     plain = {key.rpartition("hook_")[2]: key for key in among}
     near = [*get_close_matches(name, among, n=3), *get_close_matches(name, plain, n=3)][:3]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ConfigError(f"activation {name!r}: this model has none of that name{hint}")
+    raise ConfigError(f"activation {name!r}: this model has no such activation{hint}")

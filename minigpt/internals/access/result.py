@@ -19,11 +19,11 @@ from minigpt.durable import json_text, write_text
 from minigpt.errors import ConfigError
 
 SHADES = " ░▒▓█"
-WIDEST = 24  # columns of a printed grid, and rows of a printed list
+WIDEST = 24  # maximum columns of a printed grid, and rows of a printed list
 
 
 class Axis(NamedTuple):
-    """One axis of a result."""
+    """Name and labels of one axis of a result."""
 
     name: str
     labels: list[str]
@@ -31,7 +31,7 @@ class Axis(NamedTuple):
 
 @dataclass
 class Result:
-    """Numbers with names.
+    """An array with labelled axes.
 
     `print` shows a list or a grid, a notebook shows a coloured table, `save` writes .json, .csv, .npz or .html.
     """
@@ -40,9 +40,9 @@ class Result:
     values: np.ndarray
     axes: tuple[Axis, ...]
     unit: str = ""
-    """What the values are in: nats, probability, logits..."""
+    """Unit of the values: nats, probability, logits..."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Figures that belong to the whole: sums, remainders, scales, caps."""
+    """Numbers about the whole result: sums, remainders, scales, caps."""
 
     def __post_init__(self) -> None:
         if isinstance(self.values, torch.Tensor):
@@ -55,17 +55,17 @@ class Result:
             )
 
     def __getitem__(self, labels: str | tuple[str, ...]) -> float:
-        """The value at these labels, one an axis. Raises ConfigError for a label that is not there."""
+        """Return the value at these labels, one per axis. Raises ConfigError for an unknown label."""
         labels = (labels,) if isinstance(labels, str) else labels
         where = []
         for axis, label in zip(self.axes, labels, strict=True):
             if str(label) not in axis.labels:
-                raise ConfigError(f"{axis.name} {label!r}: none of {', '.join(axis.labels[:WIDEST])}")
+                raise ConfigError(f"{axis.name} {label!r}: not one of {', '.join(axis.labels[:WIDEST])}")
             where.append(axis.labels.index(str(label)))
         return float(self.values[tuple(where)])
 
     def top(self, count: int = 10, *, smallest: bool = False) -> list[tuple[tuple[str, ...], float]]:
-        """The greatest values with their labels, greatest first; or the smallest. NaN counts for nothing."""
+        """Return the `count` largest (or smallest) values with their labels, sorted. NaN is ignored."""
         flat = self.values.reshape(-1).astype(float)
         ranked = np.argsort(flat if smallest else -flat, kind="stable").tolist()
         order = [i for i in ranked if not np.isnan(flat[i])][:count]
@@ -75,7 +75,7 @@ class Result:
     def _labels(self, place: Sequence[Any]) -> tuple[str, ...]:
         return tuple(axis.labels[int(i)] for axis, i in zip(self.axes, place, strict=True))
 
-    # For people.
+    # Display.
 
     def __str__(self) -> str:
         head = f"{self.title}{f' ({self.unit})' if self.unit else ''}"
@@ -119,7 +119,7 @@ class Result:
         lines = [
             f"  {', '.join(_visible(label) for label in labels):30} {value:+.4f}" for labels, value in self.top(10)
         ]
-        return "\n".join([f"  {sizes}; the greatest:", *lines])
+        return "\n".join([f"  {sizes}; largest values:", *lines])
 
     def _repr_html_(self) -> str:
         grid = self.values.astype(float)
@@ -138,10 +138,10 @@ class Result:
         table = f"<table><tr><th></th>{heads}</tr>{cells}</table>"
         return f"<figure><figcaption>{head}</figcaption>{table}<p>{notes}</p></figure>"
 
-    # For programs.
+    # Export.
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it; NaN and infinities as null."""
+        """Convert to JSON types; NaN and infinities become null."""
         return {
             "title": self.title,
             "unit": self.unit,
@@ -171,26 +171,26 @@ class Result:
             case ".html":
                 write_text(path, PAGE.format(title=html.escape(self.title), body=self._repr_html_()))
             case _:
-                raise ConfigError(f"{path}: expected a name that ends in .json, .csv, .npz or .html")
+                raise ConfigError(f"{path}: unknown extension; expected .json, .csv, .npz or .html")
         return path
 
 
 class Tabled(ABC):
-    """What holds more than one table: it shows itself and saves as its main one."""
+    """A result with several tables. Notebooks show its main table, and `save` writes it."""
 
     @abstractmethod
     def table(self) -> Result:
-        """The main table."""
+        """Return the main table."""
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as JSON has it."""
+        """Convert the main table to JSON types."""
         return self.table().to_dict()
 
     def save(self, path: str | Path) -> Path:
-        """Write the table; see `Result.save`."""
+        """Write the main table to a file; see `Result.save`."""
         return self.table().save(path)
 
 
@@ -222,16 +222,16 @@ def _short(value: Any) -> str:
 
 
 def _greatest(values: np.ndarray) -> float:
-    """The greatest finite magnitude, by which bars and colours are scaled; 1 where there is none."""
+    """Largest finite magnitude, the scale of bars and colours; 1 if all values are zero or not finite."""
     return float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
 
 
 def _shade(share: float) -> str:
-    """How strong a number is, in a terminal; nothing for NaN."""
+    """Shading character for a magnitude, for terminals; a space for NaN."""
     return " " if np.isnan(share) else SHADES[round(4 * min(1.0, abs(share)))]
 
 
 def _colour(share: float) -> str:
-    """Blue for positive, red for negative, clear for nothing; readable on light and on dark."""
+    """CSS colour: blue for positive, red for negative, transparent for zero; readable in light and dark mode."""
     share = 0.0 if np.isnan(share) else share
     return f"rgb({'70 130 230' if share >= 0 else '230 90 70'} / {min(1, abs(share)) * 0.8:.2f})"

@@ -1,6 +1,6 @@
 """Hooks during generation: a model for the sampler whose forward passes are watched.
 
-A sampler asks little of a model (see decodable.py), so a study's edits reach whatever is written with it:
+A sampler needs only a small interface of a model (see decodable.py). With this adapter a study's edits apply to it:
 
     with study.hooks({"resid_post": add(vector)}):
         Sampler(Written(study), study.tokenizer).generate("ROMEO:")
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Written:
-    """A study as a sampler's model: the edits that are open when a token is read count for it.
+    """A study as a sampler's model. Each forward pass applies the edits that are active at that time.
 
     Args:
-        study: whose model writes.
-        keep: full names of activations to keep, of every forward.
+        study: the study of the model.
+        keep: full names of activations to keep from every forward pass.
     """
 
     def __init__(self, study: Access, keep: list[str] | None = None) -> None:
@@ -37,14 +37,14 @@ class Written:
             self.model.max_context,
             self.model.device,
         )
-        self.seen: list[dict[str, Tensor]] = []  # of each forward, in order
+        self.seen: list[dict[str, Tensor]] = []  # one dict per forward pass, in order
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """See `minigpt.GPT.new_cache`."""
         return self.model.new_cache(rows, capacity)
 
     def hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:  # (B, T) -> (B, T, C)
-        """One watched forward."""
+        """Run one forward pass with the study's edits."""
         watch = self.study.watch(self.keep)
         with self.study.running():
             hidden = self.study.forward(ids, cache, watch)
@@ -53,7 +53,7 @@ class Written:
         return hidden
 
     def next_logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
-        """Logits (B, V) after each row's last token; see `minigpt.GPT.next_logits`."""
+        """Return the logits (B, V) after the last token of each row; see `minigpt.GPT.next_logits`."""
         held = cache.lengths
         hidden = self.hidden(ids, cache)
         if counts is None:
@@ -62,41 +62,43 @@ class Written:
         return self.model.unembed(hidden[torch.arange(len(ids), device=ids.device), counts - 1])
 
     def all_logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) after every token of ids (B, T)."""
+        """Return the logits (B, T, V) after every token of ids (B, T)."""
         return self.model.unembed(self.hidden(ids, cache))
 
 
 def write(study: Access, prompt: str, keep: list[str], settings: dict[str, Any]) -> tuple[Any, Activations]:
-    """One completion of one prompt and the activations on the way; see `Study.generate`.
+    """Generate one completion of one prompt; return it with the activations. See `Study.generate`.
 
-    Raises ConfigError for settings that write several texts, and for a text that outgrows the model's context while
-    activations are kept, as those before the window are then no longer one forward's.
+    Raises ConfigError for settings that generate several texts. Also raises it if activations are kept and the text
+    exceeds the model's context: the context window then moves, so that no single forward pass has these activations.
     """
     from minigpt.sampling.sampler import Sampler
 
     if not isinstance(prompt, str):
-        raise ConfigError("generate: one prompt at a time, as text")
+        raise ConfigError("generate: expected one prompt, as a string")
     for name in ("num_beams", "num_return_sequences"):
         if settings.get(name, 1) != 1:
-            raise ConfigError(f"generate: {name} is {settings[name]}, but one text at a time is watched; leave it out")
+            raise ConfigError(f"generate: {name} is {settings[name]}, but a study generates one text; leave it out")
     model = Written(study, keep)
     sampler = Sampler(model, study.tokenizer)
     [[completion]] = sampler.generate(prompt, **settings)
     if not keep:
         return completion, Activations(study.config, {})
     if not model.seen:
-        raise ConfigError("generate: no token was written, so nothing was read to keep; expected max_new_tokens from 1")
+        raise ConfigError(
+            "generate: no token was generated, so there are no activations; set max_new_tokens to 1 or more"
+        )
     read = len(completion.prompt_ids) + len(completion.ids) - 1
     if read > study.config.block_size:
         raise ConfigError(
-            f"generate: {read + 1} tokens outgrow the context of {study.config.block_size}, so that activations of "
-            "one forward do not exist; write fewer tokens, or keep none"
+            f"generate: {read + 1} tokens exceed the context of {study.config.block_size}, so activations cannot be "
+            "kept; generate fewer tokens, or keep no activations"
         )
     return completion, Activations(study.config, {name: _joined(study, name, model.seen, read) for name in keep})
 
 
 def _joined(study: Access, name: str, seen: list[dict[str, Tensor]], length: int) -> Tensor:
-    """An activation of successive forwards as that of one: joined along its positions, slots filled up."""
+    """Concatenate an activation of successive forward passes along its positions; pad missing slots."""
     axes = study.table[name].axes
     parts = [forward[name] for forward in seen]
     if "slot" in axes:

@@ -1,12 +1,14 @@
 """Direct logit attribution: the exact contribution of each term of the residual stream, without folding weights.
 
-The last norm divides by a scale s that the whole stream decides, and the logit of token t is linear in what is left:
+The final norm divides by a scale s that depends on the whole stream. Given s, the logit of token t is linear in the
+terms c of the stream:
 
     logit_t = sum over terms c of  ((c - mean(c)) / s) . (w * W_U[t])   +   b . W_U[t]      LayerNorm, weight w, bias b
     logit_t = sum over terms c of  (c / s) . (w * W_U[t])                                   RMSNorm
 
-So with s taken from the run, the rows sum to the logit. What is attributed is the *direct* effect: a term's way through
-later blocks counts for those. A logit is meant before any cap on it (`logit_softcap`), which is not linear.
+With s taken from the forward pass, the terms sum exactly to the logit; no weights are folded. This is the *direct*
+effect: what later blocks compute from a term counts for those blocks. Logits are meant before the soft cap
+(`logit_softcap`), which is not linear.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.decomposition import By, one_text, parts_of, point_of, precise, writers
 from minigpt.model.layers import LayerNorm
 
-NEURONS = 20  # that have a row of their own where nothing else is asked for
+NEURONS = 20  # default number of neurons with a row of their own
 
 
 def attribute_logit(
@@ -36,32 +38,32 @@ def attribute_logit(
     *,
     top: int | None = None,
 ) -> Result:
-    """What each term of the stream adds to the logit of a token, or to the difference of two.
+    """Compute what each term of the residual stream adds to a token's logit, or to a logit difference.
 
     Args:
-        study: of the model.
+        study: the study of the model.
         text: one text.
         answer: the token, as text or id.
-        versus: another, whose logit is subtracted.
-        position: after which token; None: after each.
+        versus: a second token, whose logit is subtracted.
+        position: position of the logit; None: all positions.
         by: layer, component, head or neuron (see `Study.components`).
-        top: only so many terms, the largest, have a row, and one more is the sum of the others; by neuron this is said
-            of neurons. None: all, but 20 neurons.
+        top: number of largest terms with a row of their own; one more row is the sum of the others. With by="neuron"
+            it applies to neurons only. None: all terms, but 20 neurons.
 
     Returns:
-        Axis component and, for every position, token. The rows sum to the logit; the last is the final norm's bias,
-        where it has one. The notes hold the sum, the logit before any cap, the remainder between them, the scale of the
-        final norm, and where there is a cap, the cap and what the model's own logits say after it.
+        A result with the axis component and, with position=None, token. The rows sum to the logit; the last row is the
+        bias of the final norm, if it has one. The notes hold the sum, the logit before the soft cap, their difference
+        (remainder) and the scale of the final norm. With a soft cap they also hold the cap and the capped logit.
 
     Raises:
-        ConfigError: a position or unit that there is not.
-        DataError: a word that is not one token, or several texts.
+        ConfigError: invalid position, `by` or `top`.
+        DataError: an answer that is not exactly one token, or several texts.
     """
     ids, tokens = one_text(study, text)
     if position is not None and not -len(tokens) <= position < len(tokens):
-        raise ConfigError(f"position: {position} is none of the text's {len(tokens)}, counted from 0 or from -1 back")
+        raise ConfigError(f"position: {position} is outside the text; expected {-len(tokens)} .. {len(tokens) - 1}")
     if top is not None and top < 1:
-        raise ConfigError(f"top: {top}; expected a positive number, or None for all")
+        raise ConfigError(f"top: {top}; expected a positive number, or None for all terms")
     end = point_of(study.config, ("resid_post", -1))
     names = [*writers(study.config, by, end), end.name, "ln_final.hook_scale", "ln_final.hook_normalized"]
     logits, cache = study.run_with_cache(ids, names, positions=None if position is None else [position])
@@ -102,14 +104,14 @@ def attribute_logit(
 
 
 def _direction(study: Access, answer: str | int, versus: str | int | None) -> Tensor:  # -> (C)
-    """What the normed stream is multiplied with to give the logit, or the difference."""
+    """Vector whose dot product with the normed stream is the logit, or the logit difference."""
     rows = study.model.unembed.weight
     towards = precise(rows[study.token_id(answer)])
     return towards if versus is None else towards - precise(rows[study.token_id(versus)])
 
 
 def _through_norm(study: Access, towards: Tensor) -> Tensor:  # (C) -> (C)
-    """The same for the stream before the norm, up to its scale: (c - mean c) . d is c . (d - mean d)."""
+    """The direction for the stream before the norm, up to the norm's scale: (c - mean c) . d = c . (d - mean d)."""
     norm = study.model.trunk.norm
     if norm.weight is not None:
         towards = towards * precise(norm.weight)
@@ -117,7 +119,7 @@ def _through_norm(study: Access, towards: Tensor) -> Tensor:  # (C) -> (C)
 
 
 def _logit(study: Access, normalized: Tensor, towards: Tensor) -> Tensor:  # (T, C), (C) -> (T)
-    """The logit before any cap, from the model's own normed stream."""
+    """Logit before the soft cap, computed from the model's normed stream."""
     norm = study.model.trunk.norm
     hidden = normalized if norm.weight is None else normalized * precise(norm.weight)
     bias = getattr(norm, "bias", None)
@@ -125,19 +127,19 @@ def _logit(study: Access, normalized: Tensor, towards: Tensor) -> Tensor:  # (T,
 
 
 def _difference(study: Access, logits: Tensor, answer: str | int, versus: str | int | None) -> Tensor:
-    """The same number of the model's logits (T, V), after the cap."""
+    """The logit or logit difference from the model's logits (T, V), after the soft cap."""
     found = logits[:, study.token_id(answer)]
     return found if versus is None else found - logits[:, study.token_id(versus)]
 
 
 def _named(study: Access, answer: str | int, versus: str | int | None) -> str:
-    """The tokens in words, for a title."""
+    """Text of the tokens, for a title."""
     names = [repr(study.token(study.token_id(token))) for token in (answer, versus) if token is not None]
     return " - ".join(names)
 
 
 def _largest(values: Tensor, labels: list[str], many: list[bool], top: int, others: str) -> tuple[Tensor, list[str]]:
-    """The columns of (T, n), but of the `many` only the largest, in their order, and one for the sum of the rest."""
+    """Reduce the columns of (T, n): of those marked `many`, keep the `top` largest, in order, and sum up the others."""
     among = [i for i, one_of_many in enumerate(many) if one_of_many]
     if top >= len(among):
         return values, labels

@@ -1,8 +1,8 @@
 """Residual stream decomposition: embeddings plus the output of every attention layer and MLP.
 
-    study.components("ROMEO:", by="head")                       terms that sum to the last stream exactly
+    study.components("ROMEO:", by="head")                       terms that sum exactly to the final stream
     study.components("ROMEO:", by="component", at=("resid_mid", 2), read="share")
-    study.accumulated("ROMEO:")                                 the stream itself, from point to point
+    study.accumulated("ROMEO:")                                 the stream itself at successive points
 
 The terms follow Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 """
@@ -30,12 +30,12 @@ KINDS = ("resid_pre", "resid_mid", "resid_post")
 
 
 def precise(x: Tensor) -> Tensor:
-    """In double precision, on the CPU: not every device has it."""
+    """Convert to float64 on the CPU, because not every device supports float64."""
     return x.detach().cpu().double()
 
 
 class Point(NamedTuple):
-    """A place where the stream can be read: before, in the middle of, or after a block."""
+    """A point of the residual stream: before, in the middle of, or after a block."""
 
     layer: int
     kind: str
@@ -43,48 +43,48 @@ class Point(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As results name it: "3 mid"."""
+        """Label in results: "3 mid"."""
         return f"{self.layer} {self.kind.removeprefix('resid_')}"
 
     @property
     def name(self) -> str:
-        """The activation's full name."""
+        """Full name of the activation."""
         return f"blocks.{self.layer}.hook_{self.kind}"
 
     @property
     def written_by(self) -> Point:
-        """The same place seen from the block before: what block 2 receives is what block 1 left."""
+        """The equivalent point after the previous block: resid_pre of block 2 is resid_post of block 1."""
         return Point(self.layer - 1, "resid_post") if self.kind == "resid_pre" and self.layer else self
 
 
 class Part(NamedTuple):
-    """Some terms of a stream: what each writes, or how strongly along which direction of its own."""
+    """Some terms of a residual stream, as vectors or as coefficients of fixed directions."""
 
     labels: list[str]
     values: Tensor
     """(B, T, n, C); with rows (B, T, n)."""
     rows: Tensor | None = None
-    """(n, C): neuron i writes values[..., i] times rows[i], which need not be stored."""
+    """(n, C): term i is values[..., i] * rows[i]. Saves memory for neurons."""
 
     def written(self) -> Tensor:
-        """What each term writes, (B, T, n, C)."""
+        """The vector of each term, (B, T, n, C)."""
         return self.values if self.rows is None else self.values[..., None] * self.rows
 
     def total(self) -> Tensor:
-        """What all terms write together, (B, T, C)."""
+        """Sum of all terms, (B, T, C)."""
         return self.values.sum(2) if self.rows is None else self.values @ self.rows
 
     def along(self, direction: Tensor) -> Tensor:  # (C) -> (B, T, n)
-        """Each term's dot product with a direction, in double precision on the CPU."""
+        """Dot product of each term with a direction, in float64 on the CPU."""
         values, direction = precise(self.values), precise(direction)
         return values @ direction if self.rows is None else values * (precise(self.rows) @ direction)
 
 
 def points(config: GPTConfig, at: str | Iterable[str] = KINDS) -> list[Point]:
-    """Where streams are read, in the order of computation, each stream once: what a block receives is left out where
-    what the block before it left is asked for too.
+    """List the points of the given kinds in the order of computation, without duplicates.
 
-    Raises ConfigError for a kind that is none of resid_pre, resid_mid, resid_post.
+    resid_pre of a block equals resid_post of the previous block, so it is left out if both are requested.
+    Raises ConfigError for a kind other than resid_pre, resid_mid, resid_post.
     """
     kinds = [kind.removeprefix("hook_") for kind in listed(at)]
     if not kinds or set(kinds) - set(KINDS):
@@ -94,31 +94,31 @@ def points(config: GPTConfig, at: str | Iterable[str] = KINDS) -> list[Point]:
 
 
 def point_of(config: GPTConfig, at: Names) -> Point:
-    """The one place in the stream that a name means. Raises ConfigError where it is another activation, or several."""
+    """Return the point that a name selects. Raises ConfigError if it selects several or another activation."""
     found = select(config, at)
     if len(found) != 1 or not found[0].rpartition("hook_")[2].startswith("resid_"):
-        raise ConfigError(f"at: {at!r}; expected one place in the stream, such as ('resid_post', -1)")
+        raise ConfigError(f"at: {at!r}; expected one point of the residual stream, such as ('resid_post', -1)")
     return Point(int(found[0].split(".")[1]), found[0].rpartition("hook_")[2])
 
 
 def one_text(study: Access, text: Text) -> tuple[Tensor, list[str]]:
-    """Ids (1, T) of one text, and a label that is its own for each token: "3 the".
+    """Return the ids (1, T) of one text and a unique label for each token: "3 the".
 
     Raises DataError for several texts.
     """
     ids = study.ids(text)
     if len(ids) != 1:
-        raise DataError(f"text: {len(ids)} texts; this takes one at a time")
+        raise DataError(f"text: {len(ids)} texts; give one text at a time")
     return ids, [f"{place} {token}" for place, token in enumerate(study.tokens(ids))]
 
 
 def writers(config: GPTConfig, by: str, end: Point) -> list[str]:
-    """The full names of the activations that the terms up to `end` are made of.
+    """Full names of the activations that the terms up to `end` are computed from.
 
-    Raises ConfigError for a `by` that is none of layer, component, head, neuron.
+    Raises ConfigError for a `by` other than layer, component, head, neuron.
     """
     if by not in UNITS:
-        raise ConfigError(f"by: {by!r} is none of {', '.join(UNITS)}")
+        raise ConfigError(f"by: {by!r} is not one of {', '.join(UNITS)}")
     attention = "attn.hook_result" if by == "head" else "hook_attn_out"
     mlp = "mlp.hook_post" if by == "neuron" else "hook_mlp_out"
     names = [name for name in select(config, None) if name.endswith("embed")]
@@ -131,10 +131,10 @@ def writers(config: GPTConfig, by: str, end: Point) -> list[str]:
 
 
 def parts_of(study: Access, cache: Activations, by: str, end: Point) -> list[Part]:
-    """The terms that sum to the stream at `end`, of a run that kept `writers` and the stream there.
+    """Return the terms that sum to the stream at `end`; `cache` must hold the `writers` and the stream at `end`.
 
-    Edits that are open (`Study.hooks`) may change the stream itself, so that no component wrote what is in it: then the
-    last part, "edits", is what they put there.
+    Active edits (`Study.hooks`) may change the stream itself. The last part, "edits", is then the difference between
+    the stream and the sum of the components.
     """
     found = []
     for name in writers(study.config, by, end):
@@ -178,27 +178,27 @@ def components(
     read: Literal["vector", "norm", "share"] = "vector",
     positions: Sequence[int] | None = None,
 ) -> Result:
-    """The terms that the stream at one place is the sum of.
+    """Decompose the residual stream at one point into the terms that sum to it.
 
     Args:
-        study: of the model.
+        study: the study of the model.
         text: one text.
-        by: layer: the embeddings and each block. component: each attention and each MLP ("L2 mlp"). head: each head,
-            the attention's bias apart. neuron: each neuron of the MLPs, their bias apart.
-        at: where: resid_pre, resid_mid or resid_post of a layer.
-        read: vector: what each term writes. norm: its length. share: its dot product with the stream over the stream's
-            with itself, which sums to 1 at each token.
-        positions: of these tokens only; None: all. By neuron, vectors of long texts fill the memory.
+        by: layer: the embeddings and each block. component: each attention layer and MLP ("L2 mlp"). head: each head,
+            with the attention bias as a separate term. neuron: each MLP neuron, with the MLP bias as a separate term.
+        at: point of the stream: resid_pre, resid_mid or resid_post of a layer.
+        read: vector: the term itself. norm: its Euclidean length. share: its dot product with the stream, divided by
+            the squared length of the stream; shares sum to 1 at each token.
+        positions: only these tokens; None: all. With by="neuron", the vectors of long texts need much memory.
 
     Returns:
-        Axes component, token and, for vectors, d_model. The vectors sum over components to the stream exactly, to the
-        rounding of the model's numbers. The notes hold the largest remainder of that sum.
+        A result with the axes component, token and, for vectors, d_model. The vectors sum over components to the
+        stream, up to floating-point rounding. The notes hold the largest remainder of that sum.
 
     Raises:
-        ConfigError: a name, unit or reading that there is not.
+        ConfigError: invalid `at`, `by` or `read`.
     """
     if read not in ("vector", "norm", "share"):
-        raise ConfigError(f"read: {read!r} is none of vector, norm, share")
+        raise ConfigError(f"read: {read!r} is not one of vector, norm, share")
     end = point_of(study.config, at)
     ids, tokens = one_text(study, text)
     _, cache = study.run_with_cache(ids, [*writers(study.config, by, end), end.name], positions=positions, stop=True)
@@ -206,7 +206,7 @@ def components(
         parts = parts_of(study, cache, by, end)
         stream = precise(cache[end.name][0])  # (T, C)
         total = torch.stack([precise(part.total()[0]) for part in parts]).sum(0)
-        # Part by part, since all neurons' vectors are many: (T, n) each, or (T, n, C).
+        # One part at a time, because the vectors of all neurons take much memory: (T, n) each, or (T, n, C).
         values = torch.cat([_read(precise(part.written()[0]), stream, read) for part in parts], 1).transpose(0, 1)
         labels = [label for part in parts for label in part.labels]
         kept = range(len(tokens)) if cache.positions is None else cache.positions
@@ -227,15 +227,15 @@ def _read(terms: Tensor, stream: Tensor, read: str) -> Tensor:  # (T, n, C), (T,
 
 
 def accumulated(study: Access, text: Text, at: str | Iterable[str] = KINDS) -> Result:
-    """The stream from place to place, as each block adds to it.
+    """Return the residual stream at successive points.
 
     Args:
-        study: of the model.
+        study: the study of the model.
         text: one text.
-        at: at which places of each block: some of resid_pre, resid_mid, resid_post.
+        at: points of each block: one or more of resid_pre, resid_mid, resid_post.
 
     Returns:
-        Axes stream ("0 pre", "0 mid", "0 post", "1 mid", ...), token, d_model.
+        A result with the axes stream ("0 pre", "0 mid", "0 post", "1 mid", ...), token, d_model.
     """
     where = points(study.config, at)
     ids, tokens = one_text(study, text)

@@ -1,13 +1,14 @@
 """Attention rollout and value-weighted flow: attention of all layers multiplied.
 
-In a block a position keeps part of its stream and takes the rest from the positions that it looks at. Two ways to say
-how much, each a matrix whose rows sum to 1, multiplied over the blocks:
+In each block a position keeps part of its stream and reads the rest from the positions it attends to. Two methods
+estimate the shares as a matrix whose rows sum to 1; the matrices of the blocks are multiplied:
 
-    rollout      half its own stream, half by attention, the mean over heads (Abnar & Zuidema 2020, arXiv 2005.00928)
-    value_flow   by the length of the vectors that are really added, the stream itself included (Kobayashi et al. 2021,
-                 arXiv 2109.07152): a head that looks hard at a token of which it writes little moves little
+    rollout      half from its own stream, half by attention weights, averaged over heads (Abnar & Zuidema 2020,
+                 arXiv 2005.00928)
+    value_flow   by the lengths of the vectors that are added, including the stream itself (Kobayashi et al. 2021,
+                 arXiv 2109.07152); high attention to a token with a small output vector counts little
 
-Neither sees what MLPs and norms do, and neither is causal: what they suggest is to be tried by patching.
+Both ignore MLPs and norms, and neither is causal: verify their results by patching.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from minigpt.internals.attribution.weights import write_weights
 
 
 def rollout(study: Access, text: Text, layer: int = -1) -> Result:
-    """Where the stream after a block came from: position x source, rows sum to 1.
+    """Attention rollout: shares of the source positions in the stream after a block; rows sum to 1.
 
     Args:
         study: see `Study`.
         text: one text.
-        layer: after which block.
+        layer: index of the block.
 
-    The product over blocks 0 .. layer of (A + I) / 2, A the mean pattern of a block's heads.
+    Returns:
+        Position x source: the product over blocks 0 .. layer of (A + I) / 2, where A is the attention pattern averaged
+        over the heads of a block.
     """
     layer, text = _checked(study, text, layer)
     _, cache = study.run_with_cache(text, "pattern")
@@ -44,15 +47,16 @@ def rollout(study: Access, text: Text, layer: int = -1) -> Result:
 
 
 def value_flow(study: Access, text: Text, layer: int = -1) -> Result:
-    """Where the stream after a block came from, by the vectors added: position x source, rows sum to 1.
+    """Value-weighted flow: shares of the source positions in the stream after a block; rows sum to 1.
 
     Args:
         study: see `Study`.
         text: one text.
-        layer: after which block.
+        layer: index of the block.
 
-    The product over blocks 0 .. layer of the rows of || sum over heads of A_ij v_j W_O, with x_i where j is i ||, each
-    row divided by its sum.
+    Returns:
+        Position x source: the product over blocks 0 .. layer of the matrices || sum over heads of A_ij v_j W_O ||, with
+        x_i added inside the norm if j = i, and each row divided by its sum.
     """
     layer, text = _checked(study, text, layer)
     _, cache = study.run_with_cache(text, ["pattern", "v", "resid_pre"])
@@ -64,16 +68,18 @@ def value_flow(study: Access, text: Text, layer: int = -1) -> Result:
 
 
 def _lengths(study: Access, cache: Activations, layer: int) -> Tensor:  # (T, T)
-    """How long the vector is that each source adds to each position."""
+    """Length of the vector that each source position adds to each position."""
     weights = write_weights(study.model, layer)  # (H, D, C)
     group = len(weights) // cache["v", layer].shape[2]
     values = cache["v", layer][0].repeat_interleave(group, 1)  # (T, H, D)
     stream = cache["resid_pre", layer][0]  # (T, C)
-    # The stream itself is one more head, which looks at its own position alone.
+    # Treat the stream itself as one more head that attends only to its own position.
     vectors = torch.cat([torch.einsum("jhd,hdc->jhc", values, weights), stream[:, None]], 1)  # (T, H + 1, C)
     pattern = cache["pattern", layer][0]  # (H, T, T)
     shares = torch.cat([pattern, torch.eye(len(stream)).to(pattern)[None]])  # (H + 1, T, T)
-    between = vectors @ vectors.transpose(1, 2)  # (T, H + 1, H + 1): of each source, products of what heads make of it
+    between = vectors @ vectors.transpose(
+        1, 2
+    )  # (T, H + 1, H + 1): for each source, dot products of the heads' vectors
     return torch.einsum("hij,jhk,kij->ij", shares, between, shares).clamp(min=0).sqrt()
 
 
@@ -91,5 +97,5 @@ def _checked(study: Access, text: Text, layer: int) -> tuple[int, Tensor]:
     if len(ids) > 1:
         raise DataError(f"text: {len(ids)} texts; give one text at a time")
     if not -layers <= layer < layers:
-        raise ConfigError(f"layer: {layer}; the model's are 0 .. {layers - 1}")
+        raise ConfigError(f"layer: {layer}; expected 0 .. {layers - 1}")
     return layer % layers, ids

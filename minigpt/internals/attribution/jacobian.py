@@ -1,12 +1,12 @@
 """Fit a Jacobian lens: the mean dependence of the final stream on the stream at each place.
 
     J = mean over texts and tokens t of   sum over t' >= t of   d last(t') / d stream(t)
-    read: unembed(norm(J h))  or, around the means of the stream h and of the last stream,  J (h - mean h) + mean last
+    uncentred: unembed(norm(J h))         centred: unembed(norm(J (h - mean h) + mean last))
 
-Gurnee et al. 2026, "Verbalizable Representations Form a Global Workspace in Language Models". It counts what a stream
-does for later tokens too. As no token depends on a later one, a backward pass from the sum over all t' gives a row of J
-for every place at once; C passes give all. They read J h alone, which on a small model of few tokens says little: the
-mean of the last stream, which makes rare tokens rare, is missing there.
+Gurnee et al. 2026, "Verbalizable Representations Form a Global Workspace in Language Models". The lens includes the
+effect of a stream on later tokens. Since no token depends on later ones, a backward pass from the sum over all t' gives
+one row of J for every point at once; C passes give all rows. The authors use the uncentred form. On a small model with
+a small vocabulary it is not informative, because it lacks the mean of the final stream, which makes rare tokens rare.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def fit_jacobian_lens(
     seed: int = 0,
     save: bool = True,
 ) -> Translators:
-    """Fit one, showing a progress bar. It costs as many backward passes as the stream has channels.
+    """Fit a Jacobian lens, with a progress bar. It takes n_embd backward passes.
 
     Args:
-        study: of the model.
-        text: to average over, of any length; None: the training split of the run's corpus.
-        centred: read around the means over the text that is averaged; False: read J h alone, as the authors do.
-        tokens: how many of it, in windows of the model's context from anywhere in it.
-        seed: of the windows that are drawn.
-        save: write it into the run's folder, where `jacobian_lens` finds it.
+        study: the study of the model.
+        text: text to average over, of any length; None: the training split of the run's corpus.
+        centred: subtract and add the means over that text; False: J h only, as the authors do.
+        tokens: number of tokens to average over, in context windows at random positions of the text.
+        seed: seed of the random windows.
+        save: write the lens to the run folder, where `jacobian_lens` finds it.
 
     Raises:
-        ConfigError: a number that is not positive; a study of no run, with save.
+        ConfigError: `tokens` is not positive, or `save` is set and the study has no run.
     """
     if tokens < 1:
         raise ConfigError(f"tokens: {tokens}; expected a positive number")
@@ -80,5 +80,5 @@ def fit_jacobian_lens(
 
 
 def _leaf(embed: Tensor, site: object) -> Tensor:
-    """Derivatives are asked for of what follows the embedding, and so not of the model's parameters."""
+    """Edit that starts the autograd graph at the embedding, so that no gradients of parameters are computed."""
     return embed.detach().requires_grad_()

@@ -1,11 +1,11 @@
 """Logit lens and its variants: the prediction at every place of the residual stream and every token.
 
-    print(study.logit_lens("ROMEO:"))                  rows: places, columns: tokens, cells: the likeliest next token
-    study.logit_lens("ROMEO:", stat="kl")              how far from the final answer each place is, in nats
+    print(study.logit_lens("ROMEO:"))                  rows: points, columns: tokens, cells: most likely next token
+    study.logit_lens("ROMEO:", stat="kl")              KL divergence from the model's output at each point, in nats
 
-The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") puts the stream as it is through the last norm,
-whose statistics are those of that stream, and the unembedding. Other lenses first translate the stream into what it
-will be at the end; see minigpt.internals.attribution.translators.
+The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") applies the final norm and the unembedding to
+an intermediate stream. Other lenses first map the stream to an estimate of the final stream; see
+minigpt.internals.attribution.translators.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from minigpt.model.layers import widen
 
 Stat = Literal["top", "probability", "rank", "loss", "entropy", "kl"]
 Reader = Callable[[Point, Tensor], Tensor]
-"""What a stream (B, T, C) at a place will be at the end, (B, T, C)."""
+"""Maps a stream (B, T, C) at a point to an estimate of the final stream (B, T, C)."""
 
 UNITS = {
-    "top": "probability of the likeliest token",
+    "top": "probability of the most likely token",
     "probability": "probability of the next token",
-    "rank": "rank of the next token, 1 the likeliest",
-    "loss": "nats of the next token",
-    "entropy": "nats",
-    "kl": "nats from the model's own distribution",
+    "rank": "rank of the next token, 1 = most likely",
+    "loss": "loss of the next token in nats",
+    "entropy": "entropy in nats",
+    "kl": "KL divergence from the model's output in nats",
 }
-WIDTH = 100  # characters of a printed table
+WIDTH = 100  # maximum characters per line of a printed table
 
 
 @dataclass(repr=False)
 class Lens(Result):
-    """A lens's table: places x tokens, and the likeliest tokens of each cell."""
+    """The result of a lens: points x tokens, with the most likely tokens of each cell."""
 
     candidates: list[list[list[tuple[str, float]]]] = field(default_factory=list)
-    """candidates[row][column]: tokens with their probabilities, the likeliest first."""
+    """candidates[row][column]: tokens with their probabilities, most likely first."""
     stat: str = "top"
-    """What `values` are; see `logit_lens`."""
+    """Statistic in `values`; see `logit_lens`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As of any result, and "candidates": [row][column] of {token, probability}."""
+        """Convert to JSON types, with "candidates": [row][column] lists of {token, probability}."""
         told = [
             [[{"token": token, "probability": share} for token, share in cell] for cell in row]
             for row in self.candidates
@@ -59,14 +59,14 @@ class Lens(Result):
         return {**super().to_dict(), "stat": self.stat, "candidates": told}
 
     def _cells(self) -> list[list[str]]:
-        """What each cell shows: the likeliest token, or the number."""
+        """Text of each cell: the most likely token, or the number."""
         if self.stat == "top":
             return [[_visible(cell[0][0]) for cell in row] for row in self.candidates]
         form = {"rank": ".0f", "probability": ".3f"}.get(self.stat, ".2f")
         return [["" if value != value else format(value, form) for value in row] for row in self.values]
 
     def _shares(self) -> list[list[float]]:
-        """How strongly each cell is shaded, 0 .. 1."""
+        """Shading of each cell, 0 .. 1."""
         if self.stat in ("top", "probability"):
             return self.values.tolist()
         ends = [value for value in self.values.reshape(-1) if value == value]
@@ -112,7 +112,7 @@ class Lens(Result):
 def lens_logits(
     study: Access, text: Text, where: Sequence[Point], reader: Reader | None = None
 ) -> Iterator[tuple[Point, Tensor]]:
-    """The logits (B, T, V) that each place stands for; of the last stream they are the model's own, to the bit."""
+    """Yield each point with its logits (B, T, V). At the final point they equal the model's logits bit for bit."""
     ids = study.ids(text)
     _, cache = study.run_with_cache(ids, [point.name for point in where], stop=True)
     norm = study.model.trunk.norm
@@ -120,7 +120,7 @@ def lens_logits(
         stream = cache[point.name]
         if reader is not None:
             stream = reader(point, stream)
-        watch = study.watch()  # edits of the last norm count here as they do in the model
+        watch = study.watch()  # edits of the final norm apply here as in the model
         watch.positions = torch.arange(ids.shape[1], device=ids.device)
         with study.running():
             logits = study.model.unembed(explicit_norm(norm, stream, watch, "ln_final."))
@@ -137,28 +137,29 @@ def logit_lens(
     candidates: int = 10,
     reader: Reader | None = None,
 ) -> Lens:
-    """What each place of the stream says the next token is.
+    """Apply the logit lens: predict the next token from each point of the residual stream.
 
     Args:
-        study: of the model.
+        study: the study of the model.
         text: one text.
-        at: where in each block: some of resid_pre, resid_mid, resid_post.
-        stat: top: the likeliest token and its probability. probability, rank (1: the likeliest), loss (nats): of the
-            token that comes next in the text. entropy: of the distribution, in nats. kl: KL(model's output || place),
-            in nats.
-        answer: take this token in place of the next one, at every position.
-        candidates: how many of the likeliest tokens each cell carries.
-        reader: what to do with a stream before the last norm; see minigpt.internals.attribution.translators.
+        at: points of each block: one or more of resid_pre, resid_mid, resid_post.
+        stat: statistic to return. top: the most likely token and its probability. probability, rank (1 = most likely),
+            loss (nats): of the actual next token in the text. entropy: of the distribution, in nats. kl: KL(model's
+            output || point), in nats.
+        answer: use this token instead of the actual next token, at every position.
+        candidates: number of most likely tokens to keep for each cell.
+        reader: map applied to a stream before the final norm; see minigpt.internals.attribution.translators.
 
     Returns:
-        Axes stream ("0 pre", "0 mid", ...) and token. Where no token comes next and no answer is given, NaN.
+        A result with the axes stream ("0 pre", "0 mid", ...) and token. Without `answer`, values that need a next
+        token are NaN at the last position.
 
     Raises:
-        ConfigError: a place or statistic that there is not.
-        DataError: several texts, or an answer that is not one token.
+        ConfigError: invalid `at` or `stat`.
+        DataError: several texts, or an answer that is not exactly one token.
     """
     if stat not in get_args(Stat):
-        raise ConfigError(f"stat: {stat!r} is none of {', '.join(get_args(Stat))}")
+        raise ConfigError(f"stat: {stat!r} is not one of {', '.join(get_args(Stat))}")
     ids, tokens = one_text(study, text)
     where, last = points(study.config, at), points(study.config, "resid_post")[-1]
     targets = torch.full((ids.shape[1],), -1, dtype=torch.int64, device=ids.device)
@@ -190,9 +191,9 @@ def statistic(stat: str, log_p: Tensor, output: Tensor, targets: Tensor) -> Tens
 
     Args:
         stat: see `logit_lens`.
-        log_p: log-probabilities (T, V) of a place.
-        output: those of the model.
-        targets: (T) ids; -1 where there is none, which gives NaN.
+        log_p: log-probabilities (T, V) at a point.
+        output: log-probabilities (T, V) of the model's output.
+        targets: (T) target ids; -1 for no target, which gives NaN.
     """
     if stat == "top":
         return log_p.max(-1).values.exp()

@@ -1,15 +1,14 @@
 """Saliency: which tokens a prediction depends on, by gradients or occlusion.
 
-With x_t what token t puts into the stream, x'_t a baseline in its place, and f the answer's logit (or the difference to
-another's):
+x_t is the embedding of token t, x'_t a baseline for it, and f the answer's logit (or logit difference):
 
-    gradient               |df/dx_t|                                     how sharply f reacts to it
-    gradient_x_input       (x_t - x'_t) . df/dx_t                        the first-order effect of having it
-    integrated_gradients   (x_t - x'_t) . mean of df/dx_t from x' to x   along the whole way; sums to f(x) - f(x')
-    occlusion              f(x) - f(x with x'_t)                         what is lost without it, alone
+    gradient               |df/dx_t|                                     sensitivity of f to the token
+    gradient_x_input       (x_t - x'_t) . df/dx_t                        first-order effect of the token
+    integrated_gradients   (x_t - x'_t) . mean of df/dx_t from x' to x   along a straight path; sums to f(x) - f(x')
+    occlusion              f(x) - f(x with x'_t)                         effect of replacing this token only
 
-x_t is the token's embedding, and in models with n-gram embeddings those of the n-gram that ends in the token. The
-positions' embeddings stay as they are: they are not the token's.
+In models with n-gram embeddings, x_t includes the embeddings of the n-grams that end at the token. Position embeddings
+are not part of x_t and do not change.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from minigpt.internals.attribution.decomposition import one_text, precise
 Method = Literal["gradient", "gradient_x_input", "integrated_gradients", "occlusion"]
 AT_ONCE = 2**12  # tokens per forward, about
 MOST_STEPS = 1024
-COMPLETE = 0.01  # of f(x) - f(x'): how far the sum of integrated gradients may be from it
+COMPLETE = 0.01  # tolerance of the sum of integrated gradients, relative to f(x) - f(x')
 GRADING = 2  # see _way
 
 
@@ -43,33 +42,34 @@ def saliency(
     method: Method = "integrated_gradients",
     baseline: Literal["mean", "zero"] | Text = "mean",
 ) -> Result:
-    """How much each token matters for the logit of an answer, or for its difference to another.
+    """Compute how much each token contributes to the logit of an answer, or to a logit difference.
 
     Args:
-        study: of the model.
+        study: the study of the model.
         text: one text.
         answer: the token, as text or id.
-        versus: another, whose logit is subtracted.
-        position: after which token the answer is looked at.
-        method: see the file's beginning.
-        baseline: what stands for "no token": the mean over the vocabulary, zero, or the tokens of another text of equal
-            length. Without position embeddings a stream of zeros is where norms jump, so that gradients near it are
-            huge and no number of steps may do; prefer the mean there.
+        versus: a second token, whose logit is subtracted.
+        position: position of the logit.
+        method: see the module docstring.
+        baseline: replacement for a token: the mean embedding of the vocabulary, zero, or the tokens of another text of
+            equal length. In models without position embeddings, norms are discontinuous at a zero stream: gradients
+            near it are huge, and integrated gradients may not converge. Use the mean there.
 
     Returns:
-        Axis token; tokens after the position are 0. The notes hold f(x) ("value") and, but for the gradient, f(x')
-        ("baseline"), the sum and what it lacks of value - baseline ("remainder"); for integrated gradients also the
-        steps, which are doubled until the remainder is within 1 % or there are 1024.
+        A result with the axis token; tokens after the position are 0. The notes hold f(x) ("value") and, except for
+        the gradient method, f(x') ("baseline"), the sum of the scores, and value - baseline - sum ("remainder"). For
+        integrated gradients they also hold the number of steps, which doubles until the remainder is within 1 % or
+        there are 1024 steps.
 
     Raises:
-        ConfigError: a method, baseline or position that there is not.
-        DataError: an answer that is not one token, several texts, or a baseline of another length.
+        ConfigError: invalid method, baseline or position.
+        DataError: an answer that is not exactly one token, several texts, or a baseline of another length.
     """
     if method not in get_args(Method):
-        raise ConfigError(f"method: {method!r} is none of {', '.join(get_args(Method))}")
+        raise ConfigError(f"method: {method!r} is not one of {', '.join(get_args(Method))}")
     ids, tokens = one_text(study, text)
     if not -len(tokens) <= position < len(tokens):
-        raise ConfigError(f"position: {position} is none of the text's {len(tokens)}, counted from 0 or from -1 back")
+        raise ConfigError(f"position: {position} is outside the text; expected {-len(tokens)} .. {len(tokens) - 1}")
     position %= len(tokens)
     asked = _Asked(study, ids, position, study.token_id(answer), None if versus is None else study.token_id(versus))
     own, other = _inputs(study, ids), _baseline(study, ids, baseline)  # (T, C) each
@@ -88,23 +88,23 @@ def saliency(
             gone = torch.eye(len(tokens), dtype=torch.bool, device=own.device)[: position + 1, :, None]
             without = [asked.values(torch.where(rows, other, own)) for rows in gone.split(asked.at_once)]
             scores = torch.zeros(len(tokens), dtype=value.dtype)
-            scores[: position + 1] = value - torch.cat(without)  # row t has lost token t
+            scores[: position + 1] = value - torch.cat(without)  # row t has token t replaced
         notes |= {"sum": float(scores.sum()), "remainder": float(value - base - scores.sum())}
     names = [repr(study.token(study.token_id(token))) for token in (answer, versus) if token is not None]
     title = f"{method.replace('_', ' ')} of {' - '.join(names)}"
-    unit = "logits a unit of length" if method == "gradient" else "logits"
+    unit = "logits per unit length" if method == "gradient" else "logits"
     return Result(title, scores.numpy(), (Axis("token", tokens),), unit, notes)
 
 
 class _Asked:
-    """The number that is explained, as a function of what the tokens put into the stream."""
+    """The logit (difference) to explain, as a function of the token embeddings."""
 
     def __init__(self, study: Access, ids: Tensor, position: int, answer: int, versus: int | None) -> None:
         self.study, self.ids, self.position, self.answer, self.versus = study, ids, position, answer, versus
         self.at_once = max(1, AT_ONCE // ids.shape[1])
 
     def of(self, inputs: Tensor) -> Tensor:  # (n, T, C) -> (n)
-        """The number for each row of inputs, by one forward."""
+        """Compute f for each row of inputs, in one forward pass."""
         study, ids = self.study, self.ids.expand(len(inputs), -1)
         edits: dict[Any, Any] = {name: 0.0 for name in _terms(study)}
         with study.hooks({**edits, "hook_embed": lambda embed, site: inputs}):
@@ -118,14 +118,14 @@ class _Asked:
             return precise(self.of(inputs))
 
     def gradients(self, inputs: Tensor) -> Tensor:  # (n, T, C) -> (n, T, C)
-        """Of each number by its own inputs."""
+        """Gradient of f for each row with respect to that row."""
         with self.study.running(grad=True):
             inputs = inputs.detach().requires_grad_()
             return precise(torch.autograd.grad(self.of(inputs).sum(), inputs)[0])
 
 
 def _terms(study: Access) -> list[str]:
-    """The full names of what tokens put into the stream."""
+    """Full names of the token and n-gram embedding activations."""
     return [name for name in study.table if name.endswith("embed") and not name.endswith("pos_embed")]
 
 
@@ -142,12 +142,12 @@ def _baseline(study: Access, ids: Tensor, baseline: Any) -> Tensor:  # -> (T, C)
         return (mean if baseline == "mean" else torch.zeros_like(mean)).expand(length, -1)
     other, _ = one_text(study, baseline)
     if other.shape[1] != length:
-        raise DataError(f"baseline: {other.shape[1]} tokens, but the text has {length}; give one of equal length")
+        raise DataError(f"baseline: {other.shape[1]} tokens, but the text has {length}; give a text of equal length")
     return _inputs(study, other)
 
 
 def _integrated(asked: _Asked, own: Tensor, other: Tensor, change: float) -> tuple[Tensor, int]:
-    """Integrated gradients (T) and the steps they took (Sundararajan, Taly, Yan 2017, arXiv 1703.01365)."""
+    """Integrated gradients (T) and the number of steps (Sundararajan, Taly, Yan 2017, arXiv 1703.01365)."""
     difference, steps = precise(own - other), 16
     while True:
         along, weights = _way(steps)
@@ -162,10 +162,10 @@ def _integrated(asked: _Asked, own: Tensor, other: Tensor, change: float) -> tup
 
 
 def _way(steps: int) -> tuple[Tensor, Tensor]:
-    """Where along the way from 0 to 1 gradients are taken, and their weights, (steps) each.
+    """Points on the path from 0 to 1 at which gradients are computed, and their weights, (steps) each.
 
-    The midpoint rule in u, where the way is u to the power of GRADING: near the baseline the stream is short, so norms
-    turn it quickly and gradients change fast; there the steps are small.
+    The midpoint rule in u, with path parameter u**GRADING. Steps are smaller near the baseline: the stream is short
+    there, so its direction after the norms, and with it the gradients, change fast.
     """
     u = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     weights = GRADING * u ** (GRADING - 1)

@@ -1,10 +1,10 @@
 """Lenses with an affine map per place, from the stream there to the final stream.
 
-    tuned lens       trained so that what it reads comes closest to the model's own output   tuned.py
-    Jacobian lens    the mean derivative of the end by the stream there   jacobian.py
+    tuned lens       trained to minimize the KL divergence from the model's output               tuned.py
+    Jacobian lens    mean derivative of the final stream with respect to the stream at a point   jacobian.py
 
-Both are kept in the run's folder, beside its checkpoints, as tuned_lens.safetensors and jacobian_lens.safetensors, and
-say which weights they were made for: for other weights they are refused.
+Both are saved in the run folder, as tuned_lens.safetensors and jacobian_lens.safetensors, with a fingerprint of the
+weights that they were fitted for. Loading them for other weights is an error.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ MADE_BY = {"tuned": "train_tuned_lens", "jacobian": "fit_jacobian_lens"}
 
 @dataclass
 class Translators:
-    """A map for each place of the stream but the last; a reader for `logit_lens`."""
+    """An affine map for each point of the stream except the last; a reader for `logit_lens`."""
 
     kind: str
     """tuned or jacobian."""
     matrices: dict[str, Tensor]
-    """(C, C), by the place's full name: translated = matrix @ stream + bias."""
+    """(C, C) by full name of the point: translated = matrix @ stream + bias."""
     biases: dict[str, Tensor]
-    """(C), by the place's full name; none for a lens that has none."""
+    """(C) by full name of the point; empty for a lens without biases."""
     model: str
-    """The fingerprint of the model that it is for."""
+    """Fingerprint of the model that the lens was fitted for."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """How it was made."""
+    """Settings of the fit."""
 
     def __call__(self, point: Point, stream: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        """What a stream at a place will be at the end. The last stream stays as it is."""
+        """Map the stream at a point to an estimate of the final stream; the final stream itself is unchanged."""
         name = point.written_by.name
         if name not in self.matrices:
             return stream
@@ -60,30 +60,30 @@ class Translators:
         return made + self.biases[name].to(stream) if name in self.biases else made
 
     def save(self, path: str | Path) -> Path:
-        """Write it as a safetensors file: PLACE.weight and PLACE.bias, and kind, fingerprint and notes beside them."""
+        """Write a safetensors file: tensors POINT.weight and POINT.bias; metadata: kind, fingerprint and notes."""
         path = Path(path)
         tensors = {f"{name}.weight": matrix for name, matrix in self.matrices.items()}
         tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
         told = {"kind": f"minigpt {self.kind} lens", "model": self.model, "notes": json.dumps(self.notes)}
         if path.is_file():
-            notice(f"{path}: replaces the lens that was there")
+            notice(f"{path}: replacing the existing lens")
         save_tensors(path, tensors, told)
         return path
 
     @classmethod
     def load(cls, path: str | Path, study: Access) -> Translators:
-        """Read what `save` wrote. Raises CheckpointError for anything else, and for a lens of another model."""
+        """Read a file written by `save`. Raises CheckpointError for other files and for a lens of another model."""
         path = Path(path)
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; expected a lens that was trained for this model")
+            raise CheckpointError(f"{path}: no such file; expected a lens trained for this model")
         tensors, told = load_tensors(path), load_metadata(path)
         kind = told.get("kind", "").removeprefix("minigpt ").removesuffix(" lens")
         if kind not in MADE_BY:
-            raise CheckpointError(f"{path}: is no lens; expected a file that Translators.save wrote")
+            raise CheckpointError(f"{path}: not a lens; expected a file written by Translators.save")
         if told.get("model") != fingerprint(study.model):
             raise CheckpointError(
-                f"{path}: was made for other weights than those of {study.run.path if study.run else 'this model'}; "
-                f"make it anew with {MADE_BY[kind]}, or give the path of one that fits"
+                f"{path}: was fitted for weights other than those of {study.run.path if study.run else 'this model'}; "
+                f"fit a new one with {MADE_BY[kind]}, or give the path of a matching lens"
             )
         matrices = {name.removesuffix(".weight"): t for name, t in tensors.items() if name.endswith(".weight")}
         biases = {name.removesuffix(".bias"): t for name, t in tensors.items() if name.endswith(".bias")}
@@ -91,16 +91,16 @@ class Translators:
         expected = {point.name: (width, width) for point in translated(study)}
         found = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
         if found != expected or any(bias.shape != (width,) or name not in found for name, bias in biases.items()):
-            raise CheckpointError(f"{path}: its tensors are not one map for each place of this model; make it anew")
+            raise CheckpointError(f"{path}: its tensors do not match the layers of this model; fit a new lens")
         try:
             notes = json.loads(told.get("notes", "{}"))
         except ValueError as error:
-            raise CheckpointError(f"{path}: its notes cannot be read ({error}); make it anew") from error
+            raise CheckpointError(f"{path}: its notes cannot be read ({error}); fit a new lens") from error
         return cls(kind, matrices, biases, told["model"], notes)
 
 
 def fingerprint(model: GPT) -> str:
-    """Sha256 (hex) of the model's weights as float32, which is the same however they are stored."""
+    """Sha256 (hex) of the model's weights converted to float32, so that it does not depend on the stored dtype."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_of(model).items()):
         digest.update(name.encode())
@@ -109,16 +109,16 @@ def fingerprint(model: GPT) -> str:
 
 
 def translated(study: Access) -> list[Point]:
-    """The places that a lens translates: all but the last."""
+    """Points that a lens has a map for: all but the last."""
     return points(study.config)[:-1]
 
 
 def saved_lens(study: Access, kind: str) -> Path:
-    """Where the lens of a run is kept. Raises ConfigError for a study of no run."""
+    """Path of the lens file of a run. Raises ConfigError if the study has no run."""
     if study.run is None or study.run.path.parent.name != "checkpoints":
         raise ConfigError(
-            f"{kind} lens: this model is of no run, in whose folder it could be kept; make it with "
-            f"{MADE_BY[kind]}(..., save=False) and give it as lens="
+            f"{kind} lens: this model has no run folder to save it in; fit it with {MADE_BY[kind]}(..., save=False) "
+            "and pass it as lens="
         )
     return study.run.path.parent.parent / f"{kind}_lens.safetensors"
 
@@ -127,7 +127,7 @@ def _saved(study: Access, kind: str) -> Translators:
     path = saved_lens(study, kind)
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: there is none yet; make it with minigpt lens {path.parent} --kind {kind} --train, or with "
+            f"{path}: no such file; fit the lens with minigpt lens {path.parent} --kind {kind} --train, or with "
             f"study.{MADE_BY[kind]}()"
         )
     return Translators.load(path, study)
@@ -143,19 +143,19 @@ def tuned_lens(
     candidates: int = 10,
     lens: Translators | None = None,
 ) -> Lens:
-    """The tuned lens (Belrose et al. 2023, arXiv 2303.08112): each place as its own trained map reads it.
+    """Apply the tuned lens (Belrose et al. 2023, arXiv 2303.08112): a trained affine map per point.
 
     Args:
-        study: of the model.
+        study: the study of the model.
         text: one text.
-        at: as of `logit_lens`.
-        stat: as of `logit_lens`.
-        answer: as of `logit_lens`.
-        candidates: as of `logit_lens`.
-        lens: from `train_tuned_lens`; None: the one in the run's folder.
+        at: see `logit_lens`.
+        stat: see `logit_lens`.
+        answer: see `logit_lens`.
+        candidates: see `logit_lens`.
+        lens: a lens from `train_tuned_lens`; None: the lens in the run folder.
 
     Raises:
-        CheckpointError: there is none, or it is another model's.
+        CheckpointError: the run folder has no lens, or it was trained for another model.
     """
     return logit_lens(study, text, at, stat, answer, candidates=candidates, reader=lens or _saved(study, "tuned"))
 
@@ -170,19 +170,19 @@ def jacobian_lens(
     candidates: int = 10,
     lens: Translators | None = None,
 ) -> Lens:
-    """The Jacobian lens (Gurnee et al. 2026): each place through the mean derivative of the last stream by it.
+    """Apply the Jacobian lens (Gurnee et al. 2026): the mean derivative of the final stream per point.
 
     Args:
-        study: of the model.
+        study: the study of the model.
         text: one text.
-        at: as of `logit_lens`.
-        stat: as of `logit_lens`.
-        answer: as of `logit_lens`.
-        candidates: as of `logit_lens`.
-        lens: from `fit_jacobian_lens`; None: the one in the run's folder.
+        at: see `logit_lens`.
+        stat: see `logit_lens`.
+        answer: see `logit_lens`.
+        candidates: see `logit_lens`.
+        lens: a lens from `fit_jacobian_lens`; None: the lens in the run folder.
 
     Raises:
-        CheckpointError: there is none, or it is another model's.
+        CheckpointError: the run folder has no lens, or it was fitted for another model.
     """
     return logit_lens(study, text, at, stat, answer, candidates=candidates, reader=lens or _saved(study, "jacobian"))
 
@@ -190,17 +190,17 @@ def jacobian_lens(
 def lens_quality(
     study: Access, *lenses: Translators, text: str | Sequence[int] | Tensor | Tokens | None = None, tokens: int = 2**14
 ) -> Result:
-    """How close each place comes to the model's output, read by the logit lens and by others.
+    """Measure how closely the logit lens and other lenses approximate the model's output at each point.
 
     Args:
-        study: of the model.
-        lenses: from `train_tuned_lens` or `fit_jacobian_lens`.
-        text: to measure on; None: the validation split of the run's corpus.
-        tokens: how many of it, at most.
+        study: the study of the model.
+        lenses: lenses from `train_tuned_lens` or `fit_jacobian_lens`.
+        text: text to measure on; None: the validation split of the run's corpus.
+        tokens: maximum number of tokens.
 
     Returns:
-        Axes stream and measure: for each lens KL(model's output || place) and the loss of the next token, in nats,
-        means over all tokens that have a next one.
+        A result with the axes stream and measure. For each lens the measures are KL(model's output || point) and the
+        loss of the next token, in nats, averaged over all tokens that have a next one.
     """
     corpus = tokens_of(study, text)
     readers: dict[str, Reader | None] = {"logit": None}

@@ -1,9 +1,9 @@
 """Train a tuned lens: for each place the affine map whose prediction is closest to the model's output.
 
-    loss = mean over tokens of KL(model's output || unembed(norm(A h + b))),   one A and b a place, from the identity on
+    loss = mean over tokens of KL(model's output || unembed(norm(A h + b)))
 
-Belrose et al. 2023, arXiv 2303.08112, there after each block, here also between attention and MLP. The model stays as
-it is; only the maps learn, all places at once from the same forwards.
+Belrose et al. 2023, arXiv 2303.08112, with points after each block; here also between attention and MLP. The model is
+frozen. The maps of all points train together, from the same forward passes.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def train_tuned_lens(
     seed: int = 0,
     save: bool = True,
 ) -> Translators:
-    """Train one, showing a progress bar. Ctrl-C ends it and keeps what was trained so far.
+    """Train a tuned lens, with a progress bar. Ctrl-C stops the training and keeps the lens trained so far.
 
     Args:
-        study: of the model.
-        text: to train on, of any length; None: the training split of the run's corpus.
-        steps: of Adam, at a rate that falls linearly to 0.
-        tokens: in a step.
-        learning_rate: at the beginning.
-        seed: of the windows that are drawn.
-        save: write it into the run's folder, where `tuned_lens` finds it.
+        study: the study of the model.
+        text: text to train on, of any length; None: the training split of the run's corpus.
+        steps: number of Adam steps; the learning rate decays linearly to 0.
+        tokens: tokens per step.
+        learning_rate: initial learning rate.
+        seed: seed of the random windows.
+        save: write the lens to the run folder, where `tuned_lens` finds it.
 
     Raises:
-        ConfigError: a number that is not positive; a study of no run, with save.
+        ConfigError: a number is not positive, or `save` is set and the study has no run.
     """
     for name, value in (("steps", steps), ("tokens", tokens), ("learning_rate", learning_rate)):
         if not value > 0:
@@ -57,7 +57,7 @@ def train_tuned_lens(
     where, last = translated(study), points(study.config)[-1]
     names = [point.name for point in (*where, last)]
     channels, like = study.config.n_embd, widen(study.model.unembed.weight.detach())
-    matrices = like.new_zeros(len(where), channels, channels).requires_grad_()  # beside the identity
+    matrices = like.new_zeros(len(where), channels, channels).requires_grad_()  # difference from the identity
     biases = like.new_zeros(len(where), channels).requires_grad_()
     adam = torch.optim.Adam([matrices, biases], learning_rate)
     done, kl = 0, float("nan")
@@ -77,7 +77,7 @@ def train_tuned_lens(
     except KeyboardInterrupt:
         if not done:
             raise
-        notice(f"stopped after {done} of {steps} steps; what was trained is kept")
+        notice(f"stopped after {done} of {steps} steps; the lens trained so far is kept")
     identity = torch.eye(channels)
     lens = Translators(
         "tuned",
@@ -92,7 +92,7 @@ def train_tuned_lens(
 
 
 def _learn(study: Access, streams: Tensor, matrices: Tensor, biases: Tensor) -> float:
-    """Set the gradients of all maps, one place after the other, as each makes logits of its own; their mean KL."""
+    """Set the gradients of all maps and return their mean KL. One point at a time, to hold one set of logits only."""
     norm, unembed = study.model.trunk.norm, study.model.unembed
 
     def says(stream: Tensor) -> Tensor:  # (B T, C) -> (B T, V)

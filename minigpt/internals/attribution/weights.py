@@ -2,12 +2,12 @@
 
 (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, transformer-circuits.pub/2021/framework)
 
-    OV    token looked at -> what the head adds to the logits of each token      W_E W_V W_O W_U
-    QK    query's token, key's token -> the score between them                   W_E W_Q W_K^T W_E^T
+    OV    attended token -> what the head adds to the logit of each token        W_E W_V W_O W_U
+    QK    query token, key token -> attention score                              W_E W_Q W_K^T W_E^T
 
-Both are vocabulary x vocabulary and of rank D, so they are kept as two thin factors. The norms' weights and LayerNorm's
-centring are folded in. What is left out is what no weight knows: positions in the stream, the layers in between, and
-what the norms divide by where they read more than an embedding.
+Both are vocabulary x vocabulary matrices of rank D, stored as two thin factors. The weights of the norms and the
+centring of LayerNorm are folded in. Not included, because it depends on the input: positions in the stream, the layers
+in between, and the scale of norms that read more than an embedding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from minigpt.model.layers import LayerNorm, RMSNorm, widen
 
 
 def head_labels(config: GPTConfig) -> list[str]:
-    """Every head by name: L0H0, L0H1, ..."""
+    """Names of all heads: L0H0, L0H1, ..."""
     return [f"L{layer}H{head}" for layer in range(config.n_layer) for head in range(config.n_head)]
 
 
@@ -42,11 +42,11 @@ def grid(config: GPTConfig) -> tuple[Axis, Axis]:
 
 
 def ordinary_ids(study: Access) -> Tensor:
-    """The ids that stand for text: no special tokens, none that the tokenizer leaves unused, no padding rows."""
+    """Ids of tokens that represent text: no special tokens, unused ids or padding rows."""
     size = study.model.vocab_size
     try:
         pieces = study.tokenizer.token_bytes()
-    except ConfigError:  # a study of ids alone
+    except ConfigError:  # a study without a tokenizer
         return torch.arange(size, device=study.model.device)
     used = [id for id, piece in enumerate(pieces[:size]) if piece]
     return torch.tensor(used, device=study.model.device)
@@ -59,14 +59,14 @@ def _block(model: GPT, layer: int) -> Block:
 
 
 def _folded(norm: LayerNorm | RMSNorm, weight: Tensor) -> Tensor:  # (..., C, K) -> (..., C, K)
-    """What a matrix that reads a normed stream reads of the stream itself, up to the norm's division."""
+    """Fold a norm's weight and centring into the matrix after it; only the norm's division remains."""
     weight = weight if norm.weight is None else norm.weight[:, None] * weight
     return weight - weight.mean(-2, keepdim=True) if isinstance(norm, LayerNorm) else weight
 
 
 @torch.no_grad()
 def read_weights(model: GPT, layer: int, letter: str) -> Tensor:  # (heads, C, D)
-    """What each head reads of the stream for its queries ("q", H heads), keys ("k", G) or values ("v", G)."""
+    """Projection of each head from the stream to queries ("q", H heads), keys ("k", G) or values ("v", G)."""
     block = _block(model, layer)
     attn = block.attn
     parts = attn.qkv.weight.unflatten(0, (-1, attn.head_dim)).split((attn.n_head, attn.n_kv_head, attn.n_kv_head))
@@ -75,60 +75,60 @@ def read_weights(model: GPT, layer: int, letter: str) -> Tensor:  # (heads, C, D
 
 @torch.no_grad()
 def write_weights(model: GPT, layer: int) -> Tensor:  # (H, D, C)
-    """What each head writes to the stream, of its z: its part of the output projection."""
+    """Output projection of each head, from its z to the stream."""
     attn = _block(model, layer).attn
     return attn.proj.weight.T.unflatten(0, (attn.n_head, attn.head_dim))
 
 
 @torch.no_grad()
 def read_out(model: GPT, ids: Tensor) -> Tensor:  # (K) -> (C, K)
-    """What the logits of these ids, before any cap, read of the final stream, up to the final norm's division."""
+    """Projection from the final stream to the uncapped logits of these ids, up to the final norm's division."""
     return _folded(model.trunk.norm, model.unembed.weight[ids].T)
 
 
 @dataclass
 class TokenMatrix(Tabled):
-    """A vocabulary x vocabulary matrix of low rank: `left` (V, D) times `right` (V, D) transposed.
+    """A low-rank vocabulary x vocabulary matrix: `left` (V, D) times `right` (V, D) transposed.
 
-    Prints its strongest directions, each with the tokens that it takes from and gives to.
+    Prints its strongest singular directions, each with its top input (row) and output (column) tokens.
     """
 
     title: str
     left: Tensor
     right: Tensor
     tokens: list[str]
-    """What the rows and columns stand for."""
+    """Tokens of the rows and columns."""
     notes: dict[str, Any] = field(default_factory=dict)
 
     def spectrum(self) -> Result:
-        """Its singular values, greatest first: how many directions the head works with, and how unequally."""
+        """Singular values, largest first: how many directions the head uses, and how unequally."""
         _, values, _ = self.svd()
         axis = Axis("direction", [str(i) for i in range(len(values))])
         return Result(f"{self.title}: singular values", values.numpy(force=True), (axis,), "", self.notes)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Directions over rows (V, D), singular values (D), directions over columns (V, D)."""
+        """Singular value decomposition: row directions (V, D), singular values (D), column directions (V, D)."""
         left, right = torch.linalg.qr(self.left), torch.linalg.qr(self.right)
         u, values, vh = torch.linalg.svd(left.R @ right.R.T)
         return left.Q @ u, values, right.Q @ vh.T
 
     def eigenvalues(self) -> Tensor:
-        """Its eigenvalues that need not be 0, (D), complex."""
+        """The D eigenvalues that can be nonzero, (D), complex."""
         return torch.linalg.eigvals(self.right.T @ self.left)
 
     def copying(self) -> float:
-        """sum(eigenvalues) / sum(|eigenvalues|): 1 where every token raises itself, -1 where each lowers itself."""
+        """Copying score sum(eigenvalues) / sum(|eigenvalues|): 1: tokens raise their own logit, -1: they lower it."""
         values = self.eigenvalues()
         return float(values.real.sum() / values.abs().sum().clamp(min=1e-30))
 
     def entries(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """The matrix at these rows (R) and columns (K) alone, (R, K)."""
+        """Submatrix (R, K) at these rows (R) and columns (K)."""
         return self.left[rows] @ self.right[columns].T
 
     def directions(self, count: int = 4, tokens: int = 6) -> list[tuple[float, list[str], list[str]]]:
-        """The strongest: singular value, the tokens it takes from, the tokens it gives to, most first.
+        """Strongest directions: singular value, top input tokens, top output tokens.
 
-        Of the two signs that a direction has, the one whose strongest token has a positive weight is shown.
+        The sign of a direction is chosen so that its strongest input token has a positive weight.
         """
         u, values, v = self.svd()
         found = []
@@ -150,7 +150,7 @@ class TokenMatrix(Tabled):
     __repr__ = __str__
 
     def table(self, count: int = 8, tokens: int = 6) -> Result:
-        """The strongest directions' singular values, each labelled by the tokens it takes from and gives to."""
+        """Singular values of the strongest directions, labelled with their top input and output tokens."""
         found = self.directions(count, tokens)
         labels = [f"{i} {' '.join(rows)} -> {' '.join(columns)}" for i, (_, rows, columns) in enumerate(found)]
         values = np.array([value for value, _, _ in found])
@@ -159,9 +159,9 @@ class TokenMatrix(Tabled):
 
 @torch.no_grad()
 def ov_circuit(study: Access, layer: int, head: int) -> TokenMatrix:
-    """What a head adds to the logits when it looks at each token: rows tokens looked at, columns logits.
+    """OV circuit of a head: what it adds to the logits (columns) when it attends to a token (rows).
 
-    The head's value bias is left out, as it adds the same whatever is looked at.
+    The head's value bias is left out, because its contribution does not depend on the attended token.
     """
     _check(study, layer, head)
     model, block, ids = study.model, _block(study.model, layer), ordinary_ids(study)
@@ -177,16 +177,16 @@ def ov_circuit(study: Access, layer: int, head: int) -> TokenMatrix:
 
 @torch.no_grad()
 def qk_circuit(study: Access, layer: int, head: int, distance: int = 1) -> TokenMatrix:
-    """The score, before the softmax, between tokens: rows queries, columns keys.
+    """QK circuit of a head: attention scores before the softmax, between query tokens (rows) and key tokens (columns).
 
     Args:
         study: see `Study`.
-        layer: the head's.
-        head: which query head.
-        distance: how many positions the key is behind the query; counts with rotary positions only.
+        layer: layer of the head.
+        head: index of the query head.
+        distance: number of positions between key and query; only matters with rope.
 
-    Queries and keys are those of the embeddings alone, biases, query-key norm and rotation applied. So in block 0 of a
-    model without learned positions or n-gram embeddings the scores are the real ones.
+    Queries and keys are computed from the token embeddings only, with biases, query-key norm and rope. So the scores
+    are exact in block 0 of a model without learned positions and n-gram embeddings.
     """
     _check(study, layer, head)
     if not 0 <= distance < study.config.block_size:
@@ -197,7 +197,7 @@ def qk_circuit(study: Access, layer: int, head: int, distance: int = 1) -> Token
     query, key = heads[head], heads[attn.n_head + head * attn.n_kv_head // attn.n_head]  # (V, D)
     if attn.q_norm is not None and attn.k_norm is not None:
         query, key = explicit_norm(attn.q_norm, query), explicit_norm(attn.k_norm, key)
-    if attn.rotary is not None:  # rotated as if all stood at one place
+    if attn.rotary is not None:  # rotate all queries (and all keys) for the same position
         query = attn.rotary(query[None, None], torch.full((len(ids),), distance, device=ids.device))[0, 0]
         key = attn.rotary(key[None, None], torch.zeros_like(ids))[0, 0]
     title = f"QK circuit of L{layer}H{head}" + (f" at distance {distance}" if attn.rotary is not None else "")
@@ -206,7 +206,7 @@ def qk_circuit(study: Access, layer: int, head: int, distance: int = 1) -> Token
 
 
 def copying_from_weights(study: Access) -> Result:
-    """The copying score of every head's OV circuit, from -1 to 1: layer x head; see `TokenMatrix.copying`."""
+    """Copying score of the OV circuit of every head, from -1 to 1: layer x head; see `TokenMatrix.copying`."""
     layers, count = range(study.config.n_layer), range(study.config.n_head)
     values = [[ov_circuit(study, layer, head).copying() for head in count] for layer in layers]
     left_out = _caveats(study, None, "OV")
@@ -215,19 +215,19 @@ def copying_from_weights(study: Access) -> Result:
 
 @torch.no_grad()
 def composition(study: Access, kind: Literal["Q", "K", "V"]) -> Result:
-    """How much heads read what earlier heads write, by weights alone: earlier head x later head.
+    """Composition scores from weights: how much later heads read from earlier heads; earlier head x later head.
 
         ||W_OV X|| / (||W_OV|| ||X||) - 1 / sqrt(C)
 
-    with X what the later head does with it: W_QK (Q), W_QK^T (K) or W_OV (V), in Frobenius norms (Elhage et al. 2021).
-    1/sqrt(C) is what matrices that know nothing of each other give: their root mean square over all rotations of one
-    against the other. NaN where the first head does not stand in an earlier layer than the second.
+    W_OV is the earlier head's; X is the later head's W_QK (Q), W_QK^T (K) or W_OV (V). Norms are Frobenius norms
+    (Elhage et al. 2021). 1/sqrt(C) is the chance level: the root mean square over all rotations of one matrix against
+    the other. NaN unless the first head is in an earlier layer than the second.
     """
     if kind not in ("Q", "K", "V"):
-        raise ConfigError(f"kind {kind!r}: expected Q, K or V, what the earlier head's output is read for")
+        raise ConfigError(f"kind {kind!r}: expected Q, K or V, the input of the later head that reads the earlier one")
     model, config = study.model, study.config
     group = config.n_head // (config.n_kv_head or config.n_head)
-    reads, writes = [], []  # of each layer: what is read by, and what is made of it, (H, C, D) each
+    reads, writes = [], []  # of each layer, (H, C, D) each: the two factors of X
     ov = []
     for layer in range(config.n_layer):
         q, k, v = (precise(read_weights(model, layer, letter)) for letter in "qkv")
@@ -266,20 +266,20 @@ def _tokens(study: Access, ids: Tensor) -> list[str]:
 def _check(study: Access, layer: int, head: int) -> None:
     layers, heads = study.config.n_layer, study.config.n_head
     if not 0 <= layer < layers or not 0 <= head < heads:
-        raise ConfigError(f"L{layer}H{head}: no such head; the model's are L0H0 to L{layers - 1}H{heads - 1}")
+        raise ConfigError(f"L{layer}H{head}: no such head; the model has L0H0 to L{layers - 1}H{heads - 1}")
 
 
 def _caveats(study: Access, layer: int | None, circuit: str) -> dict[str, Any]:
-    """What a reading of the weights leaves out for this model, in words."""
+    """Describe what a weight-based analysis of this model leaves out."""
     config, left_out = study.config, []
     if layer != 0:
-        left_out.append("what earlier layers add to the stream")
+        left_out.append("outputs of earlier layers")
     if config.position == "learned":
         left_out.append("learned positions")
     if config.bigram_rows or config.trigram_rows:
         left_out.append("n-gram embeddings")
     if circuit == "QK" and layer is None and config.position == "rope":
-        left_out.append("the rotation by positions")
+        left_out.append("rope")
     if circuit == "QK" and layer is None and config.qk_norm:
-        left_out.append("the division by the query-key norm")
+        left_out.append("scale of the query-key norm")
     return {"left out": ", ".join(left_out)} if left_out else {}

@@ -1,12 +1,12 @@
 """Ablation: the output without a head or an MLP.
 
-Taking a part away is putting something in the place of what it writes to the stream:
+Ablating a part replaces its output with something else:
 
-    zero        nothing (a head's z is 0, so of attention's output only the bias is left)
-    mean        the mean of what it writes over a sample of text: its constant part stays
-    resample    what it writes on another text, so that what the model sees is likely in itself
+    zero        zero (a head's z is 0; the attention bias stays)
+    mean        its mean over a sample of text, so that its constant contribution stays
+    resample    its output on another text, so that the replacement is a realistic value
 
-With "zero" a model may meet a stream that it never meets, so that the mean is often the fairer question.
+Zero ablation can put the stream out of distribution; mean ablation is often the fairer choice.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ def ablate(
     parts: Literal["head", "mlp", "all"] = "all",
     seed: int = 0,
 ) -> Result:
-    """What the output loses without each head and each MLP: part x (loss, KL, flips).
+    """Ablate each head and each MLP separately: part x (loss, KL, flips).
 
     Args:
         study: see `Study`.
-        text: one, or several of equal length; the more of it, the surer the figures.
-        how: what stands in the part's place: zero, mean or resample.
-        sample: for mean: text to take the mean over; None: the text itself. For resample: texts of the same length to
-            take what the part writes from; None: the text's own rows, each another's.
+        text: one text, or several of equal length. More text gives more reliable numbers.
+        how: replacement of the part's output: zero, mean or resample.
+        sample: for mean: text to take the mean over; None: `text`. For resample: texts of the same length to take the
+            outputs from; None: the rows of `text`, each from another row.
         parts: head, mlp or all.
-        seed: of which row gets whose, for resample.
+        seed: seed of the assignment of rows for resample.
 
     Returns:
         The loss increase (nats per token), KL(with || without) (nats), and the fraction of positions whose most likely
         token changes. `.top()` sorts them.
 
     Raises:
-        ConfigError: edits are open, or there is no such way or part.
+        ConfigError: edits are active, or `how` or `parts` is invalid.
     """
     if how not in ("zero", "mean", "resample"):
         raise ConfigError(f"how: {how!r}; expected zero, mean or resample")
@@ -85,15 +85,15 @@ def ablate(
 
 
 def refuse_edits(study: Access, what: str) -> None:
-    """Raise ConfigError where edits are open: what goes on from a base run would not see them."""
+    """Raise ConfigError if edits are active, because resumed forward passes ignore them."""
     if study.watch().edits:
-        raise ConfigError(f"{what}: inside `with study.hooks(...)`, whose edits it would not see; call it outside")
+        raise ConfigError(f"{what}: called inside `with study.hooks(...)`, whose edits it ignores; call it outside")
 
 
 def _instead(
     study: Access, ids: Tensor, base: Base, how: str, sample: Text | None, seed: int
 ) -> dict[tuple[str, int], Tensor]:
-    """What stands in each part's place: of every layer z (B, T, H, D) and mlp_out (B, T, C)."""
+    """Replacement outputs: z (B, T, H, D) and mlp_out (B, T, C) of every layer."""
     other, names = (ids if sample is None else study.ids(sample)), ("z", "mlp_out")
     seen = base.seen if sample is None else study.run_with_cache(other, names)[1]
     found = {(name, layer): seen[name, layer] for name in names for layer in range(study.config.n_layer)}
@@ -102,8 +102,8 @@ def _instead(
     generator = torch.Generator().manual_seed(seed)
     if sample is None:
         if len(ids) < 2:
-            raise DataError("text: one row has no other to take from; give several, or sample=")
-        # Shifted along a shuffled circle: no row gets its own.
+            raise DataError("text: resample needs at least two rows; give several texts, or sample=")
+        # A random cyclic permutation: no row gets its own output.
         circle = torch.randperm(len(ids), generator=generator)
         rows = torch.empty_like(circle)
         rows[circle] = circle.roll(1)

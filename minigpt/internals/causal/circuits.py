@@ -2,20 +2,21 @@
 
     input -> L0H1 -> L1H0.k -> L1H0 -> output
 
-The stream is a sum, so that a part reads what earlier parts wrote, each through a connection of its own. To cut one is
-to let its receiver read what the sender writes on a corrupted text, while all others read what it writes here. A
-circuit is the connections that are kept; the rest are cut:
+The residual stream is a sum, so each part reads each earlier part through a separate connection. Cutting a connection
+means that its receiver reads the sender's output on the corrupted text; all other receivers still read the output on
+the clean text. A circuit is the set of connections that are kept; all others are cut. m is the metric:
 
-    faithfulness    what is left of the behaviour      (m(circuit) - m(corrupted)) / (m(clean) - m(corrupted))
-    completeness    what its complement still does     the same with the circuit cut and the rest kept; 0 is best
-    minimality      the least that any one connection of it is worth: how far faithfulness moves without it
+    faithfulness    (m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)); 1 is best
+    completeness    the same ratio with the circuit cut and all other connections kept; 0 is best
+    minimality      smallest change of faithfulness when one connection of the circuit is cut
 
-A part that works against the behaviour makes a circuit without it more than faithful, so that what counts is how far
-faithfulness is from 1.
+Leaving out a part that works against the behaviour makes faithfulness larger than 1, so the search uses the distance
+of faithfulness from 1.
 
-All connections are first ranked by a linear estimate from two forwards and one backward (Syed et al. 2023, arXiv
-2310.10348): (sender on the corrupted text - sender) . d m / d receiver. The fewest of the highest that are faithful
-enough are then pruned exactly, one by one from the lowest (Conmy et al. 2023, arXiv 2304.14997).
+All connections are first ranked by a linear estimate from two forward passes and one backward pass (Syed et al. 2023,
+arXiv 2310.10348): (sender on the corrupted text - sender) . d m / d receiver. The smallest set of top-ranked
+connections that is faithful enough is then pruned exactly, one connection at a time, lowest rank first (Conmy et al.
+2023, arXiv 2304.14997).
 """
 
 from __future__ import annotations
@@ -39,44 +40,44 @@ from minigpt.internals.causal.effect import Bound, Metric, as_metric
 
 
 class Connection(NamedTuple):
-    """From what a part writes to what another reads."""
+    """A connection from the output of one part to the input of another."""
 
     sender: str
     """input (all embeddings), a head such as L0H1, or L0 mlp."""
     receiver: str
-    """A head's queries, keys or values, such as L1H0.q (of grouped heads: keys and values of L1G0); L1 mlp; output."""
+    """Queries, keys or values of a head, such as L1H0.q (with grouped heads: L1G0.k and L1G0.v); L1 mlp; output."""
 
 
 @dataclass
 class Circuit(Tabled):
-    """The connections that were kept, and how well they do."""
+    """A circuit: its connections and its quality measures."""
 
     metric: str
     connections: list[Connection]
-    """Strongest first, by the linear estimate."""
+    """Sorted by the linear estimate, strongest first."""
     estimates: list[float]
-    """What cutting each alone would change the metric by, estimated."""
+    """Linear estimate of the change of the metric when only this connection is cut."""
     effects: list[float]
-    """Faithfulness that the circuit loses without each; negative where it works against the behaviour."""
+    """Faithfulness lost when this connection is cut ("worth"); negative if it works against the behaviour."""
     faithfulness: float
     completeness: float
     minimality: float
     clean: float
-    """The metric on the clean text."""
+    """Metric on the clean text."""
     corrupted: float
-    """And on the corrupted one."""
+    """Metric on the corrupted text."""
     total: int
-    """How many connections the model has."""
+    """Number of connections in the model."""
 
     def to_dict(self) -> dict[str, Any]:
-        """A graph as JSON has it."""
+        """Convert to a graph with JSON types."""
         figures = {name: getattr(self, name) for name in (*FIGURES, "clean", "corrupted", "metric", "total")}
         rows = zip(self.connections, self.estimates, self.effects, strict=True)
         edges = [{"from": c.sender, "to": c.receiver, "estimate": e, "effect": f} for c, e, f in rows]
         return {**figures, "nodes": sorted({end for c in self.connections for end in c}), "edges": edges}
 
     def table(self) -> Result:
-        """Connections x (estimate, worth)."""
+        """Connections x (estimated change of the metric, faithfulness lost when cut)."""
         labels = [f"{c.sender} -> {c.receiver}" for c in self.connections]
         values = np.stack([self.estimates, self.effects], 1).reshape(len(labels), 2)
         notes = {name: getattr(self, name) for name in (*FIGURES, "clean", "corrupted")}
@@ -84,7 +85,7 @@ class Circuit(Tabled):
         return Result(f"Circuit for {self.metric}", values, axes, "", notes)
 
     def save(self, path: str | Path) -> Path:
-        """Write the graph as .json, or its table as .csv, .npz or .html."""
+        """Write the graph as .json, or the table as .csv, .npz or .html."""
         path = Path(path)
         if path.suffix != ".json":
             return super().save(path)
@@ -105,13 +106,13 @@ FIGURES = ("faithfulness", "completeness", "minimality")
 
 
 class Wiring:
-    """A model's connections on one pair of texts, and the runs in which some are cut.
+    """All connections of a model for one pair of texts; runs forward passes with some of them cut.
 
     Args:
-        study: of the model.
-        clean: ids (B, T).
-        corrupted: ids (B, T).
-        metric: bound to the clean text.
+        study: the study of the model.
+        clean: ids (B, T) of the clean texts.
+        corrupted: ids (B, T) of the corrupted texts.
+        metric: metric bound to the clean text.
     """
 
     def __init__(self, study: Access, clean: Tensor, corrupted: Tensor, metric: Bound) -> None:
@@ -120,7 +121,7 @@ class Wiring:
         heads, groups = config.n_head, config.n_kv_head or config.n_head
         part = "H" if groups == config.n_head else "G"
         self.senders = ["input"]
-        self.receivers: dict[str, list[str]] = {}  # by the activation that they read, in its order
+        self.receivers: dict[str, list[str]] = {}  # by name of the activation that they read, in its order
         for layer in range(config.n_layer):
             at = f"blocks.{layer}."
             self.receivers[f"{at}hook_q_input"] = [f"L{layer}H{head}.q" for head in range(heads)]
@@ -132,7 +133,7 @@ class Wiring:
             self.senders.append(f"L{layer} mlp")
         self.receivers[f"blocks.{config.n_layer - 1}.hook_resid_post"] = ["output"]
         shared = heads // groups
-        self.parts: dict[str, list[str]] = {}  # the senders that a receiver belongs to
+        self.parts: dict[str, list[str]] = {}  # senders that each receiver is an input of
         for receiver in (receiver for receivers in self.receivers.values() for receiver in receivers):
             layer_part, _, group = receiver.partition(".")[0].partition("G")
             members = [f"{layer_part}H{int(group) * shared + i}" for i in range(shared)] if group else [layer_part]
@@ -145,7 +146,7 @@ class Wiring:
         self.reach = {name: self._senders_before(name) for name in self.receivers}
 
     def _senders_before(self, name: str) -> int:
-        """How many senders write before a receiver reads: they stand in order."""
+        """Number of senders that come before a receiver, in the order of computation."""
         per_layer = self.study.config.n_head + 1
         layer = int(name.split(".")[1])
         within = {"hook_mlp_in": per_layer - 1, "hook_resid_post": per_layer}
@@ -158,7 +159,7 @@ class Wiring:
         return torch.stack(parts)
 
     def all(self) -> list[Connection]:
-        """Every connection."""
+        """List all connections."""
         return [
             Connection(sender, receiver)
             for name, receivers in self.receivers.items()
@@ -167,9 +168,9 @@ class Wiring:
         ]
 
     def run(self, cut: Iterable[Connection] | dict[Connection, float]) -> float:
-        """The metric with these connections cut; a number from 0 to 1 cuts one partly."""
+        """Compute the metric with these connections cut; a number from 0 to 1 cuts a connection partly."""
         shares = cut if isinstance(cut, dict) else dict.fromkeys(cut, 1.0)
-        written: list[Tensor] = []  # what senders write in this run, in their order
+        written: list[Tensor] = []  # outputs of the senders in this forward pass, in order
 
         def record(activation: Tensor, site: Site) -> None:
             written.extend(activation.unbind(2) if site.name.endswith("result") else [activation])
@@ -190,7 +191,8 @@ class Wiring:
 
             return read
 
-        # A block's stream is recorded before it is read, its sum edited after everything has been written.
+        # The order of edits matters: the first block's input is recorded before it is read, and the final stream is
+        # edited after all senders have been recorded.
         edits: dict[str, Edit] = dict.fromkeys(self.writes, record)
         edits |= {name: reader(name) for name in self.receivers}
         with self.study.hooks(edits):
@@ -198,7 +200,7 @@ class Wiring:
         return float(self.metric.of(logits[:, self.metric.positions]))
 
     def estimates(self) -> dict[Connection, float]:
-        """What cutting each connection alone would change the metric by, to first order."""
+        """First-order estimate of the change of the metric when a single connection is cut, for each connection."""
         names = [*self.writes, *self.receivers]
 
         def metric(logits: Tensor) -> Tensor:
@@ -225,25 +227,27 @@ def find_circuit(
     faithfulness: float = 0.9,
     worth: float = 0.01,
 ) -> Circuit:
-    """The connections that carry the difference between two texts: few, faithful, each worth something.
+    """Find a small set of connections that explains the difference of a metric between two texts.
 
     Args:
-        study: of the model.
+        study: the study of the model.
         clean: a text on which the model shows the behaviour, or several of equal length.
-        corrupted: as many of the same length, on which it does not.
-        metric: what measures it: `minigpt.internals.causal.effect.logit_difference(answer, versus)` and the like, or a
-            function of logits (B, T, V).
-        faithfulness: how near to 1 it is to be: 0.9 is from 0.9 to 1.1.
-        worth: a connection goes where faithfulness gets further from 1 by less than this without it.
+        corrupted: the same number of texts of the same length, on which it does not.
+        metric: measure of the behaviour: a metric from `minigpt.internals.causal.effect`, such as
+            `logit_difference(answer, versus)`, or a function of logits (B, T, V).
+        faithfulness: required faithfulness: 0.9 allows 0.9 to 1.1.
+        worth: prune a connection if cutting it moves faithfulness away from 1 by less than this.
 
     Raises:
-        DataError: texts of different numbers of tokens, or between which the metric does not differ.
-        ConfigError: a share outside 0 to 1, or edits that are open.
+        DataError: the texts have different numbers of tokens, or the metric is the same on both.
+        ConfigError: `faithfulness` or `worth` is outside 0 to 1, or edits are active.
     """
     if not 0 < faithfulness <= 1 or not 0 <= worth < 1:
-        raise ConfigError(f"faithfulness {faithfulness}, worth {worth}: expected shares from 0 to 1")
+        raise ConfigError(f"faithfulness {faithfulness}, worth {worth}: expected numbers from 0 to 1")
     if study.watch().edits:
-        raise ConfigError("find_circuit: inside `with study.hooks(...)`, which would not reach all its runs")
+        raise ConfigError(
+            "find_circuit: called inside `with study.hooks(...)`, whose edits it ignores; call it outside"
+        )
     ids, other = study.ids(clean), study.ids(corrupted)
     if ids.shape != other.shape:
         raise DataError(f"texts of {tuple(ids.shape)} and {tuple(other.shape)} tokens: expected equal shapes")
@@ -252,7 +256,7 @@ def find_circuit(
     everything = wiring.all()
     high, low = wiring.run(()), wiring.run(everything)
     if abs(high - low) < 1e-6 * max(1.0, abs(high)):
-        raise DataError(f"{measure.name}: is {high:.6g} on both texts; choose texts between which it differs")
+        raise DataError(f"{measure.name}: {high:.6g} on both texts; choose texts on which the metric differs")
 
     def left(kept: Iterable[Connection]) -> float:
         kept = set(kept)
@@ -269,7 +273,7 @@ def find_circuit(
         pruning, now = False, off(kept)
         for connection in reversed(kept):
             if connection not in kept:
-                continue  # it went with another
+                continue  # already removed together with another
             without = _connected([c for c in kept if c != connection], wiring.parts)
             then = off(without)
             if then <= allowed and then - now < worth:
@@ -294,7 +298,10 @@ def find_circuit(
 def _fewest(
     ranked: list[Connection], parts: dict[str, list[str]], enough: Callable[[list[Connection]], bool]
 ) -> list[Connection]:
-    """The first beginning that is enough, without what leads nowhere; each is a quarter longer. All of it always is."""
+    """Return the shortest tested prefix of `ranked` that is enough, without unconnected parts; all if none is.
+
+    Each tested prefix is a quarter longer than the one before.
+    """
     count = 1
     while count < len(ranked):
         some = _connected(ranked[:count], parts)
@@ -305,7 +312,7 @@ def _fewest(
 
 
 def _connected(connections: list[Connection], parts: dict[str, list[str]]) -> list[Connection]:
-    """Those on a way from the input to the output, in their order. A head is reached by its queries, keys or values."""
+    """Keep the connections on a path from input to output. A head is reached through its queries, keys or values."""
     kept = connections
     while True:
         reached = {"input"} | {part for c in kept for part in parts[c.receiver]}

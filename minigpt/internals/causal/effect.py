@@ -1,7 +1,7 @@
 """The effect of an edit on the loss, the distribution and an answer; the metrics of all causal analyses.
 
-A metric is one number made of logits. Analyses bind it to their texts first, which tells them at which positions it
-looks: nothing else needs to be computed.
+A metric is one number computed from logits. An analysis first binds the metric to its texts. The bound metric lists the
+positions that it needs, so that only their logits are computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tokens = str | int | Sequence[str] | Sequence[int]
 MEASURES = ("loss", "KL", "flips")
 
 
-# What a change does.
+# Effects.
 
 
 def changes(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def changes(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
     Args:
         before: logits (B, T, V).
         after: logits (..., B, T, V).
-        ids: (B, T).
+        ids: token ids (B, T).
     """
     need_two(ids.shape[1])
     then, now = widen(before).log_softmax(-1), widen(after).log_softmax(-1)
@@ -56,7 +56,7 @@ def effect(
     versus: Tokens | None = None,
     position: int = -1,
 ) -> Result:
-    """What edits do to the model's output on a text.
+    """Measure what edits do to the model's output on a text.
 
     Args:
         study: see `Study`.
@@ -80,29 +80,29 @@ def effect(
         values = torch.cat([values, (bound.of(after[:, bound.positions]) - bound.of(before[:, bound.positions]))[None]])
         labels.append("logit" if versus is None else "logit difference")
     axis = Axis("measure", labels)
-    return Result("Effect of the change", values.numpy(force=True), (axis,), "nats; nats; share; logits")
+    return Result("Effect of the edits", values.numpy(force=True), (axis,), "nats/token; nats; share; logits")
 
 
 # Metrics.
 
 
 class Bound(NamedTuple):
-    """A metric that knows its texts."""
+    """A metric bound to its texts."""
 
     positions: list[int]
-    """P: where it looks."""
+    """The P positions whose logits it needs."""
     of: Callable[[Tensor], Tensor]
-    """Logits there (..., B, P, V) -> one number for each (...), the mean over B."""
+    """Maps logits at these positions (..., B, P, V) to the metric (...), averaged over B."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number made of logits, as `logit_difference`, `loss` and `kl` make them."""
+    """One number computed from logits; see `logit_difference`, `loss` and `kl`."""
 
     name: str
     unit: str
     bind: Callable[[Access, Tensor], Bound]
-    """(study, ids (B, T) of the clean text) -> what it is for them."""
+    """(study, ids (B, T) of the clean text) -> the bound metric."""
 
 
 def logit_difference(answer: Tokens, versus: Tokens | None = None, position: int = -1) -> Metric:
@@ -126,7 +126,7 @@ def logit_difference(answer: Tokens, versus: Tokens | None = None, position: int
 
 
 def loss() -> Metric:
-    """The mean nats that the clean text's tokens cost, each after those before it."""
+    """Metric: the mean loss on the clean text, in nats per token."""
 
     def bind(study: Access, clean: Tensor) -> Bound:
         need_two(clean.shape[1])
@@ -142,7 +142,7 @@ def loss() -> Metric:
 
 
 def kl(position: int | None = -1) -> Metric:
-    """KL(clean || run) of the next token after a position; after None: the mean over all positions."""
+    """Metric: KL(clean || run) of the next-token distribution at a position; None: the mean over all positions."""
 
     def bind(study: Access, clean: Tensor) -> Bound:
         length = clean.shape[1]
@@ -162,7 +162,7 @@ def kl(position: int | None = -1) -> Metric:
 
 
 def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
-    """A metric; a plain function of logits (B, T, V) is made one."""
+    """Return a Metric; a plain function of logits (B, T, V) is wrapped."""
     if isinstance(metric, Metric):
         return metric
     if not callable(metric):
@@ -186,5 +186,5 @@ def _each(study: Access, tokens: Tokens, rows: int) -> Tensor:  # (B, 1)
 
 def _place(position: int, length: int) -> int:
     if not -length <= position < length:
-        raise ConfigError(f"position: {position} is none of the text's {length}; expected {-length} .. {length - 1}")
+        raise ConfigError(f"position: {position} is outside the text; expected {-length} .. {length - 1}")
     return position % length

@@ -1,13 +1,12 @@
 """Detectors of attention heads: every head gets a score from 0 to 1 for each kind.
 
-A kind of head is a rule that says, of each query, which slots such a head looks at; the score is the attention that
-falls on them. The text is a block of random tokens that comes twice, A B C D A B C D, so that nothing but its own
-repetition can be read from it:
+Each kind of head is a rule that selects the slots a query should attend to; the score is the attention on these slots.
+By default the text is a block of random tokens that repeats once, A B C D A B C D, so that only the repetition is
+predictable. For the second C as query, each kind selects:
 
-    query               the second C
-    previous            B, one before                    current     itself
-    duplicate           the first C                      first       A, the very first
-    induction           the first D: what came after C   offset      a fixed number of tokens before
+    previous            B, the token before              current     itself
+    duplicate           the first C                      first       A, the first token
+    induction           D after the first C              offset      the token a fixed distance back
 
 Induction heads and how to measure them: Olsson et al. 2022, arXiv 2209.11895.
 """
@@ -31,23 +30,23 @@ from minigpt.internals.causal.ablation import ablate
 from minigpt.model.layers import widen
 from minigpt.terminal import notice
 
-LONGEST = 64  # tokens of a block, where the model holds more
+LONGEST = 64  # maximum tokens of a random block
 
-# Ids (B, T) and the fixed offset -> which slots (B or 1, T, S) a head of that kind looks at.
+# Ids (B, T) and the offset -> mask (B or 1, T, S) of the slots that a head of that kind attends to.
 Looks = Callable[[Tensor, int], Tensor]
-OFFSET = 2  # tokens back, where none is asked for
+OFFSET = 2  # default offset, in tokens
 
 
-def _back(ids: Tensor) -> Tensor:  # (T, S): how far behind the query a slot is
+def _back(ids: Tensor) -> Tensor:  # (T, S): distance from the slot to the query
     places = torch.arange(ids.shape[1], device=ids.device)
     return places[:, None] - places
 
 
-def _same(ids: Tensor) -> Tensor:  # (B, T, S): the slot's token is the query's
+def _same(ids: Tensor) -> Tensor:  # (B, T, S): the slot has the same token as the query
     return ids[:, :, None] == ids[:, None]
 
 
-def _after_same(ids: Tensor) -> Tensor:  # (B, T, S): the token before the slot's is the query's
+def _after_same(ids: Tensor) -> Tensor:  # (B, T, S): the token before the slot is the query's token
     return torch.nn.functional.pad(_same(ids)[:, :, :-1], (1, 0)) & (_back(ids) >= 0)
 
 
@@ -63,35 +62,35 @@ KINDS = (*LOOKS, "copying")
 
 
 def repeats_fit(study: Access) -> bool:
-    """Whether the model holds two tokens that come twice."""
+    """Whether the context and vocabulary are large enough for a repeated block of two tokens."""
     return _most(study) >= 2
 
 
-def _most(study: Access) -> int:  # tokens of a block that comes twice
+def _most(study: Access) -> int:  # maximum tokens of a repeated block
     return min(study.config.block_size // 2, len(ordinary_ids(study)))
 
 
 def repeated_block(study: Access, rows: int = 8, length: int | None = None, seed: int = 0) -> Tensor:
-    """Ids (rows, 2 length) of random blocks that come twice, no token twice within a block.
+    """Draw random blocks of distinct tokens and repeat each once: ids (rows, 2 length).
 
     Args:
-        study: whose vocabulary is drawn from; see `ordinary_ids`.
-        rows: how many.
-        length: tokens of a block; None: half the model's block_size, at most 64, and no more than there are tokens.
-        seed: another draws others.
+        study: study of the model; the tokens are drawn from its `ordinary_ids`.
+        rows: number of rows.
+        length: tokens per block; None: half of block_size, but at most 64 and at most the number of tokens.
+        seed: seed of the random tokens.
     """
     ids = ordinary_ids(study)
     most = _most(study)
     if most < 2:
         raise ConfigError(
-            "heads: a random block of 2 tokens or more that comes twice needs a block_size of 4 and two different "
-            f"tokens; this model has block_size {study.config.block_size} and {len(ids)} of them; give a text (--text)"
+            "heads: a repeated random block needs a block_size of at least 4 and at least two different tokens; this "
+            f"model has block_size {study.config.block_size} and {len(ids)} tokens; give a text (--text)"
         )
     length = min(most, LONGEST) if length is None else length
     if not 2 <= length <= most:
         raise ConfigError(
-            f"length: a block of {length} tokens, repeated; expected 2 to {most} (half of block_size "
-            f"{study.config.block_size}, and {len(ids)} different tokens)"
+            f"length: {length} tokens per block; expected 2 to {most} (half of block_size {study.config.block_size}, "
+            f"and at most the {len(ids)} different tokens)"
         )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.stack([torch.randperm(len(ids), generator=generator)[:length] for _ in range(rows)])
@@ -99,51 +98,57 @@ def repeated_block(study: Access, rows: int = 8, length: int | None = None, seed
 
 
 def pattern_score(pattern: Tensor, looks: Tensor) -> Tensor:
-    """The mean attention (H), from 0 to 1, that patterns (B, H, T, S) put on the slots that `looks` (B or 1, T, S)
-    says, over the queries that have such a slot. Raises DataError where none has.
+    """Mean attention (H), from 0 to 1, on the slots selected by `looks`, over queries with at least one such slot.
+
+    Args:
+        pattern: attention patterns (B, H, T, S).
+        looks: mask of slots (B or 1, T, S).
+
+    Raises:
+        DataError: no query has such a slot.
     """
     looks = looks.expand(len(pattern), -1, -1)
     asked = looks.any(-1)  # (B, T)
     if not asked.any():
-        raise DataError("text: no position has what this kind of head looks at; give a longer one, or one that repeats")
+        raise DataError("text: no position matches this kind of head; give a longer text, or one with repetitions")
     on_them = (pattern * looks[:, None]).sum(-1)  # (B, H, T)
     return on_them.transpose(1, 2)[asked].mean(0)
 
 
 def copying_score(pattern: Tensor, written: Tensor, ids: Tensor) -> Tensor:
-    """How far heads lift the tokens that they look at, (H): 1 above all others, 0.5 as chance has it, 0 below all.
+    """Copying score of heads, (H): 1: attended tokens gain more logit than all others, 0.5: chance, 0: less than all.
 
     Args:
-        pattern: (B, H, T, S).
-        written: what each head adds to the logits of the K tokens that the text is made of, (B, H, T, K), in the order
-            of `ids.unique()`.
-        ids: (B, S).
+        pattern: attention patterns (B, H, T, S).
+        written: direct contribution of each head to the logits of the K distinct tokens of the text, (B, H, T, K), in
+            the order of `ids.unique()`.
+        ids: token ids (B, S).
 
-    Of every pair of a query and a slot the share of the other tokens that the slot's token is lifted above, weighed
-    by attention. The final norm divides all of a query's logits by one number, so that it does not count.
+    For every query and slot it takes the share of other tokens that gain less logit than the slot's token, and averages
+    these weighted by attention. The final norm divides all logits of a query by the same number, so it does not matter.
     """
     tokens, which = ids.unique(return_inverse=True)  # (K), (B, S)
     if len(tokens) < 2:
-        raise DataError("text: holds one token only, and copying is telling it from others; give a text of several")
+        raise DataError("text: copying needs at least two different tokens, but the text has one; give another text")
     written = written.contiguous()
     ranked = written.sort(-1).values
     below, not_above = (torch.searchsorted(ranked, written, right=right) for right in (False, True))
-    share = (below + not_above - 1) / (2 * (len(tokens) - 1))  # (B, H, T, K); equal ones share their ranks
+    share = (below + not_above - 1) / (2 * (len(tokens) - 1))  # (B, H, T, K); ties share their rank
     looked_at = pattern @ torch.nn.functional.one_hot(which, len(tokens)).to(pattern.dtype)[:, None]  # (B, H, T, K)
     return (looked_at * share.to(pattern.dtype)).sum(-1).mean((0, 2))
 
 
 def head_scores(study: Access, kind: str, text: Text | None = None, *, offset: int = OFFSET, seed: int = 0) -> Result:
-    """How much each head is of one kind: layer x head, from 0 to 1.
+    """Score every head for one kind of attention pattern: layer x head, from 0 to 1.
 
     Args:
         study: see `Study`.
         kind: previous, duplicate, induction, current, first, offset or copying.
-        text: what the heads look at; None: random blocks that come twice, see `repeated_block`.
-        offset: tokens back, for the kind offset.
-        seed: of the random blocks.
+        text: text to run; None: random repeated blocks, see `repeated_block`.
+        offset: distance in tokens, for the kind offset.
+        seed: seed of the random blocks.
 
-    The notes hold the score of attention that is spread evenly ("even"; 0.5 for copying).
+    The notes hold the score of uniform attention ("even"; 0.5 for copying) as a baseline.
     """
     return _scores(study, [kind], text, offset, seed)[kind]
 
@@ -157,16 +162,16 @@ def heads(
     offset: int = OFFSET,
     seed: int = 0,
 ) -> Heads:
-    """Every head's score of every kind, and what its absence costs.
+    """Score every head for every kind of attention pattern, and measure the loss increase when it is ablated.
 
     Args:
         study: see `Study`.
-        text: what the heads look at; None: random blocks that come twice, see `repeated_block`.
-        kinds: see `head_scores`; "previous,induction" or a list of them. None: all that the text has something for; a
-            text in which nothing repeats has no duplicate and no induction heads.
-        causal: measure too how the loss on that text changes when a head writes nothing (see `ablate`).
-        offset: tokens back, for the kind offset.
-        seed: of the random blocks.
+        text: text to run; None: random repeated blocks, see `repeated_block`.
+        kinds: kinds of `head_scores`, as "previous,induction" or a list. None: all kinds that the text allows; a text
+            without repetitions has no scores for duplicate and induction.
+        causal: also measure the loss increase on this text when a head is zero-ablated (see `ablate`).
+        offset: distance in tokens, for the kind offset.
+        seed: seed of the random blocks.
     """
     text = repeated_block(study, seed=seed) if text is None else text
     scores = _scores(study, KINDS if kinds is None else listed(kinds), text, offset, seed, leave_out=kinds is None)
@@ -181,12 +186,12 @@ def _scores(
             raise ConfigError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
     ids = repeated_block(study, seed=seed) if text is None else study.ids(text)
     if leave_out and offset == OFFSET and ids.shape[1] <= offset:
-        notice(f"no offset scores: the text has {ids.shape[1]} tokens, and offset is {offset}")
+        notice(f"no offset scores: the text has {ids.shape[1]} tokens, but offset is {offset}")
         kinds = [kind for kind in kinds if kind != "offset"]
     if "offset" in kinds and not 0 <= offset < ids.shape[1]:
         raise ConfigError(
-            f"offset: {offset} tokens back, and the text has {ids.shape[1]}; expected 0 or more and less than the text "
-            "has, or --kinds (kinds=) without offset"
+            f"offset: {offset}; expected 0 to {ids.shape[1] - 1} (the text has {ids.shape[1]} tokens), or --kinds "
+            "(kinds=) without offset"
         )
     _, cache = study.run_with_cache(ids, ["pattern", "z"] if "copying" in kinds else "pattern")
     layers, counted = range(study.config.n_layer), torch.arange(1, ids.shape[1] + 1, device=ids.device)
@@ -203,12 +208,12 @@ def _scores(
         else:
             looks = LOOKS[kind](ids, offset)
             if not looks.any() and leave_out:
-                notice(f"no {kind} scores: no token of this text has one that such a head would look at")
+                notice(f"no {kind} scores: no position of this text has a slot that such a head attends to")
                 continue
             if not looks.any():
                 raise DataError(
-                    f"text: none of its {ids.shape[1]} tokens has one that a {kind} head would look at; give a longer "
-                    "text, or one that repeats, or leave the kind out of --kinds (kinds=)"
+                    f"text: none of its {ids.shape[1]} positions has a slot that a {kind} head attends to; give a "
+                    "longer text, or one with repetitions, or leave the kind out of --kinds (kinds=)"
                 )
             values = [pattern_score(cache["pattern", layer], looks) for layer in layers]
             share = looks.sum(-1) / counted  # (B or 1, T)
@@ -224,7 +229,7 @@ class Heads(Tabled):
     """Result of `heads`. Prints as a table with one head per line; `table()` returns it as a Result."""
 
     scores: dict[str, Result]
-    """By kind: layer x head."""
+    """Layer x head, by kind."""
     effect: Result | None = None
     """Heads x (loss, KL, flips): the effect of zero ablation; None if it was not measured."""
 

@@ -1,7 +1,8 @@
 """Activation patching: which activations carry the difference between two texts.
 
-The model reads a corrupted text, and one activation after another is replaced with what it is in a clean text of as
-many tokens. How far the output moves towards that of the clean text says how much of the difference runs through there.
+The model runs on a corrupted text. One activation at a time is replaced by its value on a clean text with the same
+number of tokens. The change of the output towards the clean output measures how much of the difference the activation
+carries.
 
     clean      "When Mary and John went out, John gave it to"   -> Mary
     corrupted  "When Mary and John went out, Mary gave it to"   -> John
@@ -37,7 +38,7 @@ from minigpt.model.cache import causal_step
 from minigpt.model.explicit import explicit_attention
 from minigpt.model.gpt import Block
 
-# Where one can patch, and what must be known of both runs for it.
+# Sites that can be patched, and the activations of both runs that each needs.
 STREAM: dict[str, list[str]] = {
     "resid_pre": ["resid_pre"],
     "resid_mid": ["resid_mid"],
@@ -58,7 +59,7 @@ AnyMetric = Metric | Callable[[Tensor], Tensor]
 
 
 class Place(NamedTuple):
-    """What is patched at once: None stands for all heads, or all positions."""
+    """One site; None means all heads, or all positions."""
 
     layer: int
     head: int | None
@@ -75,12 +76,12 @@ def patch(
     *,
     slow: bool = False,
 ) -> Result:
-    """How the metric of the corrupted text changes when one activation after another is as in the clean text.
+    """Patch one activation at a time; return the change of the metric on the corrupted text.
 
     Args:
         study: see `Study`.
         clean: one text, or several of equal length.
-        corrupted: as many, of the same length.
+        corrupted: the same number of texts of the same length.
         metric: logit_difference(...), loss(), kl(), or a function of logits (B, T, V).
         at: resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v or pattern.
         by: the axes of the result beside the layer, which comes first: "head", "pos", "head,pos" or a list of them;
@@ -89,12 +90,12 @@ def patch(
         slow: one whole forward per site, by edits: the definition. So it is done anyway while edits are open.
 
     Returns:
-        The change of the metric at each site. The notes hold the metric of the clean and of the corrupted text:
+        The change of the metric at each site. The notes hold the metric on the clean and on the corrupted text:
         patching everything changes the metric by their difference.
 
     Raises:
-        ConfigError: there is no such site, axis or metric.
-        DataError: the texts are not of equal numbers of tokens.
+        ConfigError: invalid site, axis or metric.
+        DataError: the texts have different numbers of tokens.
     """
     ids, other, bound, metric = bind_pair(study, clean, corrupted, metric)
     places, axes = _places(study, ids, other, at, by)
@@ -118,21 +119,22 @@ def attribution_patch(
     *,
     exact: bool = True,
 ) -> Result:
-    """What `patch` finds, guessed from one backward pass.
+    """Attribution patching: estimate the values of `patch` from one backward pass.
 
-    (a_clean - a_corrupted) · d metric / d a, the slope taken at the corrupted run.
+    The estimate is (a_clean - a_corrupted) · d metric / d a, with the gradient at the corrupted run.
 
     Args:
         study: see `Study`.
         clean: one text, or several of equal length.
-        corrupted: as many, of the same length.
+        corrupted: the same number of texts of the same length.
         metric: see `patch`.
         at: see `patch`.
         by: see `patch`.
-        exact: do the exact patching too, to see how good the guess is.
+        exact: also run exact patching, to check the estimate.
 
     Returns:
-        With exact, both along a first axis "way" (guess, exact), and their rank correlation in the notes.
+        The estimated change of the metric at each site. With `exact`, a first axis "way" holds the estimate ("guess")
+        and the exact value ("exact"), and the notes hold their rank correlation.
     """
     ids, other, bound, metric = bind_pair(study, clean, corrupted, metric)
     _, axes = _places(study, ids, other, at, by)
@@ -145,7 +147,7 @@ def attribution_patch(
     guesses = [((target[name] - here[name]) * gradients[name]).sum(summed) for name in names]
     left = [axis for axis in named if axis in by]
     guess = precise(torch.stack(guesses).permute(0, *(1 + left.index(axis) for axis in by[1:]))).numpy()
-    title, unit = f"Change of {metric.name} by patching {at}, guessed by gradient", metric.unit
+    title, unit = f"Change of {metric.name} by patching {at}, estimated by gradient", metric.unit
     if not exact:
         return Result(title, guess, axes, unit)
     true = patch(study, ids, other, metric, at, by)
@@ -154,7 +156,7 @@ def attribution_patch(
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's: the correlation of ranks, equal values sharing theirs (to a millionth of the greatest)."""
+    """Spearman's rank correlation; values that agree to a millionth of the largest are ties."""
 
     def ranks(values: np.ndarray) -> np.ndarray:
         rounded = np.round(values.reshape(-1) / (np.abs(values).max() or 1.0), 6)
@@ -168,15 +170,13 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def bind_pair(study: Access, clean: Text, corrupted: Text, metric: AnyMetric) -> tuple[Tensor, Tensor, Bound, Metric]:
-    """The ids (B, T) of two texts, and the metric bound to them and by itself. Raises DataError where they differ in
-    shape.
-    """
+    """Return the ids (B, T) of both texts, the bound metric and the metric. Raises DataError for different shapes."""
     ids, other = study.ids(clean), study.ids(corrupted)
     if ids.shape != other.shape:
         shapes = [f"{rows} x {length} tokens" for rows, length in (ids.shape, other.shape)]
         raise DataError(
-            f"clean and corrupted: {' and '.join(shapes)}; expected as many texts and tokens, so that each position "
-            "has its counterpart; choose words of as many tokens"
+            f"clean and corrupted: {' and '.join(shapes)}; expected equal numbers of texts and tokens; choose texts of "
+            "the same length in tokens"
         )
     made = as_metric(metric)
     return ids, other, made.bind(study, ids), made
@@ -185,14 +185,16 @@ def bind_pair(study: Access, clean: Text, corrupted: Text, metric: AnyMetric) ->
 def _places(
     study: Access, ids: Tensor, other: Tensor, at: str, by: str | Sequence[str] | None
 ) -> tuple[list[Place], tuple[Axis, ...]]:
-    """What is patched, in the order of the result's values, and the result's axes."""
+    """Sites to patch, in the order of the result's values, and the axes of the result."""
     if at not in SITES:
         raise ConfigError(f"at: {at!r}; expected one of {', '.join(SITES)}")
     allowed = ("layer", "pos") if at in STREAM else ("layer", "head", "pos")
     given = listed(("pos" if at in STREAM else "head") if by is None else by)
     axes = ["layer", *(axis for axis in given if axis != "layer")]
     if len({*axes}) < len(axes) or not {*axes} <= {*allowed}:
-        raise ConfigError(f"by: {by!r}; expected any of {', '.join(allowed[1:])}, beside the layer (at {at})")
+        raise ConfigError(
+            f"by: {by!r}; expected any of {', '.join(allowed[1:])} for {at} (the layer is always an axis)"
+        )
     config = study.config
     heads = config.n_kv_head if at in ("k", "v") else config.n_head
     counts = {"layer": config.n_layer, "head": heads, "pos": ids.shape[1]}
@@ -209,14 +211,14 @@ def _places(
 
 
 def _positions(study: Access, ids: Tensor, other: Tensor) -> list[str]:
-    """Labels of positions: the token, or of one text what it is in both where they differ."""
+    """Labels of positions: the token, or both tokens where the texts differ; only numbers for several texts."""
     if len(ids) > 1:
         return [str(position) for position in range(ids.shape[1])]
     pairs = zip(study.tokens(ids), study.tokens(other), strict=True)
     return [f"{i} {one}" if one == two else f"{i} {one}|{two}" for i, (one, two) in enumerate(pairs)]
 
 
-# The definition: an edit and a whole forward for each site.
+# Reference implementation: one full forward pass with an edit per site.
 
 
 def _by_edits(study: Access, ids: Tensor, other: Tensor, bound: Bound, at: str, places: Sequence[Place]) -> Tensor:
@@ -236,7 +238,7 @@ def _by_edits(study: Access, ids: Tensor, other: Tensor, bound: Bound, at: str, 
     return torch.stack(values)
 
 
-# The same, going on from the middle of the corrupted run.
+# Fast implementation: resume from the middle of the corrupted run.
 
 
 def _by_resuming(study: Access, ids: Tensor, other: Tensor, bound: Bound, at: str, places: Sequence[Place]) -> Tensor:
@@ -245,9 +247,7 @@ def _by_resuming(study: Access, ids: Tensor, other: Tensor, bound: Bound, at: st
     with study.running():
         layers = [_Layer(base, clean, at, layer) for layer in range(study.config.n_layer)]
         values = base.logits.new_empty(len(places))
-        at_once: dict[
-            int | None, list[int]
-        ] = {}  # positions one after another: their changes need not be held together
+        at_once: dict[int | None, list[int]] = {}  # one position at a time, to hold the changes of one position only
         for index, place in enumerate(places):
             at_once.setdefault(place.pos, []).append(index)
         for indices in at_once.values():
@@ -258,7 +258,7 @@ def _by_resuming(study: Access, ids: Tensor, other: Tensor, bound: Bound, at: st
 
 
 class _Layer:
-    """What becomes of the stream of one block when something in it is patched."""
+    """Computes the stream of one block after patching a site in it."""
 
     def __init__(self, base: Base, clean: Activations, at: str, layer: int) -> None:
         self.base, self.clean, self.at, self.layer = base, clean, at, layer
@@ -272,7 +272,7 @@ class _Layer:
             self.value = base.stream(layer, half) + its[at, layer] - own[at, layer]
         elif at in STREAM:
             self.value = its[at, layer]
-        elif at in ("z", "q", "pattern"):  # a query's z is its own affair: patched all at once, they are so one by one
+        elif at in ("z", "q", "pattern"):  # the z of each query is independent, so all can be computed together
             if at == "z":
                 z = its["z", layer]
             elif at == "q":
@@ -284,21 +284,21 @@ class _Layer:
             self.scores, _ = self._attend(own["q", layer], its["k", layer])  # (B, H, T, S)
 
     def change(self, place: Place) -> Change:
-        """The stream as it is when this is patched."""
+        """The change of the stream when this place is patched."""
         begin, end = (0, None) if place.pos is None else (place.pos, place.pos + 1)
         if self.at == "resid_pre":
             return Change(self.layer - 1, "post", begin, self.value[:, begin:end])
         if self.at in STREAM:
             half = "mid" if self.at in ("resid_mid", "attn_out") else "post"
             return Change(self.layer, half, begin, self.value[:, begin:end])  # type: ignore[arg-type]
-        if self.at in ("k", "v"):  # every later query sees it
+        if self.at in ("k", "v"):  # affects all later queries
             return Change(self.layer, "mid", begin, self.mid[:, begin:] + self._seen_later(place, begin, end))
         added = self.added[:, begin:end]
         added = added.sum(2) if place.head is None else added[:, :, place.head]
         return Change(self.layer, "mid", begin, self.mid[:, begin:end] + added)
 
     def _seen_later(self, place: Place, begin: int, end: int | None) -> Tensor:
-        """What attention adds from `begin` on for other keys or values at begin .. end, less what it did, (B, n, C)."""
+        """Change of the attention output from `begin` on, (B, n, C), with patched keys or values at begin .. end."""
         own, its, layer = self.base.seen, self.clean, self.layer
         group = self.attn.n_head // self.attn.n_kv_head
         heads = slice(None) if place.head is None else slice(place.head * group, (place.head + 1) * group)
@@ -317,7 +317,7 @@ class _Layer:
         return kv.repeat_interleave(self.attn.n_head // self.attn.n_kv_head, 2)
 
     def _attend(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (B, H, T, S) and z (B, T, H, D) of other queries or keys, with the corrupted run's values."""
+        """Scores (B, H, T, S) and z (B, T, H, D) for given queries and keys, with the values of the corrupted run."""
         seen: dict[str, Tensor] = {}
         heads = torch.cat([q, k, self.base.seen["v", self.layer]], 2).transpose(1, 2)  # (B, H + 2G, T, D)
         step = causal_step(heads.shape[2], heads.device)

@@ -1,15 +1,15 @@
 """Path patching: along which connections a difference travels. Exact, including norms.
 
-A sender (a head, an MLP, the embeddings) writes something else in a clean text than in a corrupted one. A receiver (the
-queries, keys or values of a head, an MLP, the logits) reads the stream. Along the path between them alone the clean
-text is let in: the receiver reads the corrupted stream with only the sender's part exchanged, as if nothing in between
-had noticed; what comes after the receiver goes its usual way. (Wang et al. 2022, arXiv 2211.00593, appendix B.)
+The model runs on a corrupted text. On one path from a sender (a head, an MLP, the embeddings) to a receiver (the
+queries, keys or values of a head, an MLP, the logits), the receiver reads the corrupted stream with the sender's output
+replaced by its output on the clean text. Parts between them are unchanged; parts after the receiver are recomputed.
+(Wang et al. 2022, arXiv 2211.00593, appendix B.)
 
-    sender     L0H1   the head      L0 mlp   L0 attn, all its heads    embed   what enters the first block
-    receiver   L2H3.q queries of a head, .k its keys, .v its values   L2 mlp   logits
+    sender     L0H1 (a head)   L0 attn (all heads of a layer)   L0 mlp   embed (input of the first block)
+    receiver   L2H3.q (queries of a head), .k (keys), .v (values)   L2 mlp   logits
 
-Several together are a tuple. Receivers that are patched together do not hear of one another: each reads the corrupted
-stream with the senders' parts exchanged.
+A tuple patches several parts together. Receivers that are patched together do not affect each other: each reads the
+corrupted stream with the senders' outputs replaced.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Part(NamedTuple):
     """A sender or receiver."""
 
     when: int
-    """Where it stands: attention of block l writes at 2l + 1, its MLP at 2l + 2; who reads later than that hears it."""
+    """Order of computation: attention of block l is 2l + 1, its MLP 2l + 2. A receiver reads all smaller numbers."""
     kind: str
     layer: int
     head: int
@@ -51,23 +51,23 @@ def patch_paths(
     senders: Sequence[Parts] | None = None,
     receivers: Sequence[Parts] = ("logits",),
 ) -> Result:
-    """How the metric of the corrupted text changes when one connection after another carries what it does in the clean.
+    """Patch each connection from a sender to a receiver; return the change of the metric on the corrupted text.
 
     Args:
         study: see `Study`.
         clean: one text, or several of equal length.
-        corrupted: as many, of the same length.
+        corrupted: the same number of texts of the same length.
         metric: see `patch`.
         senders: L0H1, L0 attn, L0 mlp, embed, or tuples of these; None: the embeddings, every head and every MLP.
         receivers: L2H3.q, L2H3.k, L2H3.v (k and v: of a key/value head), L2 mlp, logits, or tuples of these.
 
     Returns:
-        The change of the metric: sender x receiver; NaN where no sender stands before any of the receivers. From all
-        senders to all receivers it is the difference of the notes "clean" and "corrupted".
+        The change of the metric: sender x receiver; NaN if no sender comes before any of the receivers. Patching all
+        senders to all receivers gives the difference of the notes "clean" and "corrupted".
 
     Raises:
-        ConfigError: there is no such sender, receiver or metric.
-        DataError: the texts are not of equal numbers of tokens.
+        ConfigError: invalid sender, receiver or metric.
+        DataError: the texts have different numbers of tokens.
     """
     ids, other, bound, metric = bind_pair(study, clean, corrupted, metric)
     senders = every_sender(study) if senders is None else senders
@@ -79,7 +79,7 @@ def patch_paths(
     without, here = study.run_with_cache(other, [*names, *streams])
     begin = bound.of(without[:, bound.positions])
 
-    def exchanged(part: _Part) -> Tensor:  # (B, T, C): what the sender writes in the clean text, less in the other
+    def exchanged(part: _Part) -> Tensor:  # (B, T, C): the sender's output on the clean minus the corrupted text
         if part.kind == "head":
             return (there["result", part.layer] - here["result", part.layer])[:, :, part.head]
         name = {"embed": "resid_pre", "attn": "attn_out", "mlp": "mlp_out"}[part.kind]
@@ -114,12 +114,12 @@ def patch_paths(
 
 
 def every_sender(study: Access) -> list[str]:
-    """The embeddings, every head and every MLP."""
+    """Names of all senders: the embeddings, every head and every MLP."""
     return ["embed", *head_labels(study.config), *(f"L{layer} mlp" for layer in range(study.config.n_layer))]
 
 
 def every_receiver(study: Access) -> list[str]:
-    """Queries, keys and values of every head, every MLP, and the logits."""
+    """Names of all receivers: queries, keys and values of every head, every MLP, and the logits."""
     config = study.config
     counts = {"q": config.n_head, "k": config.n_kv_head or 0, "v": config.n_kv_head or 0}
     found = []
@@ -130,7 +130,7 @@ def every_receiver(study: Access) -> list[str]:
 
 
 def _reads(study: Access, reader: _Part) -> tuple[tuple[str, int], tuple[str, int]]:
-    """The activation that a receiver reads by itself, and the stream that it is a copy of."""
+    """The activation that only this receiver reads, and the stream that it is a copy of."""
     if reader.kind == "logits":
         return ("resid_post", -1), ("resid_post", -1)
     if reader.kind == "mlp":
@@ -139,7 +139,7 @@ def _reads(study: Access, reader: _Part) -> tuple[tuple[str, int], tuple[str, in
 
 
 def _reading(read: Tensor, head: int, before: Any) -> Any:
-    """An edit that makes a receiver, one head or all, read this; after the edit that is there for other heads."""
+    """Create an edit that makes a receiver (one head or all) read `read`; first applies an edit of other heads."""
 
     def edit(activation: Tensor, site: Any) -> Tensor:
         if before is not None:
@@ -168,7 +168,7 @@ def _sender(study: Access, name: str) -> _Part:
         layer = int(found[1])
         return _Part(2 * layer + (2 if found[3] == "mlp" else 1), found[3] or "head", layer, int(found[2] or 0))
     raise ConfigError(
-        f"sender {name!r}: this model has none of that name; expected embed, L0H0 to L{study.config.n_layer - 1}H"
+        f"sender {name!r}: this model has no such sender; expected embed, L0H0 to L{study.config.n_layer - 1}H"
         f"{study.config.n_head - 1}, or L0 attn, L0 mlp and so on"
     )
 
@@ -183,6 +183,6 @@ def _receiver(study: Access, name: str) -> _Part:
         if head < ((config.n_kv_head or 0) if letter in "kv" else config.n_head):
             return _Part(2 * layer + (2 if letter == "mlp" else 1), letter, layer, head)
     raise ConfigError(
-        f"receiver {name!r}: this model has none of that name; expected L0H0.q, .k or .v and so on (heads 0 to "
-        f"{config.n_head - 1}, of keys and values 0 to {(config.n_kv_head or 1) - 1}), L0 mlp, or logits"
+        f"receiver {name!r}: this model has no such receiver; expected L0H0.q, .k or .v and so on (query heads 0 to "
+        f"{config.n_head - 1}, key/value heads 0 to {(config.n_kv_head or 1) - 1}), L0 mlp, or logits"
     )

@@ -1,15 +1,15 @@
 """Run a forward pass from the middle: many small edits without a whole forward pass for each.
 
-A change of the stream at one place leaves all layers before it as they were, and in every layer all positions before
-it. So a base run is made once, and each change costs the layers after it and the positions from it on:
+A change of the stream at one position and layer does not affect earlier layers, nor earlier positions in any layer. So
+one base run is made, and each change only recomputes the later layers, from its position on:
 
     layer 3   . . . x x x      x computed for this change
-    layer 2   . . . x x x      . keys and values of the base run, in a cache
+    layer 2   . . . x x x      . keys and values of the base run, from a cache
     layer 1   . . . C - -      C changed    - base run
     layer 0   - - - - - -
 
-Changes that start at one position share a batch, in which rows join as the layers go by. What follows a change is the
-model's plain blocks.
+Changes with the same start position form a batch; each change joins the batch at its layer. The recomputation uses the
+model's regular blocks.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from minigpt.model.attention import Attention
 from minigpt.model.cache import KVCache, Step
 from minigpt.model.gpt import Block
 
-TOKENS = 4096  # of all rows of a batch together: enough for full speed, little enough for any memory
+TOKENS = 4096  # tokens per batch, over all rows: large enough for full speed, small enough to fit in memory
 
 
 class Change(NamedTuple):
-    """The stream at some positions of one place, as it is to be."""
+    """New values of the residual stream at some positions of one layer."""
 
     layer: int
-    """-1 with half "post": before the first block."""
+    """Index of the block; -1 with half "post": before the first block."""
     half: Literal["mid", "post"]
-    """Between attention and MLP of that block, or after it."""
+    """mid: between attention and MLP of the block; post: after the block."""
     start: int
-    """The first changed position."""
+    """First changed position."""
     stream: Tensor
-    """(B, n, C): what the stream is there, at start .. start + n - 1."""
+    """(B, n, C): new stream at positions start .. start + n - 1."""
 
 
 class Base:
-    """The run that changes are made to.
+    """The base run that changes are applied to.
 
     Args:
-        study: whose model; edits that are open do not count here.
-        ids: (B, T).
-        names: activations to keep beside the stream, in `seen`.
+        study: the study of the model; active edits are ignored.
+        ids: token ids (B, T).
+        names: activations to keep in `seen`, in addition to the stream.
     """
 
     def __init__(self, study: Access, ids: Tensor, names: Names = ()) -> None:
@@ -63,24 +63,25 @@ class Base:
         self.running = study.running
 
     def stream(self, layer: int, half: str) -> Tensor:  # (B, T, C)
-        """The stream of the base run at the place of a change."""
+        """The stream of the base run at a layer, half "mid" or "post"."""
         return self.seen["resid_pre", 0] if layer < 0 else self.seen[f"resid_{half}", layer]
 
     def resume(self, changes: Sequence[Change], positions: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """The logits at some positions after each change by itself.
+        """Compute the logits at some positions after each single change.
 
         Args:
-            changes: any number; those with one start change as many positions.
-            positions: P of them, in any order.
+            changes: changes, each applied alone. All changes with the same start must cover the same number of
+                positions.
+            positions: P positions, in any order.
 
         Yields:
-            Batch by batch, the indices of n changes and their logits (n, B, P, V).
+            For each batch, the indices of its n changes and their logits (n, B, P, V).
         """
         positions = list(positions)
         begins: dict[int, list[int]] = {}
         for index in sorted(range(len(changes)), key=lambda index: changes[index].layer):
             begins.setdefault(changes[index].start, []).append(index)
-        end = max(positions) + 1  # later positions change nothing that is looked at
+        end = max(positions) + 1  # later positions do not affect the requested logits
         for start, indices in begins.items():
             count = max(1, TOKENS // (len(self.ids) * max(end - start, 1)))
             for first in range(0, len(indices), count):
@@ -95,15 +96,15 @@ class Base:
                 yield batch, logits
 
     def _after(self, changes: list[Change], start: int, end: int, wanted: list[int]) -> Tensor:
-        """Logits (n, B, P, V) at the wanted positions, counted from the start; changes in the order of their layers."""
+        """Logits (n, B, P, V) at the wanted positions, relative to `start`. The changes must be sorted by layer."""
         trunk, rows = self.model.trunk, len(self.ids)
         last = len(trunk.blocks) - 1
         joined = [sum(change.layer < layer for change in changes) for layer in range(last + 2)]
         cache = self._past(start, end, [count * rows for count in joined[:-1]])
         step = cache.begin(end - start)
-        x: list[Tensor] = []  # (rows so far, T, C), where there are any
+        x: list[Tensor] = []  # (rows so far, T, C); empty before the first change
         for layer in range(changes[0].layer, last + 1):
-            ends = min(wanted) if layer == last else 0  # behind the last block only what is looked at counts
+            ends = min(wanted) if layer == last else 0  # after the last block only the wanted positions are needed
             if layer >= 0 and x:
                 block = trunk.blocks[layer]
                 assert isinstance(block, Block)
@@ -127,7 +128,7 @@ class Base:
         return torch.cat([changed, rest.expand(len(changes), -1, -1, -1)], 2).flatten(0, 1)
 
     def _past(self, start: int, end: int, rows: list[int]) -> KVCache:
-        """A cache that holds the base run's keys and values before the start, as often as each layer has rows."""
+        """Create a cache with the base run's keys and values before `start`, repeated for the rows of each layer."""
         held = self.cache
         cache = KVCache(0, 1, 1, 1, 1, device=self.ids.device)
         for mine, theirs in ((cache.keys, held.keys), (cache.values, held.values)):
@@ -141,7 +142,7 @@ class Base:
 
 
 def _ending(block: Block, x: Tensor, start: int, first: int, cache: KVCache) -> Tensor:
-    """A last block's output from position start + first on: what is before it is needed as keys and values only."""
+    """Output of the last block from position start + first on; earlier positions only provide keys and values."""
     if first:
         past = Step(torch.arange(start, start + first, device=x.device), None, False, start + first)
         _remember(block.attn, block.norm1(x[:, :first]), past, cache)
@@ -151,7 +152,7 @@ def _ending(block: Block, x: Tensor, start: int, first: int, cache: KVCache) -> 
 
 
 def _remember(attn: Attention, x: Tensor, step: Step, cache: KVCache) -> None:
-    """Put keys and values of a normed stream (B, T, C) into the cache, as attention does, without any query."""
+    """Append the keys and values of a normed stream (B, T, C) to the cache, without computing queries."""
     rows = slice(attn.n_head * attn.head_dim, None)
     bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
     heads = F.linear(x, attn.qkv.weight[rows], bias).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)

@@ -165,7 +165,7 @@ def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
     with ExitStack() as first, ExitStack() as second:
         settle(config, first)
-        with pytest.raises(ConfigError, match=r"is in use by process \d+ on"):
+        with pytest.raises(ConfigError, match=r"in use by process \d+ on"):
             settle(config, second)
     launch.train(config)
 
