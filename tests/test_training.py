@@ -279,7 +279,7 @@ def test_rows_past_the_checkpoint_move_aside(tmp_path: Path, monkeypatch: pytest
     ("changes", "message"),
     [
         ({"batch__tokens": 100}, r"batch\.tokens: 100 is not a multiple of model\.block_size \(16\); try 96"),
-        ({"batch__micro_batch_size": 3}, r"8 sequences per step .* are not divisible by 1 processes x micro_batch_size 3"),
+        ({"batch__micro_batch_size": 3}, r"8 sequences per step .* not divisible by 1 processes x micro_batch_size 3"),
         ({"batch__micro_batch_size": 0}, r"batch\.micro_batch_size: 0 is not positive"),
         ({"eval__patience": 2, "eval__every": 0}, r"eval\.patience: 2 counts validations, but eval\.every is 0"),
         ({"checkpoint__keep": 1}, r"checkpoint\.keep: 1 is less than 2"),
