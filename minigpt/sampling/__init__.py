@@ -1,1 +1,1 @@
-"""Decoding: processors (logits -> logits), choice (logits -> ids), stopping, the loop and its front door."""
+"""Text generation: logits processors, token choice, stopping criteria, the generation loop and the Sampler API."""

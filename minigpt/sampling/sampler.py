@@ -1,4 +1,4 @@
-"""The front door: text or token ids in, completions, a stream of events or scores out."""
+"""The public sampling API: takes text or token ids, returns completions, a stream of events, or scores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from minigpt.tokenizer.given import as_tokenizer
 
 
 class Usage(NamedTuple):
-    """How many tokens were read and written."""
+    """Number of prompt tokens and of generated tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -42,57 +42,57 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample: what a prompt was continued with."""
+    """One sample: the continuation of a prompt."""
 
     prompt_ids: list[int]
-    """The prompt's tokens; for an empty prompt, the token it was started from."""
+    """The prompt's tokens; for an empty prompt, the tokens used in its place."""
     ids: list[int]
-    """The written tokens, with the end token or stop string that ended them."""
+    """The generated tokens, including the end token or stop string."""
     text: str
-    """Their text, without the end token and (but for include_stop) the stop string."""
+    """Text of the generated tokens, without the end token and, unless include_stop is set, without the stop string."""
     finish_reason: str
     """end, stop, length, context, time, repetition, error or a criterion's own: see `Event.finish_reason`."""
     seed: int | None
-    """The prompt's seed: with it the sample can be written again; None where nothing was drawn."""
+    """The prompt's seed, which reproduces the sample; None for a search without sampling."""
     log_probs: list[float]
-    """The model's own log-probability of each written token, before any processor (nats)."""
+    """The model's log-probability of each generated token, before any processor (nats)."""
     usage: Usage
     error: str | None = None
-    """Why, where the reason is error."""
+    """The error message if finish_reason is error."""
     score: float | None = None
-    """Of a search: what texts are ranked by; see `search.Hypothesis.score`."""
+    """Beam search: the score that texts are ranked by; see `search.Hypothesis.score`."""
     complete: bool = True
-    """Of a search: whether all of force_words appear."""
+    """Beam search: whether all of force_words appear."""
     missing: int = 0
-    """Of a search: how many texts fewer than num_return_sequences it found for the prompt."""
+    """Beam search: num_return_sequences minus the number of texts found for the prompt."""
     details: list[Details] | None = None
-    """With top_logprobs: how each token stood among the others."""
+    """With top_logprobs: rank and log-probabilities of each token and of the most likely tokens."""
     work: list[tuple[Stage, ...]] | None = None
-    """What each processor did for each token, where asked for."""
+    """With show_work: the distribution after each processor, for each token."""
 
 
 class Sampler:
-    """Writes on from prompts. The same prompt, seed and settings give the same text in any company.
+    """Continues prompts. The same prompt, seed and settings give the same text, whatever else is in the batch.
 
-    Policies:
-        - A text begins with what its tokenizer puts in front of one (`Tokenizer.prefix_ids`); token ids are as given.
-        - An empty prompt starts from that, else from end-of-text, or else from a newline; none shows in the text.
-        - Special tokens named in a prompt's text are ordinary text.
-        - Longer than the model's context: see `SamplingConfig.overflow`, and batch.py on the window.
-        - max_new_tokens = 0 gives empty completions with the reason "length".
-        - A sample with no token left to choose ends with the reason "error" and says why; the others go on.
-        - Ids that the model has and the tokenizer has not are never written.
+    Rules:
+        - A text prompt gets the tokenizer's prefix ids (`Tokenizer.prefix_ids`) in front; token ids are used unchanged.
+        - An empty prompt becomes the prefix ids, else end-of-text, else a newline; these are not part of the text.
+        - Special tokens written out in a prompt's text are encoded as ordinary text.
+        - For texts longer than the model's context, see `SamplingConfig.overflow`, and batch.py on the window.
+        - max_new_tokens = 0 gives empty completions with the finish reason "length".
+        - A sample without any possible token ends with the finish reason "error" and a message; the others continue.
+        - Ids of the model that the tokenizer does not have are never generated.
 
     Args:
-        model: what predicts; its mode and its gradients are left as they were.
-        tokenizer: turns text into the model's tokens and back; one of minigpt's, or any object with encode, decode and
+        model: the model that predicts the next token; its training mode and gradients are left unchanged.
+        tokenizer: converts text to the model's tokens and back; one of minigpt's, or any object with encode, decode and
             vocab_size.
         config: settings for every call; a call can override each of them.
-        processors: the caller's own, applied where `config.order` has the step "processors".
-        criteria: endings beyond those of the config.
+        processors: additional processors, applied at the step "processors" of `config.order`.
+        criteria: additional stopping criteria.
 
     Raises:
-        ConfigError: a field of the config holds a value that it does not accept, or fields contradict each other.
+        ConfigError: a field of the config has an invalid value, or fields contradict each other.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class Sampler:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, show_work: int = 0, **overrides: Any
     ) -> list[list[Completion]]:
-        """Continue one prompt or several: result[prompt][sample], or [prompt][the best of num_beams].
+        """Continue one prompt or several: result[prompt][sample], or, best first, result[prompt][beam].
 
-        Arguments as for `stream`, whose events it collects unless num_beams asks for a search.
+        Takes the arguments of `stream` and collects its events, or runs a beam search if num_beams is above 1.
         """
         ids = self._encode(prompts)
         common, configs = self._configs(len(ids), overrides)
         if common.num_beams > 1:
             if show_work:
-                raise ConfigError("show_work: shows one text as it is written; leave num_beams out")
+                raise ConfigError("show_work: does not work with beam search; remove num_beams")
             return self._search(ids, common, configs)
         collected: dict[tuple[int, int], list[Event]] = {}
         for event in self._stream(ids, common, configs, show=show_work):
@@ -132,41 +132,41 @@ class Sampler:
         return result
 
     def stream(self, prompts: Prompt | Sequence[Prompt], *, show_work: int = 0, **overrides: Any) -> Iterator[Event]:
-        """Continue one prompt or several and tell each token as it is chosen.
+        """Continue one prompt or several and yield each token as it is chosen.
 
         Args:
-            prompts: a text, token ids, or a list of such.
-            show_work: let `Event.work` tell what each processor did to this many of the likeliest tokens.
-            overrides: fields of `SamplingConfig` for this call; those of `config.PER_PROMPT`, and stop, may be lists of
-                one value for each prompt.
+            prompts: a text, a list of token ids, or a list of these.
+            show_work: number of most likely tokens whose probabilities `Event.work` shows after each processor.
+            overrides: fields of `SamplingConfig` for this call; those of `config.PER_PROMPT`, and stop, may be lists
+                with one value per prompt.
 
         Raises:
-            ConfigError: at once, not at the first event: an unknown or ill-valued field, a prompt that cannot be used,
-                a search, which knows its texts only at its end.
+            ConfigError: raised immediately, not at the first event: an unknown field, an invalid value or prompt, or
+                num_beams above 1, since beam search cannot be streamed.
         """
         ids = self._encode(prompts)
         common, configs = self._configs(len(ids), overrides)
         if common.num_beams > 1:
             raise ConfigError(
-                f"sampling: num_beams is {common.num_beams}, and a search knows its texts only at its end, so that it "
-                "cannot be streamed; use generate, or num_beams 1"
+                f"sampling: num_beams is {common.num_beams}, but beam search has no result before its end and cannot be "
+                "streamed; use generate, or num_beams 1"
             )
         return self._stream(ids, common, configs, show=show_work)
 
     def replay(self, prompts: Any, continuations: Any, *, show_work: int = 0, **overrides: Any) -> list[Completion]:
-        """Have each prompt continued by given tokens, and tell of each what it would have been told if chosen.
+        """Continue each prompt with given tokens and report what sampling reports for chosen tokens.
 
         Args:
             prompts: as for `stream`.
-            continuations: one for each prompt, as text or token ids.
+            continuations: one per prompt, as text or token ids.
             show_work: as for `stream`.
-            overrides: as for `stream`; those that ask for several texts count for nothing.
+            overrides: as for `stream`; num_return_sequences and the beam search fields are ignored.
         """
         ids = self._encode(prompts)
         forced = encode_all(self.tokenizer, continuations, "continuation", bare=True)
         check_forced(forced, min(self.model.vocab_size, self.tokenizer.vocab_size))
         if len(forced) != len(ids):
-            raise ConfigError(f"there are {len(ids)} prompts and {len(forced)} continuations; give one for each")
+            raise ConfigError(f"there are {len(ids)} prompts and {len(forced)} continuations; give one per prompt")
         common, configs = self._configs(len(ids), {"top_logprobs": 0, **overrides, **_ONE_TEXT})
         collected: list[list[Event]] = [[] for _ in ids]
         for event in self._stream(ids, common, configs, forced, show_work):
@@ -174,12 +174,11 @@ class Sampler:
         return [_completion(prompt, events) for prompt, events in zip(ids, collected, strict=True)]
 
     def score(self, texts: Any, *, stride: int | None = None, top: int = 0, show: bool = False) -> list[Score]:
-        """The model's log-probability of each token of one or several given texts; see `scoring.score_ids`.
+        """Score one text or several: the model's log-probability of each token; see `scoring.score_ids`.
 
-        A text is read as if it stood at the beginning of a document: after what the tokenizer puts in front of a text,
-        else after its end-of-text token. That predicts the first token; where there is neither, nothing does. The same
-        is put in front of token ids, unless they begin with it themselves. What the tokenizer puts in front is
-        given, and not scored.
+        A text is read like the start of a document: after the tokenizer's prefix ids, else after its end-of-text token.
+        From these the model predicts the first token. If the tokenizer has neither, the first token is not scored. The
+        same ids are put in front of token ids that do not start with them. The ids in front are not scored.
         """
         prefix = list(self.tokenizer.prefix_ids)
         start = prefix if prefix or self.tokenizer.eot is None else [self.tokenizer.eot]
@@ -193,7 +192,7 @@ class Sampler:
         )
 
     def processors_for(self, **overrides: Any) -> tuple[list[Any], Order]:
-        """The processors of a call with these overrides, in their order, and the order itself."""
+        """The processors of a call with these overrides, in order, and the order itself."""
         _, configs = self._configs(1, overrides)
         return cook(configs, self.tokenizer, self.model.vocab_size, self.processors)
 
@@ -206,7 +205,7 @@ class Sampler:
         show: int = 0,
     ) -> Iterator[Event]:
         if isinstance(show, bool) or not isinstance(show, int) or show < 0:
-            raise ConfigError(f"show_work is {show!r}; expected how many tokens to show, 0 for none")
+            raise ConfigError(f"show_work is {show!r}; expected the number of tokens to show, 0 for none")
         processors, _ = cook(configs or [common], self.tokenizer, self.model.vocab_size, self.processors)
         return stream_rows(
             self.model,
@@ -231,9 +230,9 @@ class Sampler:
     def _search(
         self, ids: list[list[int]], common: SamplingConfig, configs: list[SamplingConfig]
     ) -> list[list[Completion]]:
-        """The search, a part of the prompts at a time where the budget asks for it."""
+        """Run the beam search, in several batches of prompts if max_rows or max_batch_tokens requires it."""
         if self.criteria:
-            raise ConfigError("sampling: criteria end single texts, and num_beams follows several; give one of them")
+            raise ConfigError("sampling: criteria do not work with num_beams; remove one of them")
         beams = int(common.num_beams)
         rows = [Row(n, 0, 0, prompt, int(configs[n].max_new_tokens)) for n, prompt in enumerate(ids)]
         limits = [limit and max(1, int(limit) // beams) for limit in (common.max_rows, common.max_batch_tokens)]
@@ -247,10 +246,10 @@ class Sampler:
     def _search_together(
         self, numbers: list[int], ids: list[list[int]], common: SamplingConfig, configs: list[SamplingConfig]
     ) -> list[list[Completion]]:
-        """The search for the prompts of these numbers."""
+        """Run the beam search for the prompts with these indices, in one batch."""
         end_ids = self._end_ids(common)
         draws = common.beam_method != "beam"
-        # As in transformers: drawing several continuations, one of which may be an end, needs tokens to draw from.
+        # As in transformers: filters keep enough tokens to sample several continuations, one of which may be an end.
         keep = max(2, len(end_ids) + 1) if draws else 1
         processors, order = cook(configs, self.tokenizer, self.model.vocab_size, self.processors, keep)
         words = [[spellings(self.tokenizer, text) for text in _alternatives(word)] for word in common.force_words]
@@ -304,19 +303,19 @@ class Sampler:
         return lambda n, written: holds_stop(self.tokenizer, ids[n], written, configs[n].stop)
 
     def _configs(self, count: int, overrides: dict[str, Any]) -> tuple[SamplingConfig, list[SamplingConfig]]:
-        """The settings that all of `count` prompts share, and those of each."""
+        """Apply the overrides: the settings shared by all `count` prompts, and the settings of each prompt."""
         several = {}
         for name, value in overrides.items():
             if name not in FIELDS:
                 near = difflib.get_close_matches(name, FIELDS, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(FIELDS)}"
-                raise ConfigError(f"sampling: there is no field '{name}'; {hint}")
+                raise ConfigError(f"sampling: unknown field '{name}'; {hint}")
             values = plain(value)
             listed = isinstance(values, (list, tuple))
             if (name in PER_PROMPT and listed) or (name == "stop" and listed and any(map(_is_list, values))):
                 if len(values) != count:
                     raise ConfigError(
-                        f"sampling: {name} has {len(values)} values for {count} prompts; give one for each"
+                        f"sampling: {name} has {len(values)} values for {count} prompts; give one per prompt"
                     )
                 several[name] = values
         common = replace(self.config, **{name: value for name, value in overrides.items() if name not in several})
@@ -336,12 +335,12 @@ class Sampler:
         if end_ids and max(end_ids) >= self.model.vocab_size:
             raise ConfigError(
                 f"sampling: eos_token_id is {max(end_ids)}; "
-                f"expected one of the model's tokens, 0 to {self.model.vocab_size - 1}"
+                f"expected a token id of the model, 0 to {self.model.vocab_size - 1}"
             )
         return end_ids
 
 
-# What asks for several texts, switched off: a replay writes one.
+# A replay generates one text per prompt, so it overrides the settings for several samples and for beam search.
 _ONE_TEXT: dict[str, Any] = {
     "num_return_sequences": 1,
     "num_beams": 1,

@@ -1,1 +1,1 @@
-"""What sampling needs of a model, the noise, and the choice of a token."""
+"""The model interface of sampling, random numbers, and the choice of a token."""
