@@ -16,17 +16,17 @@ from minigpt.sampling.settings.conflicts import switched_on
 from minigpt.sampling.settings.orders import CUSTOM, Order, resolve
 from minigpt.sampling.settings.shape import FILTERS, row
 
-EVERYTHING = 2**31  # a top-k that keeps every token, beside prompts that have one
+EVERYTHING = 2**31  # a top-k that keeps every token, for prompts without top-k in a batch with others that have it
 
 
 class Settings:
-    """The settings of all prompts as parameters of processors: a number where they agree, else one for each prompt."""
+    """The settings of all prompts as processor parameters: one value if all prompts agree, else one per prompt."""
 
     def __init__(self, configs: Sequence[SamplingConfig], tokenizer: Any, keep: int) -> None:
         self.configs = configs
         self.tokenizer = tokenizer
         self.keep = keep
-        """Tokens to be left at least by each filter."""
+        """Minimum number of tokens that each filter keeps."""
 
     def __getattr__(self, name: str) -> Any:
         off = FIELDS[name].metadata["off"]
@@ -35,17 +35,17 @@ class Settings:
 
     @property
     def top_k(self) -> Any:
-        """0 keeps every token."""
+        """Value of top_k; 0 is replaced by `EVERYTHING`."""
         return _agreed([config.top_k or EVERYTHING for config in self.configs])
 
     @property
     def last(self) -> Any:
-        """At which token ForcedLast forces; a prompt that writes none never comes there."""
+        """Number of the token at which ForcedLast forces an end, at least 1; max_new_tokens 0 never reaches it."""
         return _agreed([max(1, config.max_new_tokens) for config in self.configs])
 
     @property
     def window(self) -> int | None:
-        """How far back penalties look."""
+        """Number of most recent tokens that penalties look at; None for all."""
         return self.configs[0].penalty_window
 
 
@@ -62,7 +62,7 @@ def _temperature(given: Settings) -> Any:
     )
     if 0 not in temperatures:
         return moving
-    # It knows no temperature 0: the rows that have it are made greedy beside it.
+    # DynamicTemperature does not support temperature 0; a plain Temperature makes those rows greedy.
     return [Temperature(tuple(0.0 if t == 0 else 1.0 for t in temperatures)), moving]
 
 
@@ -115,7 +115,7 @@ def _ids(kind: Any, name: str) -> Callable[[Settings], Any]:
     return lambda given: kind(getattr(given.configs[0], name))
 
 
-MAKERS: dict[str, Callable[[Settings], Any]] = {  # a step's processor, or several in a list
+MAKERS: dict[str, Callable[[Settings], Any]] = {  # step -> function that returns its processor, or a list of several
     "vocabulary": lambda given: AllowedVocabulary(given.tokenizer.vocab_size),
     "logit_bias": _ids(bans.LogitBias, "logit_bias"),
     "sequence_bias": lambda given: bans.SequenceBias(
@@ -155,14 +155,20 @@ MAKERS: dict[str, Callable[[Settings], Any]] = {  # a step's processor, or sever
 def cook(
     configs: Sequence[SamplingConfig], tokenizer: Any, model_size: int, custom: Sequence[Any] = (), keep: int = 1
 ) -> tuple[list[Any], Order]:
-    """The processors that the settings ask for, in their order; what is off for every prompt is left out.
+    """Build the processors for the settings, in order; a step that is off for every prompt is omitted.
 
     Args:
-        configs: one for all prompts, or one for each; they may differ in the fields of `config.PER_PROMPT`.
-        tokenizer: spells texts, and says how many ids have a meaning.
-        model_size: V of the model; ids from the tokenizer's size on are never written.
+        configs: one for all prompts, or one per prompt; they may differ only in the fields of `config.PER_PROMPT`.
+        tokenizer: encodes texts, and its vocab_size is the number of valid ids.
+        model_size: V of the model; ids at or above the tokenizer's vocab_size are never generated.
         custom: the caller's own processors.
-        keep: tokens to be left at least by each filter; what the settings forbid goes whatever is left.
+        keep: minimum number of tokens that each filter keeps; bans may still remove them.
+
+    Returns:
+        The processors and the resolved order.
+
+    Raises:
+        ConfigError: a forced token id is outside the tokenizer's vocabulary, or the order is invalid.
     """
     order = resolve(configs[0].order)
     on = {step for config in configs for step in switched_on(config)}
@@ -171,16 +177,18 @@ def cook(
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         ids = getattr(configs[0], name)
         if ids not in (None, []) and max([ids] if isinstance(ids, int) else ids) >= tokenizer.vocab_size:
-            raise ConfigError(f"sampling: {name} is {ids}; expected ids below the tokenizer's {tokenizer.vocab_size}")
+            raise ConfigError(
+                f"sampling: {name} is {ids}; expected ids below the tokenizer's vocab_size {tokenizer.vocab_size}"
+            )
     given = Settings(configs, tokenizer, keep)
     steps = list(order.steps)
-    if custom and CUSTOM not in steps:  # in a list that does not name them they come before all shaping
+    if custom and CUSTOM not in steps:  # an order without CUSTOM runs the caller's processors right after "vocabulary"
         steps.insert(1, CUSTOM)
     processors: list[Any] = []
     for step in steps:
         if step == CUSTOM:
             processors += custom
-            if custom and "vocabulary" in on:  # whatever they make of ids without a meaning
+            if custom and "vocabulary" in on:  # forbid invalid ids again, in case a custom processor allowed them
                 processors.append(MAKERS["vocabulary"](given))
         elif step in on:
             made = MAKERS[step](given)
@@ -189,16 +197,16 @@ def cook(
 
 
 def spellings(tokenizer: Any, text: str) -> list[tuple[int, ...]]:
-    """How a tokenizer spells a text at the beginning of a text and after a space."""
+    """The distinct encodings of a text without and with a leading space."""
     spelled = [tuple(tokenizer.encode(text))]
-    if tokenizer.kind not in ("byte", "char"):  # there a space is a token of its own
+    if tokenizer.kind not in ("byte", "char"):  # in those, a space is a separate token
         spelled.append(tuple(tokenizer.encode(" " + text)))
     return list(dict.fromkeys(spelled))
 
 
 @lru_cache(maxsize=8)
 def breakers(tokenizer: Any, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """The tokens that hold one of the texts, and the spelling of each text that takes several tokens."""
+    """The tokens that contain one of the texts, and the encodings of texts that take several tokens."""
     if not texts:
         return ()
     wanted = [text.encode() for text in texts]

@@ -88,11 +88,11 @@ class Sampler:
         model: a GPT or any `Decodable`; its mode and gradients are not changed.
         tokenizer: one of minigpt's, or any object with encode, decode and vocab_size.
         config: settings for every call; a call can override each of them.
-        processors: the caller's own, applied where `config.order` has the step "processors".
-        criteria: endings beyond those of the config.
+        processors: additional processors, applied at the step "processors" of `config.order`.
+        criteria: additional stopping criteria.
 
     Raises:
-        ConfigError: a field of the config holds a value that it does not accept, or fields contradict each other.
+        ConfigError: a field of the config has an invalid value, or fields contradict each other.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Sampler:
         common, configs = self._configs(len(ids), overrides)
         if common.num_beams > 1:
             if show_work:
-                raise ConfigError("show_work: shows one text as it is written; leave num_beams out")
+                raise ConfigError("show_work: does not work with beam search; remove num_beams")
             return self._search(ids, common, configs)
         collected: dict[tuple[int, int], list[Event]] = {}
         for event in self._stream(ids, common, configs, show=show_work):
@@ -148,8 +148,8 @@ class Sampler:
         common, configs = self._configs(len(ids), overrides)
         if common.num_beams > 1:
             raise ConfigError(
-                f"sampling: num_beams is {common.num_beams}, and a search knows its texts only at its end, so that it "
-                "cannot be streamed; use generate, or num_beams 1"
+                f"sampling: num_beams is {common.num_beams}, but beam search has no result before its end and cannot be "
+                "streamed; use generate, or num_beams 1"
             )
         return self._stream(ids, common, configs, show=show_work)
 
@@ -166,7 +166,7 @@ class Sampler:
         forced = encode_all(self.tokenizer, continuations, "continuation", bare=True)
         check_forced(forced, min(self.model.vocab_size, self.tokenizer.vocab_size))
         if len(forced) != len(ids):
-            raise ConfigError(f"there are {len(ids)} prompts and {len(forced)} continuations; give one for each")
+            raise ConfigError(f"there are {len(ids)} prompts and {len(forced)} continuations; give one per prompt")
         common, configs = self._configs(len(ids), {"top_logprobs": 0, **overrides, **_ONE_TEXT})
         collected: list[list[Event]] = [[] for _ in ids]
         for event in self._stream(ids, common, configs, forced, show_work):
@@ -205,7 +205,7 @@ class Sampler:
         show: int = 0,
     ) -> Iterator[Event]:
         if isinstance(show, bool) or not isinstance(show, int) or show < 0:
-            raise ConfigError(f"show_work is {show!r}; expected how many tokens to show, 0 for none")
+            raise ConfigError(f"show_work is {show!r}; expected the number of tokens to show, 0 for none")
         processors, _ = cook(configs or [common], self.tokenizer, self.model.vocab_size, self.processors)
         return stream_rows(
             self.model,
@@ -230,9 +230,9 @@ class Sampler:
     def _search(
         self, ids: list[list[int]], common: SamplingConfig, configs: list[SamplingConfig]
     ) -> list[list[Completion]]:
-        """The search, a part of the prompts at a time where the budget asks for it."""
+        """Run the beam search, in several batches of prompts if max_rows or max_batch_tokens requires it."""
         if self.criteria:
-            raise ConfigError("sampling: criteria end single texts, and num_beams follows several; give one of them")
+            raise ConfigError("sampling: criteria do not work with num_beams; remove one of them")
         beams = int(common.num_beams)
         rows = [Row(n, 0, 0, prompt, int(configs[n].max_new_tokens)) for n, prompt in enumerate(ids)]
         limits = [limit and max(1, int(limit) // beams) for limit in (common.max_rows, common.max_batch_tokens)]
@@ -246,10 +246,10 @@ class Sampler:
     def _search_together(
         self, numbers: list[int], ids: list[list[int]], common: SamplingConfig, configs: list[SamplingConfig]
     ) -> list[list[Completion]]:
-        """The search for the prompts of these numbers."""
+        """Run the beam search for the prompts with these indices, in one batch."""
         end_ids = self._end_ids(common)
         draws = common.beam_method != "beam"
-        # As in transformers: drawing several continuations, one of which may be an end, needs tokens to draw from.
+        # As in transformers: filters keep enough tokens to sample several continuations, one of which may be an end.
         keep = max(2, len(end_ids) + 1) if draws else 1
         processors, order = cook(configs, self.tokenizer, self.model.vocab_size, self.processors, keep)
         words = [[spellings(self.tokenizer, text) for text in _alternatives(word)] for word in common.force_words]
@@ -303,19 +303,19 @@ class Sampler:
         return lambda n, written: holds_stop(self.tokenizer, ids[n], written, configs[n].stop)
 
     def _configs(self, count: int, overrides: dict[str, Any]) -> tuple[SamplingConfig, list[SamplingConfig]]:
-        """The settings that all of `count` prompts share, and those of each."""
+        """Apply the overrides: the settings shared by all `count` prompts, and the settings of each prompt."""
         several = {}
         for name, value in overrides.items():
             if name not in FIELDS:
                 near = difflib.get_close_matches(name, FIELDS, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(FIELDS)}"
-                raise ConfigError(f"sampling: there is no field '{name}'; {hint}")
+                raise ConfigError(f"sampling: unknown field '{name}'; {hint}")
             values = plain(value)
             listed = isinstance(values, (list, tuple))
             if (name in PER_PROMPT and listed) or (name == "stop" and listed and any(map(_is_list, values))):
                 if len(values) != count:
                     raise ConfigError(
-                        f"sampling: {name} has {len(values)} values for {count} prompts; give one for each"
+                        f"sampling: {name} has {len(values)} values for {count} prompts; give one per prompt"
                     )
                 several[name] = values
         common = replace(self.config, **{name: value for name, value in overrides.items() if name not in several})
@@ -335,12 +335,12 @@ class Sampler:
         if end_ids and max(end_ids) >= self.model.vocab_size:
             raise ConfigError(
                 f"sampling: eos_token_id is {max(end_ids)}; "
-                f"expected one of the model's tokens, 0 to {self.model.vocab_size - 1}"
+                f"expected a token id of the model, 0 to {self.model.vocab_size - 1}"
             )
         return end_ids
 
 
-# What asks for several texts, switched off: a replay writes one.
+# A replay generates one text per prompt, so it overrides the settings for several samples and for beam search.
 _ONE_TEXT: dict[str, Any] = {
     "num_return_sequences": 1,
     "num_beams": 1,

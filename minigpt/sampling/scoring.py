@@ -1,23 +1,23 @@
 """Score given texts: log-probability and rank of every token.
 
-For perplexity, for ranking answers, for classification by the likeliest label. Nothing is sampled and no processor is
-applied: these are the model's own probabilities, the same that sampling reports as `log_prob`.
+Used for perplexity, for ranking answers, and for classification by the most likely label. Nothing is sampled and no
+processor is applied: these are the model's own probabilities, which sampling reports as `log_prob`.
 
-A model sees at most T = max_context tokens, so a longer text is read in windows that begin at 0, stride, 2 stride, ...
-and hold T tokens each (the last one fewer). A window predicts the token after each of its tokens, so T tokens, of which
-all but the last `stride` were predicted by the window before with more context; those are context only. In short:
+A model sees at most T = max_context tokens, so a longer text is read in windows that start at 0, stride, 2 stride, ...
+and have T tokens each (the last one fewer). A window predicts the token after each of its T tokens. All but the last
+`stride` of these were already predicted by the previous window, with more context, and only serve as context here:
 
     token p is predicted once, from tokens start .. p - 1, where start is 0 for p <= T, and else the smallest multiple
     of the stride with p - start <= T
 
-    T = 4, stride = 2        reads      predicts     those in brackets were predicted before
+    T = 4, stride = 2        reads      predicts     (in parentheses: already predicted)
     first window             0 1 2 3     1 2  3 4
     second window            2 3 4 5    (3 4) 5 6
     third window             4 5 6 7    (5 6) 7 8
 
-From T on every token then has T - stride + 1 to T tokens of context. Stride T reads each token once, in windows side by
-side, as `minigpt.evaluation` does; stride 1 gives every token the longest context there is, at up to T times the work;
-T // 2, the default, is what sampling shows a model too, so that a sampled text scores what it was sampled with.
+So from position T on, every token has T - stride + 1 to T tokens of context. Stride T reads each token once, in
+adjacent windows, like `minigpt.evaluation`. Stride 1 gives every token the longest possible context, at up to T times
+the cost. The default T // 2 is the window of sampling, so a sampled text gets the log-probabilities of its sampling.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from minigpt.tokenizer.base import well_formed
 if TYPE_CHECKING:
     from minigpt.tokenizer.base import Tokenizer
 
-LOGITS_AT_ONCE = 2**24  # 64 MiB of float32; a few times that while they are worked on
+LOGITS_AT_ONCE = 2**24  # 64 MiB of float32; a few times that during computation
 
 
 @dataclass(frozen=True)
@@ -49,46 +49,46 @@ class Score:
     """Scores of a text: one entry per token in every list; None (in `top` an empty list) for tokens without a score."""
 
     ids: list[int]
-    """The whole text, given tokens included."""
+    """The whole text, including tokens that are not scored."""
     log_probs: list[float | None]
-    """Each token's log-probability given those before it (nats); -inf where the model rules it out."""
+    """Each token's log-probability given the tokens before it (nats); -inf if the model gives it probability 0."""
     ranks: list[int | None]
-    """Each token's place in the model's distribution: 1 is the likeliest, equals share the best place."""
+    """Each token's rank in the model's distribution: 1 is the most likely; tied tokens share the best rank."""
     top: list[list[tuple[int, float]]]
-    """The likeliest tokens at each place and their log-probabilities, falling, as many as were asked for and are
-    possible; without any entry if none were asked for."""
+    """The most likely tokens at each position and their log-probabilities, in descending order; an empty list if none
+    were requested."""
     bytes: float | None = None
-    """Bytes of the text as given that the scored tokens stand for; None where ids were scored without a tokenizer."""
+    """Bytes of the original text that the scored tokens stand for; None if ids were scored without a tokenizer."""
 
     @property
     def total(self) -> float:
-        """Log-probability of all scored tokens together (nats)."""
+        """Total log-probability of all scored tokens (nats)."""
         return math.fsum(value for value in self.log_probs if value is not None)
 
     @property
     def count(self) -> int:
-        """How many tokens are scored."""
+        """Number of scored tokens."""
         return sum(value is not None for value in self.log_probs)
 
     @property
     def perplexity(self) -> float:
-        """exp(-total / count); not a number where nothing is scored."""
+        """exp(-total / count); NaN if nothing is scored."""
         if not self.count:
             return math.nan
         nats = -self.total / self.count
-        return math.exp(nats) if nats < 709 else math.inf  # e^709 is about the largest float
+        return math.exp(nats) if nats < 709 else math.inf  # e^709 is close to the largest float64
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte of the text, comparable between tokenizers; not a number where `bytes` is None or 0."""
+        """Bits per byte of the text, comparable between tokenizers; NaN if `bytes` is None or 0."""
         return -self.total / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 def with_bytes(scores: Sequence[Score], texts: Sequence[str | Sequence[int]], tokenizer: Tokenizer) -> list[Score]:
-    """Scores that tell how many bytes of their texts, as these were given, the scored tokens stand for.
+    """Set `Score.bytes` of each score: how many bytes of the original text the scored tokens stand for.
 
-    All bytes of the text, less the share that tokens which nothing predicts (the first one, where there is no
-    end-of-text) have in the bytes of all tokens' pieces. Special tokens stand for none.
+    These are all bytes of the text, minus the share of tokens that are not scored (the first token, if the tokenizer
+    has no end-of-text). Shares are measured by the tokens' byte lengths; special tokens count as 0 bytes.
     """
     lengths = [len(piece) for piece in tokenizer.token_bytes()]
     told = []
@@ -105,7 +105,7 @@ def with_bytes(scores: Sequence[Score], texts: Sequence[str | Sequence[int]], to
 
 
 class Window(NamedTuple):
-    """What one reading of (a part of) a text predicts: tokens first .. stop - 1, from those of start .. stop - 2."""
+    """One window over a text: reads tokens start .. stop - 2 and predicts tokens first .. stop - 1."""
 
     text: int
     start: int
@@ -114,17 +114,17 @@ class Window(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many tokens are read."""
+        """Number of tokens read."""
         return self.stop - 1 - self.start
 
     @property
     def skip(self) -> int:
-        """How many of them are read before the first whose prediction counts."""
+        """Number of tokens read before the first one whose prediction counts."""
         return self.first - 1 - self.start
 
 
 class _Predicted(NamedTuple):
-    """What a batch of windows says of its tokens: (B, columns) each, top (B, columns, n), on the host."""
+    """Predictions for a batch of windows, on the host: (B, columns) each, top (B, columns, n)."""
 
     log_probs: list[list[float]]
     ranks: list[list[int]]
@@ -142,20 +142,20 @@ def score_ids(
     max_tokens_a_batch: int = 16384,
     show: bool = False,
 ) -> list[Score]:
-    """Score the tokens of each text, each given those before it. What a text scores does not depend on the others.
+    """Score each token of each text, given the tokens before it. A text's scores do not depend on the other texts.
 
-    The model is in evaluation mode meanwhile; its modules' modes are restored, after an error too. No gradient is
-    recorded, and no random number drawn.
+    The model runs in evaluation mode; the modes of its modules are restored afterwards, also after an error. No
+    gradients are recorded and no random numbers are drawn.
 
     Args:
-        model: what predicts.
-        texts: token ids, at least one each. To have a first token scored too, put an end-of-text before it.
-        context: how many tokens at the beginning are given and not scored; one number, or one for each text.
-        stride: by how many tokens the window moves on in a text longer than the model's context, 1 to max_context (see
-            the top of this file); None for half the context.
-        top: how many of the likeliest tokens to tell at each place.
-        max_tokens_a_batch: most tokens, padding included, that are read together, but a window always is. A large
-            vocabulary asks for fewer: the logits in memory are bounded besides.
+        model: the model that predicts the next token.
+        texts: token ids, at least one per text. To score the first token too, put an end-of-text token before it.
+        context: number of tokens at the start that are not scored; one number, or one per text.
+        stride: shift of the window, in tokens, in a text longer than the model's context: 1 to max_context (see the
+            docstring of this module); None for half the context.
+        top: number of most likely tokens to report at each position.
+        max_tokens_a_batch: maximum number of tokens per batch, including padding; a batch has at least one window. With
+            a large vocabulary batches are smaller, because the size of the logits is limited as well.
         show: show a progress bar.
 
     Returns:
@@ -163,14 +163,15 @@ def score_ids(
 
     Raises:
         ConfigError: an empty text, a token outside the vocabulary, a stride or another number out of range.
-        NonFiniteError: the model's logits at some place are no distribution (NaN, infinite, or -inf for every token).
+        NonFiniteError: the model's logits at a position are not a distribution (NaN, infinite, or -inf for every
+            token).
     """
     rows = [_plain(number, text) for number, text in enumerate(texts)]
     check_prompts(rows, model.vocab_size)
     given = _given(context, rows)
     stride = max(1, model.max_context // 2) if stride is None else stride
-    _check_number("stride", stride, 1, model.max_context, "the model's context; None takes half of it")
-    _check_number("top", top, 0, None, "0 tells none")
+    _check_number("stride", stride, 1, model.max_context, "the model's context; None uses half of it")
+    _check_number("top", top, 0, None, "0 reports none")
     _check_number("max_tokens_a_batch", max_tokens_a_batch, 1)
     top = min(int(top), model.vocab_size)
 
@@ -192,7 +193,7 @@ def score_ids(
 
 
 def _windows(text: int, length: int, given: int, model: Decodable, stride: int) -> Iterator[Window]:
-    """The windows in which tokens given .. length - 1 of a text are predicted."""
+    """The windows that predict tokens given .. length - 1 of a text."""
     first = given
     while first < length:
         start = max(0, -(-(first - model.max_context) // stride) * stride)
@@ -202,7 +203,7 @@ def _windows(text: int, length: int, given: int, model: Decodable, stride: int) 
 
 
 def _batches(windows: list[Window], vocab_size: int, max_tokens: int) -> Iterator[list[Window]]:
-    """Windows of like width together, the widest first: what is too large for the memory shows at once."""
+    """Batches of windows of similar width, widest first, so that an out-of-memory error occurs at the start."""
     batch: list[Window] = []
     width = skip = 0
     for window in sorted(windows, key=lambda window: (-window.width, window.skip)):
@@ -217,9 +218,9 @@ def _batches(windows: list[Window], vocab_size: int, max_tokens: int) -> Iterato
 
 
 def _predict(model: Decodable, batch: list[Window], texts: list[list[int]], top: int) -> _Predicted:
-    """What the model says at the columns from the batch's least `skip` on."""
+    """The model's predictions at the columns from the batch's smallest `skip` on."""
     width, skip = max(window.width for window in batch), min(window.skip for window in batch)
-    # One token more than is read: targets are the ids moved by one. Causality hides the padding from what counts.
+    # One token more than is read, as targets are the ids shifted by one. Causal attention never sees the padding.
     tokens = [texts[window.text][window.start : window.stop] for window in batch]
     padded = torch.tensor([[*row, *[0] * (width + 1 - len(row))] for row in tokens], device=device_of(model))
     ids, targets = padded[:, :-1], padded[:, 1:]  # (B, T)
@@ -235,9 +236,9 @@ def _predict(model: Decodable, batch: list[Window], texts: list[list[int]], top:
 
 
 def _look_up(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(B, T, V) logits, (B, T) targets -> their log-probabilities and ranks (B, T), and the likeliest (B, T, top)."""
+    """Log-probabilities and ranks of targets (B, T) in logits (B, T, V), and the most likely tokens (B, T, top)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probs = logits.log_softmax(-1)  # NaN throughout where the logits are no distribution
+    log_probs = logits.log_softmax(-1)  # all NaN if the logits are not a distribution
     targets = targets.unsqueeze(-1)  # (B, T, 1)
     likeliest = log_probs.topk(top, dim=-1)
     return (
@@ -249,7 +250,7 @@ def _look_up(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor,
 
 
 def _enter(scores: list[Score], batch: list[Window], predicted: _Predicted) -> None:
-    """Enter what a batch says of each window's own tokens into the scores of their texts."""
+    """Copy the predictions for each window's own tokens into the scores of their texts."""
     least = min(window.skip for window in batch)
     for window, log_probs, ranks, tokens, values in zip(batch, *predicted, strict=True):
         score = scores[window.text]
@@ -257,8 +258,8 @@ def _enter(scores: list[Score], batch: list[Window], predicted: _Predicted) -> N
         for place, log_prob in enumerate(log_probs[own], start=window.first):
             if math.isnan(log_prob):
                 raise NonFiniteError(
-                    f"text {window.text}: the model's logits for position {place} are no distribution (NaN or infinite "
-                    "values, or no possible token); check the model's weights, or score in float32"
+                    f"text {window.text}: the model's logits for position {place} are not a distribution (NaN or "
+                    "infinite values, or no possible token); check the model's weights, or score in float32"
                 )
             score.log_probs[place] = log_prob
         score.ranks[window.first : window.stop] = ranks[own]
@@ -270,27 +271,27 @@ def _enter(scores: list[Score], batch: list[Window], predicted: _Predicted) -> N
 
 
 def _plain(number: int, text: Sequence[int]) -> list[int]:
-    """A text's ids as plain numbers, from any sequence, array or tensor."""
+    """Convert a text's ids to Python ints, from any sequence, array or tensor."""
     try:
         return list(map(operator.index, text))
     except TypeError:
-        problem = f"text {number} is {str(text)[:80]!r}; expected a list of token ids: encode it first"
+        problem = f"text {number} is {str(text)[:80]!r}; expected a list of token ids; encode it first"
         raise ConfigError(problem) from None
 
 
 def _given(context: int | Sequence[int], rows: list[list[int]]) -> list[int]:
-    """How many tokens of each text are given, from one number for all or one for each."""
+    """Number of tokens at the start of each text that are not scored, from one number for all or one per text."""
     plain: Any = context.tolist() if hasattr(context, "tolist") else context
     each = list(plain) if isinstance(plain, Iterable) else [plain] * len(rows)
     if len(each) != len(rows):
-        raise ConfigError(f"scoring: context has {len(each)} numbers for {len(rows)} texts; give one for each")
+        raise ConfigError(f"scoring: context has {len(each)} numbers for {len(rows)} texts; give one per text")
     for number, (given, row) in enumerate(zip(each, rows, strict=True)):
-        _check_number("context", given, 1, len(row), f"the tokens of text {number}; nothing predicts a first token")
+        _check_number("context", given, 1, len(row), f"the length of text {number}; a first token cannot be scored")
     return [int(given) for given in each]
 
 
 def _check_number(name: str, value: int, least: int, most: int | None = None, hint: str = "") -> None:
-    """Raise ConfigError for what is no whole number in the range."""
+    """Raise ConfigError unless the value is a whole number in the range."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < least or (most and value > most):
         wanted = f"a whole number from {least} to {most}" if most else f"a whole number, {least} or more"
         raise ConfigError(f"scoring: {name} is {value!r}; expected {wanted}{f' ({hint})' if hint else ''}")

@@ -9,14 +9,14 @@ from minigpt.sampling.loop.loop import Event
 if TYPE_CHECKING:
     from minigpt.tokenizer.base import Tokenizer
 
-WIDEST = 18  # characters of a token that are shown
+WIDEST = 18  # maximum number of characters shown of a token
 
 
 def show_work(event: Event, tokenizer: Tokenizer) -> str:
-    """What became of the candidates for one token, as several lines of text.
+    """Format the candidates for one token as a table: one row per candidate, one column per processor.
 
-    Each column is the distribution after a processor, the first one the model's own. Below it stands how many tokens
-    were possible then, and how many this processor had removed. The arrow marks the token that was chosen.
+    A column shows the probabilities after a processor; the first column is the model's distribution. The last two lines
+    show how many tokens are still possible and how many the processor removed. An arrow marks the chosen token.
     """
     chosen, work = event.token, event.work
     assert chosen is not None and work

@@ -56,7 +56,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     """AdamW: decay of the running mean of squared gradients."""
     eps: float = 1e-8
-    """AdamW: added to the denominator."""
+    """AdamW: constant added to the denominator."""
     weight_decay: float = 0.25
     """Decoupled weight decay of matrices and embeddings, multiplied by learning_rate for all of them; norms and biases
     have none.
@@ -72,7 +72,7 @@ class TrainerConfig:
     """Arguments of Lightning's Trainer under Lightning's names, and compilation."""
 
     max_steps: int = 400
-    """Optimizer steps of the whole run."""
+    """Optimizer steps in the whole run."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Device to train on; auto uses a GPU if there is one."""
     devices: int = 1
@@ -128,7 +128,7 @@ class SampleConfig:
     """Samples during training, always with the same prompt and seed, so that they can be compared."""
 
     every: int = 0
-    """Steps between two samples; 0: only at the end."""
+    """Steps between two samples; 0: only at the last step."""
     prompt: str = "\n"
     """Prompt of the samples."""
     max_new_tokens: int = 200
@@ -148,7 +148,7 @@ class InternalsConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `minigpt train --config FILE --section.field VALUE`; later values win."""
+    """One training run. `minigpt train --config FILE --section.field VALUE`; later values override earlier ones."""
 
     run_name: str | None = None
     """Name of the run's folder in runs_dir. None starts a new run, named after its corpus and the time."""
@@ -174,21 +174,21 @@ class TrainConfig:
     internals: InternalsConfig = field(default_factory=InternalsConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as config.yaml holds them."""
+        """Nested dict of plain values, as stored in config.yaml."""
         return asdict(self)
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its dotted name, as in model.n_layer."""
+        """Dict of every field by its dotted name, such as model.n_layer."""
         return flatten(self.to_dict())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of to_dict. Raises ConfigError for a field this version does not know."""
+        """Build a config from a dict such as to_dict returns. Raises ConfigError for an unknown field."""
         return _build(cls, values, "")
 
     @property
     def processes(self) -> int:
-        """Processes over all machines."""
+        """Number of processes over all machines."""
         return self.trainer.devices * self.trainer.num_nodes
 
     @property
@@ -198,28 +198,28 @@ class TrainConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows of one forward on one process."""
+        """Sequences per forward pass on each process."""
         given = self.batch.micro_batch_size
         return self.batch_size // self.processes if given is None else given
 
     @property
     def accumulation(self) -> int:
-        """Forwards a step on one process."""
+        """Gradient accumulation: forward passes per optimizer step on each process."""
         return self.batch_size // (self.processes * self.micro_batch_size)
 
     def check(self) -> None:
-        """Raise ConfigError, naming the field, for what cannot be trained with or stored with a run."""
+        """Raise ConfigError, naming the field, for a value that cannot be trained with or stored with a run."""
         for field_name, value in self.flat().items():
             if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
-                pattern = " (or give a pattern: each such byte is a ?)" if field_name == "data.source" else ""
+                pattern = " (or give a glob with ? for each such byte)" if field_name == "data.source" else ""
                 raise ConfigError(
                     f"{field_name}: {value!r} is not UTF-8 and cannot be stored with a run; rename it{pattern}"
                 )
         name = self.run_name
         if name is not None and (not name or Path(name).name != name or name.startswith(".")):
             raise ConfigError(
-                f"run_name: {name!r} is not a plain folder name; leave slashes and leading dots out, or leave out "
-                f"run_name to have one made"
+                f"run_name: {name!r} is not a plain folder name; remove slashes and leading dots, or omit run_name "
+                f"for an automatic name"
             )
         if not self.runs_dir:
             raise ConfigError("runs_dir is empty; give a folder, such as runs")
@@ -231,7 +231,7 @@ class TrainConfig:
         if self.batch.tokens < block or self.batch.tokens % block:
             near = max(1, round(self.batch.tokens / block)) * block
             raise ConfigError(
-                f"batch.tokens: {self.batch.tokens} is no multiple of model.block_size ({block}); try {near}"
+                f"batch.tokens: {self.batch.tokens} is not a multiple of model.block_size ({block}); try {near}"
             )
         positive = {
             "trainer.max_steps": self.trainer.max_steps,
@@ -281,19 +281,20 @@ class TrainConfig:
             raise ConfigError(f"optimizer.decay_fraction: {self.optimizer.decay_fraction} is not in [0, 1]")
         if self.checkpoint.keep < 2:
             raise ConfigError(
-                f"checkpoint.keep: {self.checkpoint.keep} is less than 2; one more than the newest must stay, "
-                f"in case the newest is damaged"
+                f"checkpoint.keep: {self.checkpoint.keep} is less than 2; give 2 or more, so that a checkpoint is left "
+                f"if the newest is damaged"
             )
         if self.eval.patience and not self.eval.every:
             raise ConfigError(
-                f"eval.patience: {self.eval.patience} counts validations, but eval.every is 0; expected 1 or more"
+                f"eval.patience: {self.eval.patience} counts validations, but eval.every is 0; set eval.every to 1 or "
+                f"more"
             )
         if self.trainer.threads is not None and self.trainer.threads < 1:
             raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one dict with dotted names."""
+    """Flatten nested sections into one dict with dotted names."""
     flat = {}
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
@@ -309,7 +310,7 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         if name not in defaults:
             near = get_close_matches(name, defaults, n=1)
             hint = f"; did you mean {where}{near[0]}?" if near else ""
-            raise ConfigError(f"{where}{name}: no such field{hint}")
+            raise ConfigError(f"{where}{name}: unknown field{hint}")
         section = is_dataclass(defaults[name])
         built[name] = _build(type(defaults[name]), value, f"{where}{name}.") if section else value
     return kind(**built)

@@ -275,9 +275,9 @@ def test_flags_lie_over_a_file_that_lies_over_the_checkpoint(printed, tmp_path: 
             ["--prompt", "a", "--top_logprobs", "3", "--continuation", "b"],
             "--top_logprobs: is told in JSON; add --json",
         ),
-        (["--prompt", "a", "--mirostat", "2", "--top_k", "5"], "mirostat takes the place of top_k"),
-        (["--prompt", "a", "--config", "precise", "--mirostat", "1"], "mirostat takes the place of top_p"),
-        (["--prompt", "a", "--config", "greedy", "--num_return_sequences", "2"], "temperature is 0, so that all 2"),
+        (["--prompt", "a", "--mirostat", "2", "--top_k", "5"], "mirostat replaces top_k"),
+        (["--prompt", "a", "--config", "precise", "--mirostat", "1"], "mirostat replaces top_p"),
+        (["--prompt", "a", "--config", "greedy", "--num_return_sequences", "2"], "temperature is 0 (greedy), so all 2"),
         (["--prompt", "a", "--order", "hf"], "order is 'hf'; expected one of transformers, vllm, llama_cpp"),
         (["--prompt", "a", "--top_p", "1.5"], "top_p is 1.5; expected a number from 0 to 1"),
         (["--prompt", "a", "--stride", "3"], "--stride 3: is for --score"),
@@ -417,5 +417,5 @@ def test_a_prompt_is_the_text_of_its_file_without_the_mark_and_with_its_line_end
 def test_a_text_that_no_model_could_write_is_refused(flag: str, byte_model: str, said) -> None:
     code, _, err = said(byte_model, "--prompt", "a", flag, '["\udce9"]')
     assert (code, err.count("\n")) == (2, 1)
-    with pytest.raises(ConfigError, match="a list of texts that UTF-8 can hold"):
+    with pytest.raises(ConfigError, match="a list of non-empty strings that UTF-8 can encode"):
         SamplingConfig(**{flag.removeprefix("--"): ["\udce9"]}).validate()

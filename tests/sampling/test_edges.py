@@ -46,7 +46,7 @@ def test_a_search_within_a_budget_finds_what_it_finds_at_once():
 def test_a_criterion_does_not_go_with_a_search():
     sampler = letters()
     sampler = Sampler(sampler.model, sampler.tokenizer, criteria=[lambda context: [None] * len(context.rows)])
-    with pytest.raises(ConfigError, match="criteria end single texts"):
+    with pytest.raises(ConfigError, match="criteria do not work with num_beams"):
         sampler.generate("ab", num_beams=2)
 
 

@@ -287,7 +287,7 @@ def test_a_list_is_followed_step_by_step():
         1: 0.3204,
         2: 0.2265,
     }
-    with pytest.raises(ConfigError, match="min_p is set, but order does not name it"):
+    with pytest.raises(ConfigError, match="min_p is set, but order does not list it"):
         distribution(HALVES, order=["temperature", "top_p"], **settings)
 
 

@@ -323,7 +323,7 @@ def test_progress_counts_the_scored_tokens(monkeypatch):
         ([[1], []], {}, "prompt 1 has no tokens"),
         ([[1, 6]], {}, "token id 6 at position 1 is outside the vocabulary of 6 tokens"),
         ([[1, -1]], {}, "token id -1 at position 1"),
-        (["abc"], {}, "text 0 is 'abc'; expected a list of token ids: encode it first"),
+        (["abc"], {}, "text 0 is 'abc'; expected a list of token ids; encode it first"),
         ([[1.5]], {}, r"text 0 is '\[1.5\]'; expected a list of token ids"),
         ([[1]], {"stride": 0}, "stride is 0; expected a whole number from 1 to 8"),
         ([[1]], {"stride": 9}, "stride is 9; expected a whole number from 1 to 8"),

@@ -1,7 +1,7 @@
 """What sampling needs of a model and its cache: two protocols.
 
-A GPT fulfils them; so do a table, an n-gram model, and a wrapper that combines several models (its cache then passes
-each verb on to the caches inside).
+A GPT implements them. So can a lookup table, an n-gram model, or a wrapper that combines several models; the wrapper's
+cache then forwards each call to the inner caches.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from torch import Tensor
 
 @runtime_checkable
 class Cache(Protocol):
-    """What a model remembers of the tokens it has read: row b's token t lies in slot t."""
+    """A model's state for the tokens it has read, such as a KV cache: token t of row b is in slot t."""
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens held in each row: (B,) int64."""
+        """Number of tokens stored in each row: (B,) int64."""
 
     @property
     def longest(self) -> int:
-        """The greatest of `lengths`, as a plain int."""
+        """The maximum of `lengths`, as a Python int."""
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for."""
+        """Maximum number of tokens per row."""
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget all but the first lengths[b] tokens of row b; lengths: (B,) int64."""
+        """Keep only the first lengths[b] tokens of row b; lengths: (B,) int64."""
 
     def gather(self, rows: Tensor, start: int = 0) -> None:
-        """Make row i a copy of the former row rows[i], from slot `start` on: select, repeat or reorder.
+        """Make row i a copy of the previous row rows[i], from slot `start` on: select, repeat or reorder rows.
 
         Args:
-            rows: (B',) int64 row numbers; B' may differ from B only when start is 0.
-            start: slots before it are known to agree and need no copying.
+            rows: (B',) int64 row indices; B' may differ from B only if start is 0.
+            start: slots before it are identical and need no copying.
         """
 
     def grow(self, capacity: int) -> None:
@@ -53,18 +53,18 @@ class Decodable(Protocol):
 
     @property
     def max_context(self) -> int:
-        """The most tokens that the model can look at."""
+        """Maximum context length in tokens."""
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
-        """An empty cache of `rows` rows with room for `capacity` tokens each."""
+        """Create an empty cache of `rows` rows with a capacity of `capacity` tokens each."""
 
     def next_logits(self, ids: Tensor, cache: Any, counts: Tensor | None = None) -> Tensor:
-        """Read further tokens and predict the next: (B, V) logits after each row's last real token.
+        """Read more tokens and predict the next one: (B, V) logits after each row's last token that is not padding.
 
         Args:
-            ids: (B, T) int64, right-padded.
+            ids: (B, T) int64, padded on the right.
             cache: from `new_cache`, with B rows; its lengths grow by `counts`.
-            counts: (B,) int64, how many of row b's T ids are real, at least 1; None: all of them.
+            counts: (B,) int64, number of ids in each row that are not padding, at least 1; None: all T.
         """
 
     def all_logits(self, ids: Tensor, cache: Any = None) -> Tensor:
@@ -72,5 +72,5 @@ class Decodable(Protocol):
 
 
 def device_of(model: Decodable) -> torch.device:
-    """Where the model reads its ids: its `device` attribute, else the CPU."""
+    """The device of the model's inputs: its `device` attribute, else the CPU."""
     return torch.device(getattr(model, "device", "cpu"))

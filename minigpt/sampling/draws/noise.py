@@ -1,9 +1,9 @@
 """Counter-based random numbers: a function of seed and position, not of earlier draws.
 
-A generator with a state gives a row other numbers when its neighbours change. Here a number is computed from (seed,
-absolute token position, sample index, purpose, draw), so a row gets the same ones alone or in any batch, streamed or
-not, continued or not, and going back needs no undo. The function is Philox4x32-10 (Salmon, Moraes, Dror and Shaw,
-"Parallel random numbers: as easy as 1, 2, 3", 2011).
+With a stateful generator, a row's random numbers would depend on the other rows of its batch. Here a number is computed
+from (seed, absolute token position, sample index, purpose, draw). So a row gets the same numbers in any batch, whether
+streamed or not, in one call or continued in several, and going back to an earlier position needs no saved state. The
+function is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from enum import IntEnum
 import numpy as np
 
 MAX_SEED = 2**64 - 1
-STRETCH = 64  # positions computed at once: the cost of a draw is then a table look-up
+STRETCH = 64  # positions computed at once, so that most draws are only a table lookup
 
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -25,7 +25,7 @@ _ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """What a number is for. The values are part of what a seed means: append, never renumber."""
+    """What a random number is used for. Changing a value changes the result of every seed: append, never renumber."""
 
     CHOICE = 0
     XTC = 1
@@ -34,7 +34,7 @@ class Purpose(IntEnum):
 
 
 def fresh_seed() -> int:
-    """A seed from the operating system, 32 bits: short enough to be printed and typed again."""
+    """A 32-bit seed from the operating system, short enough to print and retype."""
     return secrets.randbits(32)
 
 
@@ -43,10 +43,10 @@ def philox(counter: Sequence[np.ndarray], key: Sequence[np.ndarray]) -> tuple[np
 
     Args:
         counter: four uint64 arrays of values below 2**32, broadcast against each other and the key.
-        key: two such arrays.
+        key: two uint64 arrays of values below 2**32.
 
     Returns:
-        four uint64 arrays of values below 2**32.
+        Four uint64 arrays of values below 2**32.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -60,14 +60,14 @@ def philox(counter: Sequence[np.ndarray], key: Sequence[np.ndarray]) -> tuple[np
 def uniforms(
     seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray, purpose: int, draw: int | np.ndarray = 0
 ) -> np.ndarray:
-    """Numbers in [0, 1) with 53 random bits, float64, of the arguments' common shape.
+    """Uniform float64 numbers in [0, 1) with 53 random bits, of the arguments' broadcast shape.
 
     Args:
         seeds: 64-bit seeds, uint64.
-        samples: the sample index of each, below 2**32.
-        positions: the absolute position of the token that each number decides on, below 2**32.
+        samples: sample indices, below 2**32.
+        positions: absolute position of the token that each number is used for, below 2**32.
         purpose: a `Purpose`.
-        draw: tells apart several numbers for one purpose at one position.
+        draw: distinguishes several numbers for one purpose at one position.
     """
     words = (positions, samples, np.array(purpose), np.array(draw))
     counter = np.broadcast_arrays(*(word.astype(np.uint64) for word in words))
@@ -76,7 +76,7 @@ def uniforms(
 
 
 class Noise:
-    """The noise of a batch: each row has its own seed and sample index.
+    """The random numbers of a batch: each row has its own seed and sample index.
 
     Args:
         seeds: one per row, 0 .. 2**64 - 1.
@@ -101,9 +101,9 @@ class Noise:
         return numbers[self._each, offset]
 
     def table(self, positions: np.ndarray, lanes: np.ndarray, purpose: int, draws: np.ndarray) -> np.ndarray:
-        """A number for each row and each of N draws, in [0, 1): (B, N) float64; `lanes` (B,) are the sample indexes."""
+        """One number per row and draw in [0, 1): (B, N) float64; `lanes` (B,) are the sample indices."""
         return uniforms(self._seeds[:, None], lanes[:, None], positions[:, None], purpose, draws)
 
     def gather(self, rows: Sequence[int]) -> Noise:
-        """The noise of a batch whose row i is the present row rows[i]."""
+        """The noise of a batch whose row i is the current row rows[i]."""
         return Noise(self._seeds[list(rows)], self._samples[list(rows)])

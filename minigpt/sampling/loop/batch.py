@@ -1,12 +1,12 @@
 """The rows being generated: read tokens, choose the next ones, move and drop rows.
 
-All that has a row axis is here, so that whatever moves rows moves every part of them: the model's cache, the
-processors' states, the context that they look at, the noise.
+Everything with a row axis is kept here, so that moving a row moves all of its parts: the model's cache, the processors'
+states, the context that processors see, and the noise.
 
-A model sees at most T = max_context tokens. With n tokens so far it is shown those from `window_start(n, T)` on. Since
-this is a function of n alone, a text continued from where another call stopped goes on as that call would have, and a
-long prompt is treated as if it had been generated. The window moves by half a context at a time, and then the batch is
-read anew into a fresh cache.
+A model sees at most T = max_context tokens. Of a sequence of n tokens it sees those from `window_start(n, T)` on. This
+depends on n alone. So a call that continues another call's output gives the same tokens as one longer call, and a long
+prompt is treated like generated tokens. The window moves by half a context at a time; the batch is then read again into
+a new cache.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ from minigpt.sampling.processors.processors import Context
 
 @dataclass
 class Row:
-    """One sample on its way."""
+    """One sample during generation."""
 
     prompt: int
-    """The number of its prompt in the call."""
+    """Index of its prompt in the call."""
     sample: int
-    """Which of the prompt's samples it is."""
+    """Index of the sample among those of its prompt."""
     seed: int
     tokens: list[int]
-    """Prompt and written ones."""
+    """Prompt and generated tokens."""
     left: int
-    """How many may still be written."""
+    """Maximum number of tokens still to generate."""
     reader: Reader | None = None
     forced: tuple[int, ...] = ()
-    """What it has to write, whatever the logits say."""
+    """Tokens to generate regardless of the logits."""
 
 
 def window_start(n: int, context: int) -> int:
-    """The first of n tokens that a model of `context` tokens is shown: 0, or else a multiple of half the context."""
+    """Index of the first of n tokens that a model with a context of `context` tokens sees.
+
+    It is 0 or a multiple of half the context.
+    """
     if n <= context:
         return 0
     step = max(1, context // 2)
@@ -53,28 +56,28 @@ def window_start(n: int, context: int) -> int:
 
 
 class Batch:
-    """Rows whose next tokens are chosen together. A turn is
+    """Rows that generate their next tokens together. One step is
 
-        raw = batch.read()                      what the model says
-        processed = batch.process(raw)          what the processors make of it
-        batch.take(tokens, raw, processed)      what was chosen
+        raw = batch.read()                      the model's logits
+        processed = batch.process(raw)          the logits after all processors
+        batch.take(tokens, raw, processed)      append the chosen tokens
 
-    and between turns `gather` moves, copies and drops rows. The caller has switched gradients off.
+    Between steps `gather` reorders, copies and drops rows. The caller disables gradients.
 
     Args:
-        model: what predicts.
-        rows: at least one; `Row.tokens` grow as tokens are taken.
-        pipeline: what the logits go through before a choice.
-        end_ids: told to the processors.
+        model: the model that predicts the next token.
+        rows: at least one; `take` appends to `Row.tokens`.
+        pipeline: the processors to apply to the logits.
+        end_ids: end tokens, passed to the processors.
     """
 
     @torch.no_grad()
     def __init__(self, model: Decodable, rows: list[Row], pipeline: Pipeline, end_ids: tuple[int, ...] = ()) -> None:
         self.model, self.rows, self.pipeline = model, rows, pipeline
         self.model_device = device_of(model)
-        # mps has no float64, in which tokens are drawn: there all that follows the model happens on the CPU.
+        # mps has no float64, which sampling a token needs: with mps, everything after the model runs on the CPU.
         self.device = torch.device("cpu") if self.model_device.type == "mps" else self.model_device
-        self.ids = _padded([row.tokens for row in rows], self.device)  # (B, L and room to write)
+        self.ids = _padded([row.tokens for row in rows], self.device)  # (B, L plus room for new tokens)
         positions = np.array([len(row.tokens) for row in rows])
         self.longest = int(positions.max())  # tokens of the longest row
         lengths = torch.tensor(positions, device=self.device)
@@ -89,11 +92,11 @@ class Batch:
         )
         self.cache: Any = None
         self.states: Any = pipeline.start(self.context)
-        # The last choice: tokens (B,) that the model has yet to read; for the states also raw and processed logits.
+        # The latest choice: tokens (B,) that the model has not read yet, and the logits for updating the states.
         self.latest: Any = None
 
     def read(self) -> Tensor:
-        """Have the model read what it has not seen: (B, V) logits for every row's next token, at least float32."""
+        """Run the model on the tokens it has not read yet: (B, V) logits of each row's next token, at least float32."""
         if self.latest is not None:
             self.states = self.pipeline.accept(self.states, *self.latest)
         if self.cache is not None and not self._window_moves():
@@ -104,16 +107,16 @@ class Batch:
         return logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
 
     def _window_moves(self) -> bool:
-        """Whether the latest token of some row made its window begin elsewhere."""
+        """Whether the latest token moved the start of any row's window."""
         context = self.model.max_context
         lengths = [len(row.tokens) for row in self.rows] if self.longest > context else []
         return any(window_start(length, context) != window_start(length - 1, context) for length in lengths)
 
     def _read_anew(self, windows: list[tuple[int, ...]]) -> Tensor:
-        """Read the rows' windows into a fresh cache, equal ones once: (B, V) logits."""
+        """Read the rows' windows into a new cache, identical windows only once: (B, V) logits."""
         places = {window: place for place, window in enumerate(dict.fromkeys(windows))}
         room = max(len(window) + row.left for window, row in zip(windows, self.rows, strict=True))
-        self.cache = None  # the old one goes before the new one comes
+        self.cache = None  # free the old cache before allocating the new one
         self.cache = self.model.new_cache(len(places), min(self.model.max_context, room))
         counts = torch.tensor([len(window) for window in places], device=self.model_device)
         logits = self.model.next_logits(_padded(list(places), self.model_device), self.cache, counts)
@@ -124,7 +127,7 @@ class Batch:
         return logits
 
     def process(self, raw: Tensor, greedy: list[bool] | None = None) -> Tensor:
-        """The model's logits after every processor: (B, V) in and out; greedy: as for `Pipeline.stages`."""
+        """Apply every processor to the model's logits, (B, V) -> (B, V); `greedy` is as in `Pipeline.stages`."""
         return self.pipeline(self.context, raw, self.states, greedy)
 
     def take(self, tokens: Tensor, raw: Tensor, processed: Tensor, on_host: Sequence[int] | None = None) -> None:
@@ -132,20 +135,20 @@ class Batch:
 
         Args:
             tokens: (B,) int64.
-            raw: (B, V) the model's logits, from which processors with memory learn.
-            processed: (B, V) those that the tokens were chosen from.
-            on_host: the tokens as plain numbers, if they are known.
+            raw: (B, V) the model's logits, which update processors with a state.
+            processed: (B, V) the logits that the tokens were chosen from.
+            on_host: the tokens as Python ints, if available.
         """
         for row, token in zip(self.rows, tokens.tolist() if on_host is None else on_host, strict=True):
             row.tokens.append(token)
             row.left -= 1
         self.latest = (tokens, raw, processed) if self.pipeline.remembers else (tokens, None, None)
         context = self.context
-        self.longest += 1  # every row grows by one
+        self.longest += 1  # every row grows by one token
         if self.longest > self.ids.shape[1]:
             self.ids = torch.nn.functional.pad(self.ids, (0, self.ids.shape[1] + 64))
         self.ids.scatter_(1, context.lengths.unsqueeze(1), tokens.unsqueeze(1))
-        self.context = Context(  # written out: a turn is short, and `replace` is slow
+        self.context = Context(  # not `replace`, which is slow compared with a step
             ids=self.ids[:, : self.longest],
             prompt_lengths=context.prompt_lengths,
             lengths=context.lengths + 1,
@@ -157,17 +160,18 @@ class Batch:
 
     @torch.no_grad()
     def gather(self, rows: Sequence[int], start: int = 0) -> None:
-        """Make row i a copy of the former row rows[i]: select, repeat or reorder.
+        """Make row i a copy of the previous row rows[i]: select, repeat or reorder rows.
 
         Args:
-            rows: row numbers, at least one.
-            start: places before it are known to agree between row i and row rows[i]; not 0 only for as many rows.
+            rows: row indices, at least one.
+            start: positions before it are identical in row i and row rows[i] and need no copying; must be 0 if the
+                number of rows changes.
         """
         rows = list(rows)
         index = torch.tensor(rows, device=self.device)
         if self.cache is not None:
             self.cache.gather(index.to(self.model_device), start)
-        # A row that goes on several times needs a list of tokens for each.
+        # A row that is repeated needs a separate list of tokens for each copy.
         self.rows = [replace(self.rows[i], tokens=list(self.rows[i].tokens)) for i in rows]
         self.states, self.latest = gather_state((self.states, self.latest), rows)
         self.ids = self.ids[index]
@@ -185,6 +189,6 @@ class Batch:
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Rows of unequal length as one (B, T) int64 tensor, zeros at the right."""
+    """Pad rows of different length with zeros on the right: one (B, T) int64 tensor."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)

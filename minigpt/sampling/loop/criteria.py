@@ -1,8 +1,8 @@
 """Stopping criteria besides length and end tokens: token sequences, a time limit, repetition.
 
-Each is a `Criterion`: called after every token with the context that holds it, it gives a reason for each row that is
-to end. None remembers anything of a row, so rows may be moved, copied and dropped between two calls. What ended a row
-belongs to it: the ids and the text keep a stop sequence.
+Each is a `Criterion`: it is called after every token, with a context that includes the token, and returns a reason for
+each row that ends. Criteria have no per-row state, so rows can be reordered, copied and dropped between two calls. A
+stop sequence is kept in the ids and text of the row that it ends.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TIMES = Rule(lambda v: is_whole(v) and v >= 2, "a whole number, 2 or more")
 
 @dataclass(frozen=True)
 class StopSequences:
-    """End a row with "stop" where its written tokens end with one of these sequences.
+    """End a row with the reason "stop" when its generated tokens end with one of these sequences.
 
-    The prompt does not count: a sequence that begins in it is not found. Tokens may stand for the same text in several
-    ways; where the text is meant, use `SamplingConfig.stop`.
+    The prompt is not searched: a sequence that begins in it does not count. Different token sequences can encode the
+    same text; to stop at a text, use `SamplingConfig.stop`.
     """
 
     sequences: Sequence[Sequence[int]]
@@ -46,15 +46,15 @@ class StopSequences:
 
 @dataclass(frozen=True)
 class MaxTime:
-    """End every row with "time" at its first token after `seconds`, counted from when this object was made.
+    """End every row with the reason "time" at its first token after `seconds`, counted from this object's creation.
 
-    So a fresh one is needed for each call. A row is never cut short of a token: one step of the model, and reading the
-    prompt, can take longer than the limit.
+    Create a new object for each call. Time is checked only after each token, so reading the prompt or one step of the
+    model can exceed the limit.
     """
 
     seconds: float
     clock: Callable[[], float] = field(default=time.monotonic, repr=False, compare=False)
-    """Tells the time in seconds from any origin, never going back."""
+    """A monotonic clock in seconds."""
     began: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -62,18 +62,18 @@ class MaxTime:
         object.__setattr__(self, "began", self.clock())
 
     def __call__(self, context: Context) -> list[str | None]:
-        """The reason "time" for every row once the time is over."""
+        """The reason "time" for every row once the limit has passed."""
         over = self.clock() - self.began >= self.seconds
         return ["time" if over else None] * len(context.rows)
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """End a row with "repetition" where its written tokens end with one piece `times` times in a row.
+    """End a row with the reason "repetition" when its generated tokens end with a sequence repeated `times` times.
 
-    The piece has `shortest` to `longest` tokens. With times 3, the tokens 7 1 2 1 2 1 2 end so, 1 2 being the piece. A
-    run of equal tokens is a repetition too; a `shortest` above 1 does not rule it out, it asks for a longer run. The
-    limits are those of vLLM's repetition detection (min_count, max_pattern_size, min_pattern_size).
+    The sequence has `shortest` to `longest` tokens. Example with times 3: 7 1 2 1 2 1 2 ends with the sequence 1 2. A
+    run of equal tokens is a repetition too; with `shortest` above 1, the run must be longer. The parameters correspond
+    to those of vLLM's repetition detection (min_count, max_pattern_size, min_pattern_size).
     """
 
     times: int
@@ -90,13 +90,13 @@ class Repeats:
             )
 
     def __call__(self, context: Context) -> list[str | None]:
-        """The reason "repetition" for the rows that end so."""
+        """The reason "repetition" for the rows that end with a repetition."""
         return ["repetition" if self._repeats(tail) else None for tail in _tails(context, self.times * self.longest)]
 
     def _repeats(self, tokens: list[int]) -> bool:
         newest = tokens[::-1]
         for size, token in enumerate(newest[self.shortest : len(tokens) // self.times + 1], self.shortest):
-            # The newest times * size tokens have this period if they equal themselves moved by it.
+            # The newest times * size tokens have period `size` if they equal themselves shifted by `size`.
             span = self.times * size
             if token == newest[0] and newest[size:span] == newest[: span - size]:
                 return True
@@ -104,15 +104,15 @@ class Repeats:
 
 
 def _tails(context: Context, length: int) -> list[list[int]]:
-    """The last written tokens of each row: `length` of them, or all where fewer were written."""
-    begin = max(0, int(context.positions.min()) - length)  # what no row needs stays where the model is
+    """The last `length` generated tokens of each row, or all of them if there are fewer."""
+    begin = max(0, int(context.positions.min()) - length)  # do not transfer tokens that no row needs
     ids = context.ids[:, begin:].cpu().numpy()
     places = zip(ids, context.prompt_lengths.tolist(), context.positions.tolist(), strict=True)
     return [row[max(prompt, n - length) - begin : n - begin].tolist() for row, prompt, n in places]
 
 
 def _tuples(value: Any) -> Any:
-    """Sequences, arrays and tensors, nested, as tuples; anything else as it is."""
+    """Convert nested sequences, arrays and tensors to tuples; return anything else unchanged."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)):
         return tuple(map(_tuples, value))

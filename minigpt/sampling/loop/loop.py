@@ -1,8 +1,8 @@
 """The generation loop: token prompts in, one event per token out; decides when a sample ends.
 
-Every sample of every prompt is a row. Rows are written in batches: all at once, or sorted by length into as many as a
-budget of rows and tokens asks for. Each distinct prompt is read once, its cache row copied to its samples; a row that
-ends leaves its batch. What a row gives does not depend on its neighbours.
+Every sample of every prompt is a row. Rows are generated in batches: all in one batch, or sorted by length and split to
+stay within a limit of rows and tokens. Each distinct prompt is read once, and its cache row is copied to all of its
+samples. A row that ends leaves its batch. The result of a row does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from minigpt.sampling.settings.config import check_field
 
 
 class Event(NamedTuple):
-    """What happened to one sample in one step: a token, its end, or both."""
+    """One step of one sample: a new token, the end of the sample, or both."""
 
     prompt: int
-    """The number of the prompt in the call."""
+    """Index of the prompt in the call."""
     sample: int
-    """Which of the prompt's samples."""
+    """Index of the sample among those of its prompt."""
     seed: int
-    """The seed that the prompt's noise comes from."""
+    """Random seed of the prompt."""
     token: int | None = None
-    """The chosen token; None where a sample ends without one."""
+    """The chosen token; None if a sample ends without one."""
     log_prob: float | None = None
-    """The model's own log-probability of the token, before any processor (nats)."""
+    """The model's log-probability of the token, before any processor (nats)."""
     text: str = ""
-    """The text that has become certain: whole characters; what may begin a stop string is held back."""
+    """New text that is final: whole characters only, without text that may be the start of a stop string."""
     finish_reason: str | None = None
     """On the last event: end (end token), stop (stop string or sequence), length (max_new_tokens), context (the model's
     context is full), time (max_time), repetition, error, or a criterion's own reason."""
     error: str | None = None
-    """Why, where the reason is error."""
+    """The error message if finish_reason is error."""
     details: Details | None = None
-    """How the token stood among the others, where asked for."""
+    """Rank and log-probabilities of the token and of the most likely tokens, if requested."""
     work: tuple[Stage, ...] = ()
-    """What each processor did to the distribution, where asked for."""
+    """The distribution after each processor, if requested."""
 
 
 def stream_rows(
@@ -70,29 +70,29 @@ def stream_rows(
 ) -> Iterator[Event]:
     """Continue token prompts and yield an event for each row and step.
 
-    The model is in evaluation mode from the first event on; its modules' modes are restored at the end, after an error,
-    and when the iterator is closed early. No gradient is recorded, and the caller's gradient mode is left alone.
+    The model is in evaluation mode from the first event on. The modes of its modules are restored at the end, after an
+    error, and when the iterator is closed early. No gradients are recorded; the caller's gradient mode does not change.
 
     Args:
-        model: what predicts.
-        prompts: token ids, at least one each.
-        max_new_tokens: most tokens for each row; one number, or one for each prompt.
+        model: the model that predicts the next token.
+        prompts: token ids, at least one per prompt.
+        max_new_tokens: maximum number of tokens per row; one number, or one per prompt.
         processors: applied in this order; see `minigpt.sampling.processors.processors`.
-        samples: rows for each prompt.
-        seeds: one for each prompt; None draws a fresh one.
-        end_ids: tokens that end a row; they count as written, but are not part of the text.
-        overflow: "slide" moves the window on past the model's context, "stop" ends a row that has filled it.
-        readers: makes, for a prompt's number, what turns the tokens after it into text; None for no text.
-        criteria: further endings.
-        forced: for each prompt the tokens that it has to write and then ends, in place of max_new_tokens.
-        top: how many of the likeliest tokens `Event.details` list; None for no details.
-        show: how many of the likeliest tokens `Event.work` shows at every stage; 0 for no work.
-        max_rows: most rows in a batch; None for all.
-        max_tokens: most tokens that the cache of a batch has room for, but a row is always written; None for no limit.
+        samples: rows per prompt.
+        seeds: one per prompt; None draws a random seed.
+        end_ids: tokens that end a row; they are among the generated ids, but not part of the text.
+        overflow: "slide" moves the window past the model's context, "stop" ends a row that has filled the context.
+        readers: takes a prompt's index and returns a reader that turns its new tokens into text; None for no text.
+        criteria: additional stopping criteria.
+        forced: per prompt, the exact tokens to generate; used instead of max_new_tokens.
+        top: number of most likely tokens in `Event.details`; None for no details.
+        show: number of most likely tokens that `Event.work` shows at every stage; 0 for none.
+        max_rows: maximum number of rows per batch; None for no limit.
+        max_tokens: maximum number of tokens in the cache of a batch, None for no limit; a batch has at least one row.
 
     Raises:
         ConfigError: an empty prompt, a token outside the vocabulary, a prompt longer than the context with "stop",
-            a seed out of range, something among the processors that is none.
+            a seed out of range, or an invalid processor.
     """
     check_prompts(prompts, model.vocab_size, model.max_context if overflow == "stop" else None)
     if forced is not None:
@@ -127,10 +127,10 @@ def stream_rows(
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, most: int | None = None) -> None:
-    """Raise ConfigError for a prompt without tokens, with more than `most`, or with one outside the vocabulary."""
+    """Raise ConfigError for a prompt that is empty, longer than `most` tokens, or has an id outside the vocabulary."""
     for number, prompt in enumerate(prompts):
         if not prompt:
-            raise ConfigError(f"prompt {number} has no tokens; give at least one to start from")
+            raise ConfigError(f"prompt {number} has no tokens; give at least one token")
         if most is not None and len(prompt) > most:
             raise ConfigError(
                 f"prompt {number} has {len(prompt)} tokens, but the model's context is {most}; "
@@ -140,7 +140,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, most: int |
 
 
 def check_forced(forced: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raise ConfigError for a token to be written that is outside the vocabulary."""
+    """Raise ConfigError for a forced token outside the vocabulary."""
     for number, tokens in enumerate(forced):
         if tokens:
             _check_ids(f"continuation {number}", tokens, vocab_size)
@@ -157,7 +157,7 @@ def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
 
 
 def divide(rows: list[Row], model: Decodable, max_rows: int | None, max_tokens: int | None) -> Iterator[list[Row]]:
-    """Rows in batches within the budget: those of like length together, the longest last; without one all at once."""
+    """Split rows into batches within the limits, sorted by length, longest last; without limits, one batch."""
     if max_rows is None and max_tokens is None:
         yield rows
         return
@@ -191,7 +191,7 @@ def _stream(
 def _write(
     batch: Batch, most: int | None, criteria: Sequence[Criterion], top: int | None, show: int
 ) -> Iterator[Event]:
-    """Write the rows of a batch to their ends."""
+    """Generate until every row of a batch has ended."""
     while True:
         choices = take_turn(batch, top, show)
         verdicts = [_verdict(criterion, batch) for criterion in criteria]
@@ -209,7 +209,7 @@ def _write(
 
 
 def _verdict(criterion: Criterion, batch: Batch) -> list[str | None]:
-    """A criterion's reason for each row."""
+    """The finish reason, or None, that a criterion returns for each row."""
     reasons = criterion(batch.context)
     if not isinstance(reasons, (list, tuple)) or len(reasons) != len(batch.rows):
         raise ConfigError(
@@ -220,24 +220,24 @@ def _verdict(criterion: Criterion, batch: Batch) -> list[str | None]:
 
 
 def closed_up(alive: Sequence[int]) -> list[int]:
-    """These rows in an order that leaves most of them where they are: the last ones fill the gaps."""
+    """Order the remaining rows so that most keep their index: the last rows fill the gaps."""
     stay = {row for row in alive if row < len(alive)}
     movers = (row for row in alive if row >= len(alive))
     return [row if row in stay else next(movers) for row in range(len(alive))]
 
 
 def _take(row: Row, choice: Choice, end_ids: tuple[int, ...], most: int | None, own_reason: str | None) -> Event:
-    """What a row's choice means for it. Of several reasons to end, the text's own go first."""
+    """The event for a row's choice. Of several finish reasons, end tokens and stop strings take precedence."""
     if choice.error:
         return _event(row, reason="error", error=choice.error)
-    if choice.token in end_ids and not (row.forced and row.left):  # what has to be written goes on past an end
+    if choice.token in end_ids and not (row.forced and row.left):  # forced tokens continue after an end token
         return _event(row, choice, reason="end")
     text, stopped = row.reader.push(choice.token) if row.reader else ("", False)
     return _event(row, choice, text, "stop" if stopped else own_reason or _spent(row, most))
 
 
 def _spent(row: Row, most: int | None) -> str | None:
-    """Why no further token may follow, if so."""
+    """The finish reason if the row has reached its token limit or the context length, else None."""
     if row.left <= 0:
         return "length"
     return "context" if most is not None and len(row.tokens) >= most else None
@@ -246,7 +246,7 @@ def _spent(row: Row, most: int | None) -> str | None:
 def _event(
     row: Row, choice: Choice | None = None, text: str = "", reason: str | None = None, error: str | None = None
 ) -> Event:
-    """A row's event; the last one brings the rest of the text, in which a stop string may still be found."""
+    """The event of a row. The last one includes the rest of the text, which may still complete a stop string."""
     if reason and row.reader:
         rest, stopped = row.reader.flush()
         text, reason = text + rest, "stop" if stopped else reason
@@ -267,12 +267,12 @@ def _event(
 
 
 _evaluated: WeakKeyDictionary[torch.nn.Module, tuple[int, list[tuple[torch.nn.Module, bool]]]] = WeakKeyDictionary()
-"""Models in use: by how many, and each module's own mode."""
+"""For each model in use: the number of users, and the original mode of every module."""
 
 
 @contextmanager
 def evaluating(model: Decodable) -> Iterator[None]:
-    """Evaluation mode for every module of the model; each module's own mode comes back when the last use ends."""
+    """Set every module of the model to evaluation mode; restore the original modes when the last user is done."""
     if not isinstance(model, torch.nn.Module):
         yield
         return

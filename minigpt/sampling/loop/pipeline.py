@@ -16,10 +16,10 @@ from minigpt.sampling.processors.processors import Context, Plain, Processor
 
 
 class Pipeline:
-    """Processors in the order they are applied; its state is the tuple of theirs.
+    """Processors in the order in which they are applied. The pipeline's state is the tuple of their states.
 
     Args:
-        processors: processors, and plain functions (context, logits) -> logits.
+        processors: processors, or plain functions (context, logits) -> logits.
 
     Raises:
         ConfigError: one of them cannot be called with two or three arguments.
@@ -30,12 +30,12 @@ class Pipeline:
         self.remembers = any(hasattr(processor, "accept") for processor in self.processors)
 
     def greedy(self, context: Context) -> list[bool]:
-        """Which rows take the likeliest token: those that any processor calls greedy."""
+        """Which rows take the most likely token: those that any processor declares greedy."""
         votes = [processor.greedy(context) for processor in self.processors if hasattr(processor, "greedy")]
         return [any(row) for row in zip(*votes, strict=True)] if votes else [False] * len(context.rows)
 
     def start(self, context: Context) -> tuple[Any, ...]:
-        """Each processor's state before the first token; None for those without memory."""
+        """Each processor's state before the first token; None for processors without a state."""
         return tuple(processor.start(context) if hasattr(processor, "start") else None for processor in self.processors)
 
     def __call__(
@@ -45,9 +45,9 @@ class Pipeline:
         states: tuple[Any, ...] | None = None,
         greedy: list[bool] | None = None,
     ) -> Tensor:
-        """The logits after every processor: (B, V) float32 in and out."""
+        """Apply every processor to the logits: (B, V) float32 in and out."""
         after = logits
-        for _, after in self.stages(context, logits, states, greedy):  # noqa: B007 - the last one is the answer
+        for _, after in self.stages(context, logits, states, greedy):  # noqa: B007 - the last one is the result
             pass
         return after
 
@@ -58,9 +58,9 @@ class Pipeline:
         states: tuple[Any, ...] | None = None,
         greedy: list[bool] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """The model's logits, then those after each processor that does something, with its name.
+        """Yield (name, logits): the model's logits first, then the logits after each processor that is applied.
 
-        `greedy` says which rows skip the processors that shape; None for those that the processors call greedy.
+        `greedy` says which rows skip the processors that shape; None: the rows that the processors declare greedy.
         """
         yield "model", logits
         greedy = self.greedy(context) if greedy is None else greedy
@@ -70,7 +70,7 @@ class Pipeline:
                 yield _name(processor), logits
 
     def accept(self, states: tuple[Any, ...], tokens: Tensor, raw: Tensor, processed: Tensor) -> tuple[Any, ...]:
-        """The states after the chosen tokens (B,), given the model's and the final logits, (B, V) each."""
+        """Update the states with the chosen tokens (B,), the model's logits and the processed logits, (B, V) each."""
         if not self.remembers:
             return states
         raw, processed = raw.softmax(-1), processed.softmax(-1)
@@ -80,19 +80,19 @@ class Pipeline:
         )
 
     def blame(self, context: Context, logits: Tensor, states: tuple[Any, ...] | None, row: int) -> str:
-        """Why a row has no token to choose from: the step after which its logits were all -inf, or not numbers."""
+        """Error message for a row with no possible token: the first step whose logits are all -inf, NaN or +inf."""
         place = f"no token for position {context.positions[row]}: "
         for name, stage in self.stages(context, logits, states):
             if is_choosable(stage[row]):
                 continue
             if name == "model":
-                return f"{place}the model's logits hold no finite maximum (NaN, +inf, or -inf everywhere)"
+                return f"{place}the model's logits have no finite maximum (NaN, +inf, or -inf everywhere)"
             return f"{place}{name} left no token to choose from"
-        return f"{place}the model's logits hold NaN"
+        return f"{place}the model's logits contain NaN"
 
 
 def _apply(processor: Any, context: Context, logits: Tensor, state: Any, greedy: list[bool]) -> Tensor:
-    """One processor's logits; greedy rows skip those that shape."""
+    """Apply one processor; if it shapes, greedy rows keep their logits."""
     processed = processor(context, logits, state)
     if not isinstance(processed, Tensor) or processed.shape != logits.shape:
         got = f"shape {tuple(processed.shape)}" if isinstance(processed, Tensor) else repr(processed)
@@ -105,10 +105,10 @@ def _apply(processor: Any, context: Context, logits: Tensor, state: Any, greedy:
 
 
 def gather_state(state: Any, rows: Sequence[int]) -> Any:
-    """The state tree of a batch whose row i is the present row rows[i].
+    """The state tree of a batch whose row i is the current row rows[i].
 
     Raises:
-        TypeError: a leaf is neither None, a tensor nor a numpy array, so that it has no rows.
+        TypeError: a leaf is neither None, a tensor nor a numpy array, so it has no row axis.
     """
     if state is None:
         return None
@@ -125,14 +125,14 @@ def gather_state(state: Any, rows: Sequence[int]) -> Any:
 
 
 def _as_processor(function: Any) -> Any:
-    """The function itself if it takes (context, logits, state), wrapped if it takes (context, logits)."""
+    """Return the function itself if it takes (context, logits, state), wrapped if it takes (context, logits)."""
     for count, wrap in ((3, lambda f: f), (2, Plain)):
         try:
             inspect.signature(function).bind(*range(count))
         except (TypeError, ValueError):
             continue
         return wrap(function)
-    raise ConfigError(f"sampling: {function!r} is no processor; expected a function (context, logits) -> logits")
+    raise ConfigError(f"sampling: {function!r} is not a processor; expected a function (context, logits) -> logits")
 
 
 def _name(processor: Any) -> str:

@@ -17,36 +17,36 @@ Prompt = str | Sequence[int]
 
 
 def plain(value: Any) -> Any:
-    """Tensors and arrays as Python numbers and lists."""
+    """Convert tensors and arrays to Python numbers and lists; return anything else unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def is_id(value: Any) -> bool:
-    """Whether the value is a whole number of any kind."""
+    """Whether the value is an integer of any type (True and False are not)."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def as_list(prompts: Any, what: str = "prompt") -> list[Any]:
-    """One text or list of ids, or several, as a list of them. Raises ConfigError for something that is neither."""
+    """Wrap one text or list of ids, or several, in a list. Raises ConfigError for any other type."""
     prompts = plain(prompts)
     if not isinstance(prompts, (str, Sequence)) or isinstance(prompts, (bytes, bytearray)):
-        raise ConfigError(f"the {what} is {str(prompts)[:80]}; expected a text, a list of token ids, or a list of such")
+        raise ConfigError(f"the {what} is {str(prompts)[:80]}; expected a text, a list of token ids, or a list of them")
     if isinstance(prompts, str) or (len(prompts) and is_id(prompts[0])):
         prompts = [prompts]
     return [plain(prompt) for prompt in prompts]
 
 
 def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt", bare: bool = False) -> list[list[int]]:
-    """The ids of one text or list of ids, or of several: a text's as a model reads it from its beginning.
+    """Encode one prompt or several; a text gets the tokenizer's prefix ids.
 
     Args:
-        tokenizer: encodes the texts; token ids are taken as they are.
-        prompts: see above.
-        what: what they are, in messages.
-        bare: without what the tokenizer puts in front of a text.
+        tokenizer: encodes the texts; token ids are used unchanged.
+        prompts: a text, a list of token ids, or a list of these.
+        what: their name in error messages.
+        bare: do not add the tokenizer's prefix ids to a text.
 
     Raises:
-        ConfigError: something that is neither.
+        ConfigError: a prompt is neither a text nor a list of token ids.
     """
     encoded = []
     for number, prompt in enumerate(as_list(prompts, what)):
@@ -60,11 +60,11 @@ def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt", bare: b
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Any, vocab_size: int) -> list[list[int]]:
-    """The prompts' ids, at least one each. An empty prompt starts from what the tokenizer puts in front of a text, else
-    from its end-of-text, else from a newline.
+    """Encode prompts to at least one id each. An empty prompt becomes the tokenizer's prefix ids, else its end-of-text
+    token, else a newline.
 
     Raises:
-        ConfigError: something that is no prompt, a token that the model or the tokenizer has not.
+        ConfigError: an invalid prompt, or a token outside the model's or the tokenizer's vocabulary.
     """
     encoded = [ids or start_ids(tokenizer) for ids in encode_all(tokenizer, prompts)]
     check_prompts(encoded, min(vocab_size, tokenizer.vocab_size))
@@ -72,7 +72,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Any, vocab_size: int) -> list[
 
 
 def start_ids(tokenizer: Tokenizer) -> list[int]:
-    """What an empty prompt starts from."""
+    """The ids that stand for an empty prompt: the prefix ids, else end-of-text, else a newline."""
     if tokenizer.prefix_ids or tokenizer.eot is not None:
         return list(tokenizer.prefix_ids) or [tokenizer.eot]  # type: ignore[list-item]
     try:
@@ -88,11 +88,12 @@ def start_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def text_reader(tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str], include_stop: bool) -> TextReader:
-    """What turns the tokens after a prompt into text that continues the prompt's."""
+    """A reader that turns the tokens after a prompt into text that continues the prompt."""
     decoder = tokenizer.stream_decoder()
     tail = _tail(tokenizer, prompt)
-    # Some vocabularies drop a space at the start of a text, which a continuation is not: the decoder has to have seen
-    # a token. Half a character at the prompt's end stays with the prompt, so then it has not.
+    # Some tokenizers drop a leading space at the start of a text. A continuation is not a start, so the decoder first
+    # reads the end of the prompt. If the prompt ends in an incomplete character, it does not: those bytes belong to
+    # the prompt's text.
     if not tokenizer.decode(tail).endswith("\ufffd"):
         for token in tail:
             decoder.push(token)
@@ -100,8 +101,8 @@ def text_reader(tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]
 
 
 def _tail(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """The last tokens of a prompt, as many as a character may be spread over, of the text that it ends in."""
-    tail = list(prompt[-8:])  # more bytes than a character has
+    """The last tokens of a prompt: as many as one character may span, without special tokens at the start of a text."""
+    tail = list(prompt[-8:])  # a character has fewer bytes
     starts = {tokenizer.eot, *tokenizer.prefix_ids}
     while any(token in starts for token in tail):
         tail.pop(0)
@@ -109,7 +110,7 @@ def _tail(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
 
 
 def read_all(reader: TextReader, tokens: Sequence[int], end_ids: Sequence[int]) -> str:
-    """The text of written tokens, as a stream of them would have told it."""
+    """The text of all generated tokens, identical to the streamed text."""
     text = ""
     for token in tokens:
         if token in end_ids:
@@ -122,12 +123,12 @@ def read_all(reader: TextReader, tokens: Sequence[int], end_ids: Sequence[int]) 
 
 
 def holds_stop(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[int], stop: Sequence[str]) -> bool:
-    """Whether one of the stop strings stands in the last of the written tokens."""
+    """Whether the last generated tokens contain one of the stop strings."""
     if not stop:
         return False
-    # Each token but those for parts of characters and special ones brings a byte at least.
+    # Every token adds at least one byte, except special tokens and parts of characters.
     reach = max(len(text.encode()) for text in stop) + 8
-    # What begins a text may lose its space, so a beginning is read behind the prompt's end; see `text_reader`.
+    # The start of a text may lose its leading space, so decode it after the end of the prompt; see `text_reader`.
     before = _tail(tokenizer, prompt) if len(written) <= reach else []
     start = tokenizer.decode(before)
     if start.endswith("\ufffd"):

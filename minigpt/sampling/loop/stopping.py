@@ -8,25 +8,24 @@ from typing import Any, Protocol
 from minigpt.sampling.processors.processors import Context
 
 Criterion = Callable[[Context], Sequence[str | None]]
-"""A user's own ending: after each token, a reason for every row that is to end here, None for the others."""
+"""A stopping criterion, called after each token: a finish reason for every row that ends, None for the others."""
 
 
 class Reader(Protocol):
-    """Reads the tokens of one row and tells its text as it becomes certain."""
+    """Reads the tokens of one row and returns its text piece by piece, once a piece is final."""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Further text, and whether the row ends here."""
+        """New text, and whether the row ends here."""
 
     def flush(self) -> tuple[str, bool]:
-        """The rest of the text when no token follows, and whether an ending was found in it."""
+        """The rest of the text after the last token, and whether a stop string was found in it."""
 
 
 class StopMatcher:
-    """Finds the first stop string in a text that comes in pieces.
+    """Finds the first stop string in a text that arrives in pieces.
 
-    The answer is that of reading character by character, however the text is cut: the string that is complete first
-    wins, and the longest of those complete at the same character. Text is held back only while it may be the beginning
-    of a stop string.
+    The result does not depend on how the text is split: the stop string that is completed first wins, and the longest
+    of those completed at the same character. Text is held back only while it may be the start of a stop string.
 
     >>> matcher = StopMatcher(["END"])
     >>> matcher.push("the E"), matcher.push("EN"), matcher.push("D of it")
@@ -36,10 +35,10 @@ class StopMatcher:
     def __init__(self, stop: Sequence[str], include_stop: bool = False) -> None:
         self.stop = tuple(stop)
         self.include_stop = include_stop
-        self.held = ""  # the longest end of the text that begins a stop string
+        self.held = ""  # the longest suffix of the text that is a prefix of a stop string
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Text that is certain to belong to the result, and whether a stop string was completed."""
+        """New text that is final, and whether a stop string was completed."""
         text = self.held + text
         found = [(text.find(stop) + len(stop), -len(stop)) for stop in self.stop if stop in text]
         if found:
@@ -51,18 +50,18 @@ class StopMatcher:
         return text[:keep], False
 
     def flush(self) -> str:
-        """What was held back, when no text follows."""
+        """The text that was held back, after the last piece."""
         text, self.held = self.held, ""
         return text
 
 
 class TextReader:
-    """A `Reader` over a tokenizer's stream decoder.
+    """A `Reader` that wraps a tokenizer's stream decoder.
 
     Args:
-        decoder: has push(id) -> str, whole characters only, and flush() -> str.
-        stop: texts that end the row; they are looked for in what was written, not in the prompt.
-        include_stop: whether the text keeps the stop string.
+        decoder: has push(id) -> str, which returns whole characters only, and flush() -> str.
+        stop: strings that end the row; only the generated text is searched.
+        include_stop: whether to keep the stop string in the text.
     """
 
     def __init__(self, decoder: Any, stop: Sequence[str] = (), include_stop: bool = False) -> None:
@@ -71,12 +70,12 @@ class TextReader:
         self.stopped = False
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Further text, and whether a stop string was completed."""
+        """New text, and whether a stop string was completed."""
         text, self.stopped = self.matcher.push(self.decoder.push(token))
         return text, self.stopped
 
     def flush(self) -> tuple[str, bool]:
-        """Half characters (as U+FFFD) and what was held back, and whether a stop string was completed now or before."""
+        """Incomplete characters (as U+FFFD) and held-back text, and whether a stop string was completed at any time."""
         if self.stopped:
             return "", True
         text, self.stopped = self.matcher.push(self.decoder.flush())

@@ -14,42 +14,42 @@ from minigpt.sampling.draws.noise import Purpose
 from minigpt.sampling.loop.batch import Batch
 from minigpt.sampling.processors.processors import NEVER
 
-Scored = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, the likeliest first
+Scored = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, the most likely first
 
 
 class Details(NamedTuple):
-    """How a token stood among the others."""
+    """Rank and log-probabilities of a chosen token and of the most likely tokens."""
 
     processed_log_prob: float
-    """Its log-probability in the distribution that it was chosen from, after every processor (nats)."""
+    """Log-probability of the token after every processor (nats)."""
     rank: int
-    """Its place in the model's own distribution: 1 is the likeliest, equals share the best place."""
+    """Rank of the token in the model's distribution: 1 is the most likely; tied tokens share the best rank."""
     top: Scored
-    """The model's likeliest tokens."""
+    """The model's most likely tokens."""
     processed_top: Scored
-    """The likeliest tokens after every processor; fewer where fewer are possible."""
+    """The most likely tokens after every processor; fewer if fewer are possible."""
 
 
 class Stage(NamedTuple):
-    """What the distribution was like after one processor."""
+    """The distribution after one processor."""
 
     name: str
-    """The processor's; "model" before the first."""
+    """Name of the processor; "model" before the first."""
     possible: int
-    """Tokens that could be chosen."""
+    """Number of tokens with a probability above 0."""
     removed: int
-    """Tokens that were possible before this stage and no longer are."""
+    """Number of tokens that this processor removed."""
     probabilities: dict[int, float]
-    """Of the tokens worth showing, the same ones at every stage: the likeliest at the beginning, at the end, and the
-    chosen one."""
+    """Token -> probability, for the same tokens at every stage: the most likely ones at the first and at the last
+    stage, and the chosen one."""
 
 
 class Choice(NamedTuple):
-    """What a row goes on with, or why it cannot."""
+    """The next token of a row, or an error."""
 
     token: int
     log_prob: float
-    """The model's own log-probability of the token, before any processor."""
+    """The model's log-probability of the token, before any processor (nats)."""
     error: str | None = None
     details: Details | None = None
     work: tuple[Stage, ...] = ()
@@ -57,12 +57,12 @@ class Choice(NamedTuple):
 
 @torch.no_grad()
 def take_turn(batch: Batch, top: int | None = None, show: int = 0) -> list[Choice]:
-    """Have every row read, choose and take its next token.
+    """Choose and append the next token of every row.
 
     Args:
         batch: the rows.
-        top: None for no details, else how many of the likeliest tokens they list.
-        show: how many of the likeliest tokens `Choice.work` shows at every stage; 0 for no work.
+        top: number of most likely tokens in `Choice.details`; None for no details.
+        show: number of most likely tokens that `Choice.work` shows at every stage; 0 for none.
     """
     raw = batch.read()
     context, states = batch.context, batch.states
@@ -77,7 +77,7 @@ def take_turn(batch: Batch, top: int | None = None, show: int = 0) -> list[Choic
         )
     column = tokens.unsqueeze(1)
     log_probs = raw.log_softmax(-1).gather(1, column)
-    # One transfer to the host for all: float64 holds every token id exactly.
+    # One transfer to the host for everything: float64 represents every token id exactly.
     host = torch.cat((column.double(), log_probs.double(), processed.amax(-1, keepdim=True).double()), dim=1).tolist()
     details = _details(raw, processed, column, top) if top is not None else [None] * len(host)
     works = _work(batch, raw, [int(row[0]) for row in host], show) if show else [()] * len(host)
@@ -91,7 +91,7 @@ def take_turn(batch: Batch, top: int | None = None, show: int = 0) -> list[Choic
 
 
 def _forced(forced: Sequence[int], left: int) -> int | None:
-    """The token that a row has to write now: the forced ones are its last, `left` of them are to come."""
+    """The next forced token of a row, if any: the forced tokens are the last ones of the row, and `left` remain."""
     return forced[len(forced) - left] if 0 < left <= len(forced) else None
 
 
@@ -111,7 +111,7 @@ def _top(log_probs: Tensor, count: int) -> list[Scored]:
 
 
 def _work(batch: Batch, raw: Tensor, chosen: list[int], show: int) -> list[tuple[Stage, ...]]:
-    """Each row's stages, by running the processors once more, one at a time."""
+    """The stages of each row, computed by running the processors a second time, one by one."""
     names, stages = zip(*batch.pipeline.stages(batch.context, raw, batch.states), strict=True)
     probabilities = [logits.softmax(-1) for logits in stages]
     here = [logits > NEVER for logits in stages]

@@ -1,9 +1,9 @@
 """`SamplingConfig`: its fields (some in `shape` and `length`), and reading and writing generation_config.json.
 
-Imports nothing heavy, so that the command line can show its help at once.
+Imports nothing heavy, so that the command line shows its help quickly.
 """
 
-# ruff: noqa: RUF009 - `setting` is another way to write dataclasses.field
+# ruff: noqa: RUF009 - `setting` wraps dataclasses.field
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class SamplingConfig(Shape, Length):
     # Biases and bans.
 
     logit_bias: dict[int, float] | None = setting(None, rules.BIASES_OR_NONE)
-    """Added to the logits of these token ids: {50256: -5.0}."""
+    """Added to the logits of these token ids: {50256: -5.0}; -inf forbids a token."""
     sequence_bias: list[Any] = setting([], rules.SEQUENCE_BIASES)
     """Added to the logit of the last token of a sequence, when the tokens before it are there: [[[7, 8], -2.0], [[5],
     1.0]].
@@ -131,18 +131,18 @@ class SamplingConfig(Shape, Length):
             object.__setattr__(self, spec.name, rules.plain(getattr(self, spec.name), spec.metadata["rule"].whole))
 
     def validate(self) -> None:
-        """Raise ConfigError for the first field whose value it does not accept, or for fields that contradict."""
+        """Raise ConfigError for the first field with an invalid value, or for fields that contradict each other."""
         for spec in fields(self):
             check_field(spec.name, getattr(self, spec.name))
         check_conflicts(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As generation_config.json holds it: transformers' names, then our own for what it has no field for."""
+        """The dict stored in generation_config.json: transformers' field names, minigpt's own for all other fields."""
         record = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         record["do_sample"] = self.temperature > 0 if self.num_beams == 1 else self.beam_method != "beam"
         if self.temperature == 0:
             del record["temperature"]  # transformers has no temperature 0
-        # An empty list is left out where it is the default; no end token at all is something else than null.
+        # Omit an empty list only where it is the default: an empty eos_token_id (no end token) is not the same as null.
         empty = {spec.name for spec in fields(self) if spec.default_factory is list and not record[spec.name]}
         record = {name: value for name, value in record.items() if value is not None and name not in empty}
         if "logit_bias" in record:
@@ -153,19 +153,20 @@ class SamplingConfig(Shape, Length):
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SamplingConfig:
-        """From generation_config.json, ours or Hugging Face's; a notice names the keys that nothing here acts on.
+        """Build a config from generation_config.json, minigpt's or Hugging Face's; a notice lists keys without effect.
 
-        An absent field keeps our default (transformers' own defaults are others), `do_sample: false` is temperature 0.
+        A missing field gets minigpt's default, which may differ from transformers'. `do_sample: false` means
+        temperature 0.
 
         Raises:
-            ConfigError: a field holds a value that it does not accept.
+            ConfigError: a field has an invalid value.
         """
         known = {spec.name for spec in fields(cls)}
         name_unheard(record, known | {"do_sample", "stop_strings"})
         values = {name: value for name, value in record.items() if name in known and value is not None}
         if stop := record.get("stop_strings"):
             values["stop"] = [stop] if isinstance(stop, str) else stop
-        if isinstance(bias := values.get("logit_bias"), dict):  # JSON has no numbers for keys
+        if isinstance(bias := values.get("logit_bias"), dict):  # JSON keys are strings
             values["logit_bias"] = {_number(token): _bias(value) for token, value in bias.items()}
         if isinstance(pairs := values.get("sequence_bias"), list):
             values["sequence_bias"] = [
@@ -182,7 +183,7 @@ class SamplingConfig(Shape, Length):
 
 
 def _bias(value: Any) -> Any:
-    """A ban as JSON can hold it, and back."""
+    """Convert an infinite bias to and from a string, since JSON has no infinity."""
     forms = {float("-inf"): "-inf", "-inf": float("-inf")}
     return forms.get(value, value) if isinstance(value, (str, float)) else value
 
@@ -193,7 +194,7 @@ def _number(key: Any) -> Any:
 
 FIELDS = {spec.name: spec for spec in fields(SamplingConfig)}
 PER_PROMPT = tuple(name for name, spec in FIELDS.items() if spec.metadata["each"])
-"""Fields that in a call may be a list of one value for each prompt."""
+"""Fields that may be a list with one value per prompt in a call."""
 
 
 def check_field(name: str, value: Any) -> None:

@@ -1,7 +1,7 @@
 """The order of processors: presets named after libraries, or a list.
 
-A step is named after the field of `SamplingConfig` that switches it on. Where a library has no such strategy, it stands
-beside its nearest relative. Imports nothing heavy.
+A step has the name of the `SamplingConfig` field that switches it on. A strategy that a library lacks is placed next to
+the most similar one. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from minigpt.sampling.settings.shape import FILTERS
 
 
 class Order(NamedTuple):
-    """Steps in the order of their application."""
+    """Steps in the order in which they are applied."""
 
     steps: tuple[str, ...]
     feed: Literal["logits", "log_probs"]
-    """What processors see in a beam search: the model's logits, or their log-softmax, to which beams add up."""
+    """Input of the processors in beam search: the model's logits, or their log-softmax."""
 
 
-CUSTOM = "processors"  # where the caller's own processors come in
+CUSTOM = "processors"  # the place of the caller's own processors
 
-# Always there, before everything and in the order of their reach.
+# Always the first step.
 _FIRST = ("vocabulary",)
-# They bring the distribution to its final form, so nothing comes after them but the choice.
+# These produce the final distribution, so only the choice of a token comes after them.
 _LAST = ("adaptive_target", "mirostat", "renormalize_logits")
 
 _BIASES = ("logit_bias", "sequence_bias")
@@ -139,10 +139,10 @@ STEPS = frozenset(ORDERS["transformers"].steps)
 
 
 def resolve(order: str | list[str] | tuple[str, ...]) -> Order:
-    """The order that a name or a list of steps means; the vocabulary's limit is always the first step.
+    """The order for a preset name or a list of steps; "vocabulary" is always the first step.
 
     Raises:
-        ConfigError: an unknown name or step, or a step named twice.
+        ConfigError: an unknown name or step, or a step listed twice.
     """
     if isinstance(order, str):
         if order not in ORDERS:
@@ -157,7 +157,7 @@ def resolve(order: str | list[str] | tuple[str, ...]) -> Order:
 
             near = get_close_matches(step, STEPS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(sorted(STEPS))}"
-            raise ConfigError(f"sampling: order names {step!r}, which is no step; {hint}")
+            raise ConfigError(f"sampling: order lists the unknown step {step!r}; {hint}")
         if list(order).count(step) > 1:
-            raise ConfigError(f"sampling: order names {step!r} twice; give each step one place")
+            raise ConfigError(f"sampling: order lists {step!r} twice; list each step once")
     return Order((*_FIRST, *(step for step in order if step not in _FIRST)), "logits")

@@ -15,16 +15,16 @@ from minigpt.errors import ConfigError
 
 
 class Rule(NamedTuple):
-    """Which values a parameter accepts, and what to write instead of others."""
+    """Which values a parameter accepts, and how an error message describes them."""
 
     accepts: Callable[[Any], bool]
     expected: str
     whole: bool = False
-    """Whether it asks for a whole number, which 3.0 is too."""
+    """Whether the value must be a whole number; 3.0 counts as one."""
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a finite number (True and False are none)."""
+    """Whether the value is a finite number (True and False are not numbers)."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -44,16 +44,16 @@ def is_list(value: object) -> bool:
 
 
 def is_text(value: object) -> bool:
-    """Whether the value is a text, not empty, that a model could write: without half of a surrogate pair."""
+    """Whether the value is a non-empty string without unpaired surrogates (which UTF-8 cannot encode)."""
     return isinstance(value, str) and value != "" and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def plain(value: Any, whole: bool = False) -> Any:
-    """A setting as Python's own numbers, lists and dicts, whatever it was given as: those compare and become JSON.
+    """Convert a setting to plain Python numbers, lists and dicts, which can be compared and stored as JSON.
 
     Args:
-        value: a number, text, array, tensor, sequence or dict; anything else stays as it is.
-        whole: make 3.0 a 3.
+        value: a number, string, array, tensor, sequence or dict; anything else is returned unchanged.
+        whole: convert 3.0 to 3.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -68,7 +68,7 @@ def _is_sequence(value: Any) -> bool:
     return is_list(value) and len(value) > 0 and all(map(is_id, value))
 
 
-LARGEST = 1e30  # of what logits are made larger by: float32, in which they are, ends at 3.4e38
+LARGEST = 1e30  # largest factor or summand for float32 logits, whose range ends at 3.4e38
 _INFINITE = "(larger values overflow float32 logits)"
 
 NUMBER = Rule(is_number, "a number")
@@ -100,10 +100,10 @@ BIAS = Rule(lambda v: ADDED.accepts(v) or v == -math.inf, f"{ADDED.expected}, or
 FUNCTION = Rule(callable, "a function")
 TEMPERATURE = Rule(
     lambda v: is_number(v) and (v == 0 or v >= 1e-30),  # a smaller divisor overflows float32
-    "0 (always the likeliest token) or a number above it, such as 0.8",
+    "0 (greedy) or a number above 0, such as 0.8",
 )
 SEED = Rule(lambda v: v is None or (is_id(v) and v < 2**64), "a whole number from 0 to 2**64 - 1; null draws one")
-TEXTS = Rule(lambda v: is_list(v) and all(map(is_text, v)), "a list of texts that UTF-8 can hold, none empty")
+TEXTS = Rule(lambda v: is_list(v) and all(map(is_text, v)), "a list of non-empty strings that UTF-8 can encode")
 TEXT_OR_TEXTS = Rule(lambda v: is_text(v) or TEXTS.accepts(v), "a name, or a list of names")
 ID_OR_NONE = Rule(lambda v: v is None or is_id(v), "a token id, or None")
 ID_LIST = Rule(lambda v: is_list(v) and all(map(is_id, v)), "a list of token ids")
@@ -126,7 +126,7 @@ DECAY_OR_NONE = Rule(
 )
 WORDS = Rule(
     lambda v: is_list(v) and all(is_text(one) or (one and TEXTS.accepts(one)) for one in v),
-    "a list of texts, or of lists of alternative texts",
+    "a list of strings, or of lists of alternative strings",
 )
 WORD_IDS = Rule(
     lambda v: is_list(v) and all(_is_sequence(one) or (one and ID_LISTS.accepts(one)) for one in v),
@@ -143,12 +143,12 @@ def one_of(*values: Any) -> Rule:
 
 
 def or_none(rule: Rule, meaning: str) -> Rule:
-    """The rule for a parameter that may also be None, and what that means."""
+    """Extend a rule to accept None; `meaning` says what None stands for."""
     return Rule(lambda v: v is None or rule.accepts(v), f"{rule.expected}; {meaning}", rule.whole)
 
 
 def check(processor: Any, **rules: Rule) -> None:
-    """Check fields that hold one value.
+    """Check fields with a single value.
 
     Raises:
         ConfigError: naming the processor, the field, its value and what was expected.
@@ -158,7 +158,7 @@ def check(processor: Any, **rules: Rule) -> None:
 
 
 def check_numbers(processor: Any, **rules: Rule) -> None:
-    """Check fields that hold a number, or in any sequence, array or tensor one for each prompt, kept as a tuple.
+    """Check fields with a number, or with one number per prompt (any sequence, array or tensor, converted to a tuple).
 
     Raises:
         ConfigError: naming the processor, the field, the number and what was expected.
@@ -174,10 +174,10 @@ def check_numbers(processor: Any, **rules: Rule) -> None:
 
 
 def token_ids(processor: Any, name: str, value: Any) -> tuple[int, ...]:
-    """A token id or several as a tuple of at least one.
+    """Convert one or several token ids to a non-empty tuple.
 
     Raises:
-        ConfigError: there is none, or one that is no id.
+        ConfigError: there is no id, or a value is not a token id.
     """
     value = value.tolist() if hasattr(value, "tolist") else value
     ids = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else (value,)
@@ -189,7 +189,7 @@ def token_ids(processor: Any, name: str, value: Any) -> tuple[int, ...]:
 
 
 def check_vocabulary(processor: Any, largest: int, size: int) -> None:
-    """Raise ConfigError if a processor names a token that a vocabulary of this size does not have."""
+    """Raise ConfigError if the largest token id of a processor is outside a vocabulary of this size."""
     if largest >= size:
         raise ConfigError(
             f"sampling: {type(processor).__name__} names token {largest}; expected an id below the model's vocabulary "

@@ -7,7 +7,7 @@ from typing import Any
 
 from minigpt.terminal import notice_once
 
-# What changes no text: how it is computed, what is returned beside it, ids of tokens that minigpt does not need.
+# These keys do not change the generated text: how to compute it, extra outputs, token ids that minigpt does not need.
 HARMLESS = frozenset(
     {
         *("transformers_version", "_from_model_config", "_commit_hash", "bos_token_id", "pad_token_id"),
@@ -19,15 +19,20 @@ HARMLESS = frozenset(
         *("max_matching_ngram_size", "use_mtp", "speculation_type", "remove_invalid_values"),
     }
 )
-NEUTRAL: dict[str, tuple[Any, ...]] = {"guidance_scale": (1,), "penalty_alpha": (0,)}  # beside null and false
+NEUTRAL: dict[str, tuple[Any, ...]] = {"guidance_scale": (1,), "penalty_alpha": (0,)}  # in addition to null and false
 
 
 def name_unheard(record: dict[str, Any], known: Collection[str]) -> None:
-    """One notice of the keys of a generation_config.json that are neither known nor without effect."""
+    """Show one notice that lists the ignored keys of a generation_config.json, except those without effect.
+
+    Args:
+        record: the content of the file.
+        known: keys that minigpt uses.
+    """
     unheard = sorted(
         key
         for key, value in record.items()
         if key not in known and key not in HARMLESS and value not in (None, False, *NEUTRAL.get(key, ()))
     )
     if unheard:
-        notice_once(f"generation_config.json: minigpt does not act on {', '.join(unheard)} (see docs/interop.md)")
+        notice_once(f"generation_config.json: minigpt ignores {', '.join(unheard)} (see docs/interop.md)")

@@ -234,7 +234,7 @@ def forget(context, logits):
 
 
 def test_what_is_no_processor_is_refused():
-    with pytest.raises(ConfigError, match="is no processor"):
+    with pytest.raises(ConfigError, match="is not a processor"):
         Pipeline([lambda logits: logits])
     with pytest.raises(ConfigError, match="forget returned None"):
         Pipeline([forget])(context(1), torch.zeros(1, 2))
