@@ -148,8 +148,8 @@ class Sampler:
         common, configs = self._configs(len(ids), overrides)
         if common.num_beams > 1:
             raise ConfigError(
-                f"sampling: num_beams is {common.num_beams}, but beam search has no result before its end and cannot be "
-                "streamed; use generate, or num_beams 1"
+                f"sampling: num_beams is {common.num_beams}, but beam search has no result before its end and cannot "
+                "be streamed; use generate, or num_beams 1"
             )
         return self._stream(ids, common, configs, show=show_work)
 

@@ -1,7 +1,7 @@
 """Read and edit the activations of a model, in single forward passes and during generation.
 
-The model itself has no hooks: watched forward passes run its explicit twin
-(minigpt.model.explicit), plain ones never do. So nothing has to be restored in the model, and a compiled copy is not affected.
+The model itself has no hooks: watched forward passes run its explicit twin (minigpt.model.explicit), plain ones never
+do. So nothing has to be restored in the model, and a compiled copy is not affected.
 """
 
 from __future__ import annotations
