@@ -1,7 +1,7 @@
-"""Everything a training run is made of, declared once: name, type, default, unit and meaning.
+"""All settings of a training run: name, type, default, unit and meaning of each.
 
-The command line, the YAML files and `--help` are read from these dataclasses. Fields that a
-preset, the tokenizer or the machine decides default to None; the config that a run stores shows their numbers.
+The command line, the YAML files and `--help` are generated from these dataclasses. Fields whose value depends on a
+preset, the tokenizer or the machine default to None; the config stored with a run holds the resolved values.
 """
 
 from __future__ import annotations
@@ -19,140 +19,147 @@ from minigpt.tokenizer.config import TokenizerConfig
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How many tokens a step sees, and how they are divided."""
+    """Tokens per optimizer step and their split into micro-batches."""
 
     tokens: int = 2048
-    """Tokens a step, over all processes: a multiple of model.block_size."""
+    """Tokens per optimizer step, over all processes; a multiple of model.block_size."""
     micro_batch_size: int | None = None
-    """Rows of one forward on one process; the rest of a step's rows are accumulated. None: all of them at once."""
+    """Sequences per forward pass on one process; gradient accumulation covers the rest of a step. Not set: no
+    accumulation."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon on the blocks' matrices and AdamW on the rest, or AdamW on everything; its schedule; averaged weights."""
+    """Optimizer (Muon with AdamW, or AdamW alone), learning-rate schedule and averaging of the weights."""
 
     name: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for the matrices inside blocks, AdamW for the rest. adamw: AdamW for all."""
+    """muon: Muon for the weight matrices inside blocks, AdamW for all other parameters. adamw: AdamW for all."""
     learning_rate: float = 8e-3
     """AdamW's peak learning rate."""
     embedding_learning_rate: float = 0.05
-    """AdamW's peak learning rate for embeddings that start with unit variance (modern preset)."""
+    """AdamW's peak learning rate for embeddings initialised with unit variance (modern preset)."""
     muon_learning_rate: float = 0.03
-    """Muon's peak learning rate; it follows the same schedule."""
+    """Muon's peak learning rate; it follows the same schedule as AdamW's."""
     muon_momentum: float = 0.95
-    """Muon: decay of the gradient's running mean."""
+    """Muon: decay rate of the momentum (running mean of the gradient)."""
     newton_schulz_steps: int = 5
-    """Muon: iterations that orthogonalise an update."""
+    """Muon: Newton-Schulz iterations that orthogonalise an update."""
     final_learning_rate: float = 0.0
-    """Learning rate at the last step (cosine and wsd); Muon's falls to the same part of its peak."""
+    """AdamW's learning rate at the last step (cosine and wsd). The other learning rates decay by the same factor."""
     schedule: Literal["cosine", "wsd", "constant"] = "wsd"
-    """After the warm-up: cosine decay, wsd (stable, then linear decay) or constant."""
+    """Learning-rate schedule after warm-up: cosine decay, wsd (warmup-stable-decay: constant, then linear decay) or
+    constant."""
     warmup_steps: int = 50
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps of linear warm-up from 0 to the peak learning rate."""
     decay_fraction: float = 0.6
-    """wsd: the last part of the steps, over which the learning rate falls."""
+    """wsd: fraction of all steps, at the end of the run, over which the learning rate decays."""
     beta1: float = 0.9
-    """AdamW: decay of the gradient's running mean."""
+    """AdamW: decay rate of the running mean of the gradient."""
     beta2: float = 0.95
-    """AdamW: decay of the squared gradient's running mean."""
+    """AdamW: decay rate of the running mean of the squared gradient."""
     eps: float = 1e-8
-    """AdamW: added to the denominator."""
+    """AdamW: added to the denominator of an update."""
     weight_decay: float = 0.25
-    """Decay of matrices and embeddings, times learning_rate, whatever their own is; norms and biases have none."""
+    """Decoupled weight decay: a step multiplies matrices and embeddings by 1 - learning_rate * weight_decay. This uses
+    the scheduled learning_rate for all of them, Muon's matrices included. Norms and biases have no decay."""
     ema_decay: float = 0.0
-    """Validate, save and sample a running average of the weights with this decay a step, say 0.99; 0: the weights."""
+    """Decay per step of an exponential moving average (EMA) of the weights, such as 0.99. Validation, checkpoints and
+    samples then use the average. 0: no averaging."""
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """What is passed to Lightning's Trainer, under Lightning's names, and how the step is compiled."""
+    """Settings of Lightning's Trainer, under Lightning's names; compilation, memory and CPU threads."""
 
     max_steps: int = 400
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run, including those before a resume."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    """Where to train; auto takes a GPU where there is one."""
+    """Device type to train on; auto uses a GPU if there is one."""
     devices: int = 1
-    """Processes on this machine, one a device."""
+    """Processes per machine, one per device."""
     num_nodes: int = 1
-    """Machines; more than one are started by torchrun or a scheduler, one command a machine."""
+    """Number of machines. With more than one, torchrun or a scheduler runs the command on each machine."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the work: ddp copies the model to each, fsdp shards it (FSDP2); auto means ddp."""
+    """Parallelism over several processes: ddp replicates the model, fsdp shards it (FSDP2); auto means ddp."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """Number format of the computation; auto measures which is faster here, once, and says so."""
+    """Number format of the computation; auto picks one for this device when the run begins and prints the reason."""
     gradient_clip_val: float = 1.0
-    """Largest norm of the whole gradient; 0 switches clipping off."""
+    """Maximum norm of the gradient over all parameters; 0 disables clipping."""
     log_every_n_steps: int = 10
-    """Steps between two rows of metrics."""
+    """Steps between two rows of metrics.jsonl."""
     compile: bool | None = None
-    """Compile the step with torch.compile: slow to start, faster a step. None: where the run is long enough to gain."""
+    """Compile the step with torch.compile: a slower start, faster steps. Not set: compile if the run is long enough to
+    benefit."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
+    """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
     threads: int | None = None
-    """CPU threads a process; None: all cores, shared between the processes."""
+    """CPU threads per process. Not set: all cores, divided among the processes."""
     hang_seconds: float = 60.0
-    """Seconds that one process may lag behind the others before it is named and the run is stopped. 0: wait."""
+    """A process that makes no progress for this many seconds while others wait is reported and the run stops. 0: no
+    limit."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save."""
+    """When to save a checkpoint and how many to keep."""
 
     every: int = 200
-    """Steps between two checkpoints; the last step is always saved, and one that validates best so far."""
+    """Steps between two checkpoints. The last step and every new best validation loss are saved as well."""
     keep: int = 2
-    """Newest checkpoints kept, at least 2; the best one is kept beside them."""
+    """Number of newest checkpoints to keep, at least 2. The one with the lowest validation loss is kept as well."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """When and on how much text to validate."""
+    """When to validate, and on how many tokens."""
 
     every: int = 100
-    """Steps between two validations; the last step always has one. 0: only the last."""
+    """Steps between two validations; the last step is always validated. 0: only the last step."""
     tokens: int = 1_000_000
-    """Validate on the whole validation split, or on this many evenly spaced tokens where it is larger."""
+    """Most tokens per validation. A larger validation split is reduced to this many evenly spaced tokens."""
     patience: int = 0
-    """Stop after this many validations in a row without a new best loss; 0: go on to the last step."""
+    """Early stopping: stop after this many consecutive validations without a new best loss. 0: no early stopping."""
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Samples while it trains: same prompt and seed each time, so that they can be compared."""
+    """Samples during training: always the same prompt and seed, so that they are comparable."""
 
     every: int = 0
-    """Steps between two samples; 0: only at the end."""
+    """Steps between two samples; the end of the run always has one. 0: only at the end."""
     prompt: str = "\n"
-    """What they continue."""
+    """Prompt of the samples."""
     max_new_tokens: int = 200
-    """Tokens a sample."""
+    """Tokens to generate per sample. 0: no samples."""
     temperature: float = 0.8
-    """1 draws from the model's own distribution, less is safer, 0 is greedy."""
+    """Sampling temperature: 1 samples from the model's distribution, lower values are less random, 0 is greedy."""
 
 
 @dataclass(frozen=True)
 class InternalsConfig:
-    """Looking inside while it trains: head scores, ablations, loss by position; `minigpt dynamics` draws them."""
+    """Snapshots of the model's internals during training (head scores, ablations, ...), for `minigpt dynamics`."""
 
     every: int | Literal["log"] = 0
-    """Steps between two snapshots of the model's inside, or log: two to every doubling of the steps; 0: none."""
+    """Steps between two snapshots. log: two snapshots per doubling of the step number. 0: no snapshots."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `minigpt train --config FILE --section.field VALUE`; later values win."""
+    """One training run: `minigpt train --config FILE --section.field VALUE`; later values override earlier ones."""
 
     run_name: str | None = None
-    """Folder under runs_dir. None starts a new run, named after its corpus and the time."""
+    """Name of the run's folder in runs_dir. Not set: a new run, named after its corpus and the time."""
     runs_dir: str = "runs"
-    """Where runs live."""
+    """Folder that holds all runs."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """With run_name: auto continues the run where it exists, must insists on it, never refuses to."""
+    """With run_name: auto resumes the run if it exists; must is an error if it does not; never is an error if it
+    does."""
     minutes: float | None = None
-    """Let the run take this long: a short measurement sets trainer.max_steps, once."""
+    """Time budget of the run in minutes: a short measurement when the run begins sets trainer.max_steps to fit."""
     seed: int = 1337
-    """Decides initialisation, data order and dropout."""
+    """Random seed of initialisation, data order, dropout and samples."""
     log: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where metrics go besides metrics.jsonl. tensorboard needs pip install 'minigpt-lab[tensorboard]'."""
+    """Logger in addition to metrics.jsonl. tensorboard needs pip install 'minigpt-lab[tensorboard]'."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind="bpe", vocab_size=1024))
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -165,64 +172,64 @@ class TrainConfig:
     internals: InternalsConfig = field(default_factory=InternalsConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as config.yaml holds them."""
+        """Nested dicts of plain values, as stored in config.yaml."""
         return asdict(self)
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its dotted name, as in model.n_layer."""
+        """All fields as one dict with dotted names, such as model.n_layer."""
         return flatten(self.to_dict())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of to_dict. Raises ConfigError for a field this version does not know."""
+        """The inverse of to_dict. Raises ConfigError for an unknown field."""
         return _build(cls, values, "")
 
     @property
     def processes(self) -> int:
-        """Processes over all machines."""
+        """Number of processes on all machines."""
         return self.trainer.devices * self.trainer.num_nodes
 
     @property
     def batch_size(self) -> int:
-        """Rows of block_size tokens a step, over all processes."""
+        """Sequences of block_size tokens per step, over all processes."""
         return self.batch.tokens // self.model.block_size
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows of one forward on one process."""
+        """Sequences per forward pass on one process."""
         given = self.batch.micro_batch_size
         return self.batch_size // self.processes if given is None else given
 
     @property
     def accumulation(self) -> int:
-        """Forwards a step on one process."""
+        """Micro-batches per step on one process."""
         return self.batch_size // (self.processes * self.micro_batch_size)
 
     def check(self) -> None:
-        """Raise ConfigError, naming the field, for what cannot be trained with or stored with a run."""
+        """Raise ConfigError, naming the field, if a value cannot be used for training or stored with a run."""
         for field_name, value in self.flat().items():
             if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
-                pattern = " (or give a pattern: each such byte is a ?)" if field_name == "data.source" else ""
+                pattern = ", or give a glob pattern with ? for each such byte" if field_name == "data.source" else ""
                 raise ConfigError(
                     f"{field_name}: {value!r} is not UTF-8 and cannot be stored with a run; rename it{pattern}"
                 )
         name = self.run_name
         if name is not None and (not name or Path(name).name != name or name.startswith(".")):
             raise ConfigError(
-                f"run_name: {name!r} is not a plain folder name; leave slashes and leading dots out, or leave out "
-                f"run_name to have one made"
+                f"run_name: {name!r} is not a plain folder name; give a name without slashes and leading dots, or leave "
+                f"run_name out to have one generated"
             )
         if not self.runs_dir:
             raise ConfigError("runs_dir is empty; give a folder, such as runs")
         self.data.check()
         for name in ("devices", "num_nodes"):
             if getattr(self.trainer, name) < 1:
-                raise ConfigError(f"trainer.{name}: {getattr(self.trainer, name)} is not positive")
+                raise ConfigError(f"trainer.{name}: {getattr(self.trainer, name)} is not positive; expected 1 or more")
         block, rows = self.model.block_size, self.batch_size
         if self.batch.tokens < block or self.batch.tokens % block:
             near = max(1, round(self.batch.tokens / block)) * block
             raise ConfigError(
-                f"batch.tokens: {self.batch.tokens} is no multiple of model.block_size ({block}); try {near}"
+                f"batch.tokens: {self.batch.tokens} is not a multiple of model.block_size ({block}); try {near}"
             )
         positive = {
             "trainer.max_steps": self.trainer.max_steps,
@@ -239,11 +246,11 @@ class TrainConfig:
         }
         for name, value in positive.items():
             if not 0 < value < float("inf"):
-                raise ConfigError(f"{name}: {value} is not positive")
+                raise ConfigError(f"{name}: {value} is not positive and finite; expected a number above 0")
         if rows % (self.processes * self.micro_batch_size):
             raise ConfigError(
-                f"batch: {rows} rows a step ({self.batch.tokens} tokens / block_size {block}) do not divide among "
-                f"{self.processes} processes x micro_batch_size {self.micro_batch_size}; change batch.tokens or "
+                f"batch: {rows} sequences per step ({self.batch.tokens} tokens / block_size {block}) are not a multiple "
+                f"of {self.processes} processes x micro_batch_size {self.micro_batch_size}; change batch.tokens or "
                 f"batch.micro_batch_size"
             )
         not_negative = {
@@ -262,9 +269,9 @@ class TrainConfig:
         }
         for name, value in not_negative.items():
             if not 0 <= value < float("inf"):
-                raise ConfigError(f"{name}: {value} is negative or not finite")
+                raise ConfigError(f"{name}: {value} is negative or not finite; expected 0 or more")
         if self.seed >= 2**63:
-            raise ConfigError(f"seed: {self.seed} is not below 2**63")
+            raise ConfigError(f"seed: {self.seed} is not below 2**63; expected 0 to 2**63 - 1")
         for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self.optimizer, name) < 1:
                 raise ConfigError(f"optimizer.{name}: {getattr(self.optimizer, name)} is not in [0, 1)")
@@ -272,19 +279,20 @@ class TrainConfig:
             raise ConfigError(f"optimizer.decay_fraction: {self.optimizer.decay_fraction} is not in [0, 1]")
         if self.checkpoint.keep < 2:
             raise ConfigError(
-                f"checkpoint.keep: {self.checkpoint.keep} is less than 2; one more than the newest must stay, "
-                f"in case the newest is damaged"
+                f"checkpoint.keep: {self.checkpoint.keep} is less than 2; expected 2 or more, so that a resume can fall "
+                f"back on an older checkpoint if the newest is damaged"
             )
         if self.eval.patience and not self.eval.every:
             raise ConfigError(
-                f"eval.patience: {self.eval.patience} counts validations, but eval.every is 0; expected 1 or more"
+                f"eval.patience: {self.eval.patience} needs regular validations, but eval.every is 0; set eval.every to "
+                f"1 or more, or eval.patience to 0"
             )
         if self.trainer.threads is not None and self.trainer.threads < 1:
-            raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive")
+            raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive; expected 1 or more")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one dict with dotted names."""
+    """Flatten nested sections into one dict with dotted names."""
     flat = {}
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
@@ -300,7 +308,7 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         if name not in defaults:
             near = get_close_matches(name, defaults, n=1)
             hint = f"; did you mean {where}{near[0]}?" if near else ""
-            raise ConfigError(f"{where}{name}: no such field{hint}")
+            raise ConfigError(f"{where}{name}: unknown field{hint}")
         section = is_dataclass(defaults[name])
         built[name] = _build(type(defaults[name]), value, f"{where}{name}.") if section else value
     return kind(**built)

@@ -278,12 +278,12 @@ def test_rows_past_the_checkpoint_move_aside(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch__tokens": 100}, r"batch\.tokens: 100 is no multiple of model\.block_size \(16\); try 96"),
-        ({"batch__micro_batch_size": 3}, r"8 rows a step .* do not divide among 1 processes x micro_batch_size 3"),
-        ({"batch__micro_batch_size": 0}, r"batch\.micro_batch_size: 0 is not positive"),
-        ({"eval__patience": 2, "eval__every": 0}, r"eval\.patience: 2 counts validations, but eval\.every is 0"),
+        ({"batch__tokens": 100}, r"batch\.tokens: 100 is not a multiple of model\.block_size \(16\); try 96"),
+        ({"batch__micro_batch_size": 3}, r"8 sequences per step .* are not a multiple of 1 processes x micro_batch_size 3"),
+        ({"batch__micro_batch_size": 0}, r"batch\.micro_batch_size: 0 is not positive and finite"),
+        ({"eval__patience": 2, "eval__every": 0}, r"eval\.patience: 2 needs regular validations, but eval\.every is 0"),
         ({"checkpoint__keep": 1}, r"checkpoint\.keep: 1 is less than 2"),
-        ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate: 0\.0 is not positive"),
+        ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate: 0\.0 is not positive and finite"),
         ({"seed": 10**30}, r"seed: 1000000000000000000000000000000 is not below 2\*\*63"),
         ({"trainer__devices": 0}, r"trainer\.devices: 0 is not positive"),
         ({"trainer__accelerator": "mps"}, r"trainer\.accelerator: mps, but torch sees none here"),
