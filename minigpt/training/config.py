@@ -246,7 +246,7 @@ class TrainConfig:
         }
         for name, value in positive.items():
             if not 0 < value < float("inf"):
-                raise ConfigError(f"{name}: {value} is not positive and finite; expected a number above 0")
+                raise ConfigError(f"{name}: {value} is not a finite number above 0")
         if rows % (self.processes * self.micro_batch_size):
             raise ConfigError(
                 f"batch: {rows} sequences per step ({self.batch.tokens} tokens / block_size {block}) are not a multiple "
