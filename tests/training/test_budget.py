@@ -109,7 +109,7 @@ def test_minutes_too_few_for_a_step_say_how_many_would_do(tmp_path: Path, monkey
     timing = Timing(step=1.0, start=10.0, cold_start=10.0, validation=2.0, save=1.0, sample=0.0)
     monkeypatch.setattr(budget, "measure", lambda *arguments, **options: timing)
     slow_clock(monkeypatch)
-    with pytest.raises(ConfigError, match=r"minutes: 0.1 leave no time for a step: .* give at least 0.3"):
+    with pytest.raises(ConfigError, match=r"minutes: 0.1 is too short for one step: .* give at least 0.3"):
         train(tiny_run(tmp_path, minutes=0.1))
     run, _ = run_and_read(tiny_run(tmp_path, minutes=0.3))  # the run was not begun: it can be given more
     assert yaml.safe_load((run / "config.yaml").read_text())["minutes"] == 0.3
@@ -199,7 +199,7 @@ def test_on_a_gpu_the_cost_of_compiling_decides_too(
         given = replace(job, config=replace(job.config, trainer=trainer, minutes=minutes))
         assert budget.decide_compilation(given, lambda job: None).trainer.compile is expected, steps
         assert asked == measurements
-    assert "not compiled: a run of at most 20 s is too short for it" in capsys.readouterr().err
+    assert "not compiled: a run of at most 20 s is too short to benefit" in capsys.readouterr().err
 
 
 def test_what_does_not_train_compiled_is_trained_uncompiled(
