@@ -216,8 +216,8 @@ class TrainConfig:
         name = self.run_name
         if name is not None and (not name or Path(name).name != name or name.startswith(".")):
             raise ConfigError(
-                f"run_name: {name!r} is not a plain folder name; give a name without slashes and leading dots, or leave "
-                f"run_name out to have one generated"
+                f"run_name: {name!r} is not a plain folder name; give a name without slashes or a leading dot, or "
+                f"leave run_name out to get a generated one"
             )
         if not self.runs_dir:
             raise ConfigError("runs_dir is empty; give a folder, such as runs")
@@ -249,9 +249,9 @@ class TrainConfig:
                 raise ConfigError(f"{name}: {value} is not a finite number above 0")
         if rows % (self.processes * self.micro_batch_size):
             raise ConfigError(
-                f"batch: {rows} sequences per step ({self.batch.tokens} tokens / block_size {block}) are not a multiple "
-                f"of {self.processes} processes x micro_batch_size {self.micro_batch_size}; change batch.tokens or "
-                f"batch.micro_batch_size"
+                f"batch: {rows} sequences per step ({self.batch.tokens} tokens / block_size {block}) are not a "
+                f"multiple of {self.processes} processes x micro_batch_size {self.micro_batch_size}; "
+                f"change batch.tokens or batch.micro_batch_size"
             )
         not_negative = {
             "optimizer.final_learning_rate": self.optimizer.final_learning_rate,
@@ -279,13 +279,13 @@ class TrainConfig:
             raise ConfigError(f"optimizer.decay_fraction: {self.optimizer.decay_fraction} is not in [0, 1]")
         if self.checkpoint.keep < 2:
             raise ConfigError(
-                f"checkpoint.keep: {self.checkpoint.keep} is less than 2; expected 2 or more, so that a resume can fall "
-                f"back on an older checkpoint if the newest is damaged"
+                f"checkpoint.keep: {self.checkpoint.keep} is less than 2; expected 2 or more, so that a resume can "
+                f"use an older checkpoint if the newest is damaged"
             )
         if self.eval.patience and not self.eval.every:
             raise ConfigError(
-                f"eval.patience: {self.eval.patience} needs regular validations, but eval.every is 0; set eval.every to "
-                f"1 or more, or eval.patience to 0"
+                f"eval.patience: {self.eval.patience} needs regular validations, but eval.every is 0; set eval.every "
+                f"to 1 or more, or eval.patience to 0"
             )
         if self.trainer.threads is not None and self.trainer.threads < 1:
             raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive; expected 1 or more")

@@ -1,1 +1,1 @@
-"""What a run will cost."""
+"""Memory, time and hardware estimates of a training run."""
