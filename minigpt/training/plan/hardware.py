@@ -76,9 +76,9 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 @cache
 def measured_peak(dtype: torch.dtype, threads: int) -> float:
-    """Peak FLOP/s of this CPU: the best rate over square matrix products of several sizes, in about a tenth of a second.
+    """Measure the peak FLOP/s of this CPU: the best rate of square matrix products of several sizes.
 
-    Sizes grow until a product takes more than GROW_UNTIL: on a CPU without units for the dtype, large ones take
+    Takes about a tenth of a second. Sizes grow until a product takes more than GROW_UNTIL: on a CPU without units for the dtype, large ones take
     seconds.
 
     Args:
