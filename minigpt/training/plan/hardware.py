@@ -78,8 +78,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
 def measured_peak(dtype: torch.dtype, threads: int) -> float:
     """Measure the peak FLOP/s of this CPU: the best rate of square matrix products of several sizes.
 
-    Takes about a tenth of a second. Sizes grow until a product takes more than GROW_UNTIL: on a CPU without units for the dtype, large ones take
-    seconds.
+    Takes about a tenth of a second. Sizes grow until a product takes longer than GROW_UNTIL: on a CPU without units for
+    the dtype, large products take seconds.
 
     Args:
         dtype: dtype of both factors.

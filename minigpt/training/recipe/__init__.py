@@ -1,1 +1,1 @@
-"""What a step computes, on one process or many."""
+"""Computation of a training step: loss, optimizer, schedule, weight averaging, parallelism."""
