@@ -1,8 +1,8 @@
 """`--minutes`: a short probe measures the run, and sets its number of steps once.
 
-The probe is the run itself: the same job, by the same way into the same number of processes, in a folder that is
-thrown away. It runs twice. The first time fills the compiler's cache and tells roughly what a step takes; the second
-finds what the real run will find, so what happens once (processes, model, compilation from the cache) costs the same.
+The probe trains the same job with the same number of processes in a temporary folder. It runs twice. The first probe
+fills the compiler's cache and gives a rough time per step. The second starts under the conditions of the real run, so
+that its start-up time (processes, model, compilation from the cache) is the same.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ from minigpt.training.run.job import Job
 from minigpt.training.run.metrics import read_metrics
 from minigpt.training.run.standing import Standing
 
-FIRST_STEPS = 3  # of the first probe: one that compiles, and two to learn from
-MOST_STEPS = 400  # of the second
-ALLOWANCE = 20.0  # seconds for the second probe, or SHARE of the budget where that is less
+FIRST_STEPS = 3  # steps of the first probe: the first one compiles, the other two are timed
+MOST_STEPS = 400  # maximum steps of the second probe
+ALLOWANCE = 20.0  # seconds for the second probe, or SHARE of the budget if that is less
 SHARE = 0.05
-# Seconds: compiling takes a minute or more on a CPU, a quarter of one on a GPU, and a run must last five times as long.
+# Runs shorter than this (seconds) are not compiled: compiling takes a minute or more on a CPU and a quarter of a minute
+# on a GPU, and a run must last several times as long (see WORTH) to benefit.
 SHORT, SHORT_ON_GPU = 300.0, 60.0
-LEAST_UTILISATION = 0.3  # of the peak of matrix products, that training on a CPU reaches
-COMPARED, COMPARED_ON_GPU = 5.0, 1.0  # seconds for each of the two probes that compare
-WORTH = 5.0  # times the cost of compiling that a run must last to be compiled
+LEAST_UTILISATION = 0.3  # fraction of the peak of matrix products that training on a CPU reaches
+COMPARED, COMPARED_ON_GPU = 5.0, 1.0  # seconds for each of the two probes that compare compiled and eager steps
+WORTH = 5.0  # a run is compiled only if it lasts at least this many times the compilation time
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a job's parts, as a probe found them."""
+    """Seconds of each part of a job, measured by a probe."""
 
     step: float
-    """One step."""
+    """One optimizer step."""
     start: float
-    """All that happens once, with compilation from the cache."""
+    """Start-up, with compilation from the cache."""
     cold_start: float
-    """All that happens once, with compilation where nothing is cached."""
+    """Start-up, with compilation from scratch."""
     validation: float
     """One validation."""
     save: float
@@ -60,13 +61,13 @@ class Timing:
 def measure(
     job: Job, probe: Callable[[Job], None], *, compile: bool | None = None, allowance: float = ALLOWANCE
 ) -> Timing:
-    """Time a job in small.
+    """Measure the times of a job with two short probes.
 
     Args:
-        job: what is to be trained; its folder must be there.
-        probe: trains a job to its end, in as many processes as the real one.
-        compile: whether the step is compiled; None: as the config says.
-        allowance: about how many seconds the second probe may take, beside what happens once.
+        job: the job to time; its folder must exist.
+        probe: trains a job to its end, in as many processes as the real run.
+        compile: whether to compile the step; None: as in the config.
+        allowance: about how many seconds the second probe may take, without its start-up.
     """
     config = job.config
     if compile is not None:
@@ -82,7 +83,7 @@ def measure(
     steps = max(FIRST_STEPS, min(MOST_STEPS, int(allowance / 2 / step)))
     tokens, part = 1, 1.0
     if windows is not None:
-        forward = step / 3 * windows.tokens / config.batch.tokens  # seconds, about
+        forward = step / 3 * windows.tokens / config.batch.tokens  # approximate seconds of a whole validation
         tokens = max(config.model.block_size, int(windows.tokens * min(1.0, allowance / 4 / forward)))
         part = validation_windows(corpus.val, config.model.block_size, tokens).tokens / windows.tokens
     rows = max(1, min(config.trainer.log_every_n_steps, steps // 8))
@@ -94,7 +95,11 @@ def measure(
 def _probe(
     job: Job, probe: Callable[[Job], None], config: TrainConfig, steps: int, rows: int, tokens: int
 ) -> tuple[float, float, dict[str, float]]:
-    """Train a few steps, validate, save and sample once: seconds of what happens once, of a step, of each of those."""
+    """Train a few steps, then validate, save and sample once.
+
+    Returns:
+        Seconds of start-up, seconds of one step, and seconds of "validation", "save" and "sample".
+    """
     folder = job.run / ".probe"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -121,9 +126,9 @@ def _probe(
 
 
 def times_due(steps: int, *every: int) -> int:
-    """At how many of the steps 1 to `steps` something happens that is due at the last and at multiples of any `every`.
+    """Count the steps from 1 to `steps` that are the last step or a multiple of one of `every` (0: no multiples).
 
-    A 0 among `every` has no multiples; see each_step.due.
+    Counts the steps for which each_step.due is true.
     """
     intervals = [interval for interval in every if interval > 0]
     if not intervals or not steps:
@@ -134,40 +139,41 @@ def times_due(steps: int, *every: int) -> int:
 
 
 def seconds_of(config: TrainConfig, timing: Timing, steps: int) -> float:
-    """How long a run of so many steps takes from its start to its end."""
+    """Seconds that a run of `steps` steps takes from start to end."""
     return (
         timing.start
         + steps * timing.step
         + times_due(steps, config.eval.every) * timing.validation
-        + times_due(steps, config.checkpoint.every, config.eval.every) * timing.save  # each may be the best so far
+        + times_due(steps, config.checkpoint.every, config.eval.every)
+        * timing.save  # each validation may be a new best
         + times_due(steps, config.sample.every) * timing.sample
     )
 
 
 def steps_within(config: TrainConfig, timing: Timing, seconds: float) -> int:
-    """The most steps whose run ends within so many seconds; 0 where not even one does."""
+    """The largest number of steps whose run ends within `seconds`; 0 if not even one step fits."""
     most = max(0, int(seconds / timing.step)) + 1
     return bisect_right(range(1, most + 1), seconds, key=lambda steps: seconds_of(config, timing, steps))
 
 
 def compilation_pays(plain: Timing, compiled: Timing, steps: int) -> bool:
-    """Whether a run of so many steps should be compiled: it gets shorter, and lasts five times what compiling costs.
+    """Whether to compile a run: it must save more time than compilation costs and last WORTH times as long.
 
     Args:
-        plain: measure(..., compile=False).
-        compiled: measure(..., compile=True).
-        steps: of the run.
+        plain: result of measure(..., compile=False).
+        compiled: result of measure(..., compile=True).
+        steps: number of steps of the run.
     """
     cost = max(0.0, compiled.cold_start - plain.cold_start)
     return steps * (plain.step - compiled.step) > cost and steps * plain.step > WORTH * cost
 
 
 def decide_compilation(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
-    """The job's config with trainer.compile decided; says why.
+    """Return the job's config with trainer.compile set, and print the reason.
 
-    A run that is too short for it is not compiled, without asking further; of a longer one a probe measures what
-    compiling costs and saves. How long a run takes follows from its FLOPs on a CPU. On a GPU, where launching a small
-    model's kernels takes longer than computing them, a short probe tells.
+    A short run is not compiled. For a longer run, probes measure what compilation costs and saves. On a CPU the length
+    of the run is estimated from its FLOPs. On a GPU a short probe measures it, since launching a small model's kernels
+    takes longer than computing them.
     """
     config = job.config
     trainer = config.trainer
@@ -182,27 +188,27 @@ def decide_compilation(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
         flops = cost_of(config.model).training_flops * config.batch.tokens / config.processes
         most = trainer.max_steps * flops / (peak_flops(torch.device("cpu"), "32-true") * LEAST_UTILISATION)
     if most < (SHORT_ON_GPU if on_gpu else SHORT):
-        compiled, why = False, f"a run of at most {most:.0f} s is too short for it"
+        compiled, why = False, f"a run of at most {most:.0f} s is too short to benefit"
     else:
         allowance = COMPARED_ON_GPU if on_gpu else COMPARED
         plain = plain or measure(job, probe, compile=False, allowance=allowance)
         try:
             quick = measure(job, probe, compile=True, allowance=allowance)
-        except MinigptError as error:  # what works uncompiled is trained uncompiled
+        except MinigptError as error:  # the eager step works: train without compilation
             if error.exit_code not in (NotLearning.exit_code, MemoryExceeded.exit_code):
                 raise
-            compiled, why = False, f"compiled, it does not train ({error})"
+            compiled, why = False, f"the compiled step does not train ({error})"
         else:
             steps = int(most / plain.step) if config.minutes is not None else trainer.max_steps
             compiled = compilation_pays(plain, quick, steps)
             cold = max(0.0, quick.cold_start - plain.cold_start)
-            why = f"a step takes {quick.step:.3g} s compiled and {plain.step:.3g} s as it is, compiling {cold:.0f} s"
+            why = f"a step takes {quick.step:.3g} s compiled, {plain.step:.3g} s eager; compilation takes {cold:.0f} s"
     notice(f"{'compiled' if compiled else 'not compiled'}: {why}")
     return replace(config, trainer=replace(trainer, compile=compiled))
 
 
 def plan(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
-    """The config of a new job with what only a probe can tell: trainer.compile, and the steps that fill its minutes."""
+    """Return the config of a new job with what a probe decides: trainer.compile, and trainer.max_steps from minutes."""
     began = time.monotonic()
     config = job.config
     if config.trainer.compile is None:
@@ -213,15 +219,17 @@ def plan(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
 
 
 def plan_steps(job: Job, probe: Callable[[Job], None], spent_before: float = 0.0) -> TrainConfig:
-    """The job's config with the max_steps that fill its minutes, the probe's own time included; says how it came about.
+    """Return the job's config with the max_steps that fit its minutes, and print how they were derived.
+
+    The time of the probe counts as part of the budget.
 
     Args:
-        job: whose minutes.
-        probe: as in measure.
-        spent_before: seconds of the budget that are gone.
+        job: a job with config.minutes set.
+        probe: see measure.
+        spent_before: seconds of the budget already spent.
 
     Raises:
-        ConfigError: the minutes do not suffice for one step.
+        ConfigError: the budget is too short for one step.
     """
     config, began = job.config, time.monotonic() - spent_before
     assert config.minutes is not None
@@ -232,8 +240,9 @@ def plan_steps(job: Job, probe: Callable[[Job], None], spent_before: float = 0.0
     if not steps:
         needed = spent + seconds_of(config, timing, 1)
         raise ConfigError(
-            f"minutes: {config.minutes:g} leave no time for a step: the probe took {spent:.0f} s, start, one step and "
-            f"what is due at the end take {needed - spent:.0f} s; give at least {math.ceil(needed / 6) / 10:g}"
+            f"minutes: {config.minutes:g} is too short for one step: the probe took {spent:.0f} s, and start-up, one "
+            f"step and the work after the last step take {needed - spent:.0f} s; give at least "
+            f"{math.ceil(needed / 6) / 10:g}"
         )
     parts = [f"probe {spent:.0f} s", f"start {timing.start:.1f} s"]
     for count, what in (
@@ -248,7 +257,7 @@ def plan_steps(job: Job, probe: Callable[[Job], None], spent_before: float = 0.0
 
 
 def report(job: Job) -> None:
-    """At the end of a run that was given minutes: what was planned, and what it took."""
+    """Print the planned and the actual time of a finished run; nothing if the run had no time budget."""
     rows = read_metrics(job.run / "metrics.jsonl")
     if job.config.minutes is None or not rows:
         return

@@ -86,7 +86,7 @@ class TrainerConfig:
     gradient_clip_val: float = 1.0
     """Maximum norm of the gradient of all parameters together; 0 turns clipping off."""
     log_every_n_steps: int = 10
-    """Steps between two rows of metrics."""
+    """Steps between two rows of metrics.jsonl."""
     compile: bool | None = None
     """Compile the training step with torch.compile: slower start, faster steps. None: only if the run is long enough
     to gain from it.
@@ -226,7 +226,7 @@ class TrainConfig:
         self.data.check()
         for name in ("devices", "num_nodes"):
             if getattr(self.trainer, name) < 1:
-                raise ConfigError(f"trainer.{name}: {getattr(self.trainer, name)} is not positive")
+                raise ConfigError(f"trainer.{name}: {getattr(self.trainer, name)} is not positive; expected 1 or more")
         block, rows = self.model.block_size, self.batch_size
         if self.batch.tokens < block or self.batch.tokens % block:
             near = max(1, round(self.batch.tokens / block)) * block
@@ -248,7 +248,7 @@ class TrainConfig:
         }
         for name, value in positive.items():
             if not 0 < value < float("inf"):
-                raise ConfigError(f"{name}: {value} is not positive")
+                raise ConfigError(f"{name}: {value} is not a finite number above 0")
         if rows % (self.processes * self.micro_batch_size):
             raise ConfigError(
                 f"batch: {rows} rows per step ({self.batch.tokens} tokens / block_size {block}) do not divide among "
@@ -271,9 +271,9 @@ class TrainConfig:
         }
         for name, value in not_negative.items():
             if not 0 <= value < float("inf"):
-                raise ConfigError(f"{name}: {value} is negative or not finite")
+                raise ConfigError(f"{name}: {value} is negative or not finite; expected 0 or more")
         if self.seed >= 2**63:
-            raise ConfigError(f"seed: {self.seed} is not below 2**63")
+            raise ConfigError(f"seed: {self.seed} is not below 2**63; expected 0 to 2**63 - 1")
         for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self.optimizer, name) < 1:
                 raise ConfigError(f"optimizer.{name}: {getattr(self.optimizer, name)} is not in [0, 1)")
@@ -290,7 +290,7 @@ class TrainConfig:
                 f"more"
             )
         if self.trainer.threads is not None and self.trainer.threads < 1:
-            raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive")
+            raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive; expected 1 or more")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

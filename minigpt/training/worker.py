@@ -13,11 +13,11 @@ from minigpt.training.run.job import Job
 
 
 def main(job: str) -> int:
-    """Train the settled job (JSON). Returns the exit code; says why it is not 0."""
+    """Train the resolved job (JSON). Returns the exit code and prints the reason if it is not 0."""
     try:
         fit(Job.from_dict(json.loads(job)))
     except Interrupted as error:
-        return error.exit_code  # the launcher says it, once for all
+        return error.exit_code  # the launcher prints the message once for all processes
     except MinigptError as error:
         notice(f"process {os.environ.get('RANK')}: {error}")
         return error.exit_code

@@ -283,14 +283,14 @@ def test_rows_past_the_checkpoint_move_aside(tmp_path: Path, monkeypatch: pytest
         ({"batch__micro_batch_size": 0}, r"batch\.micro_batch_size: 0 is not positive"),
         ({"eval__patience": 2, "eval__every": 0}, r"eval\.patience: 2 counts validations, but eval\.every is 0"),
         ({"checkpoint__keep": 1}, r"checkpoint\.keep: 1 is less than 2"),
-        ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate: 0\.0 is not positive"),
+        ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate: 0\.0 is not a finite number above 0"),
         ({"seed": 10**30}, r"seed: 1000000000000000000000000000000 is not below 2\*\*63"),
         ({"trainer__devices": 0}, r"trainer\.devices: 0 is not positive"),
         ({"trainer__accelerator": "mps"}, r"trainer\.accelerator: mps, but torch sees none here"),
         ({"optimizer__beta2": 1.0}, r"optimizer\.beta2: 1\.0 is not in \[0, 1\)"),
         ({"name": "../escape"}, r"run_name: '\.\./escape' is not a plain folder name"),
         ({"model__vocab_size": 100}, r"model\.vocab_size: 100 is less than the tokenizer's 257"),
-        ({"trainer__num_nodes": 2}, r"trainer\.num_nodes: 2 machines are started by torchrun"),
+        ({"trainer__num_nodes": 2}, r"trainer\.num_nodes: 2 machines need torchrun"),
     ],
 )
 def test_settings_that_cannot_be_trained_with_are_named(changes: dict, message: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 T = 1e12
 GIB = 2**30
-GROW_UNTIL = 0.01  # seconds that one product may take before no larger one is tried
+GROW_UNTIL = 0.01  # seconds of one product, after which measured_peak tries no larger size
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Accelerator:
 
     name: str
     pattern: str
-    """Finds it in the name that torch gives a device."""
+    """Regular expression that matches torch's name of the device."""
     bf16: float | None
-    """bfloat16 matrix units with float32 sums; None where there are none."""
+    """Rate of bfloat16 matrix units with float32 accumulation; None if the device has none."""
     fp32: float
-    """float32 outside the matrix units, which is what 32-true computes in."""
+    """Rate of float32 outside the matrix units, which 32-true uses."""
     memory: float
-    """Bytes. Where a device comes in several sizes, the largest."""
+    """Bytes of device memory; of the largest variant if there are several."""
 
     def peak(self, precision: str) -> float | None:
         """FLOPs per second in a trainer.precision; None where the device has no such units."""
@@ -55,7 +55,7 @@ ACCELERATORS = (
 
 
 def accelerator_named(device_name: str) -> Accelerator | None:
-    """The entry for what torch.cuda.get_device_name says; None for a device that the table lacks."""
+    """Look up a device by its name from torch.cuda.get_device_name; None if the table has no entry."""
     return next((entry for entry in ACCELERATORS if re.search(entry.pattern, device_name)), None)
 
 
@@ -63,7 +63,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """FLOPs per second that matrix products reach at best: measured on a CPU, from the table on a GPU, nan if unknown.
 
     Args:
-        device: where training happens.
+        device: the device to train on.
         precision: trainer.precision, "32-true" or "bf16-mixed".
     """
     if device.type == "cpu":
@@ -78,11 +78,12 @@ def peak_flops(device: torch.device, precision: str) -> float:
 def measured_peak(dtype: torch.dtype, threads: int) -> float:
     """FLOPs per second of the fastest of a few square matrix products on this CPU; takes about a tenth of a second.
 
-    The sizes grow while a product takes no time worth speaking of: without units for a dtype, large ones take seconds.
+    Takes about a tenth of a second. Sizes grow until a product takes longer than GROW_UNTIL: on a CPU without units for
+    the dtype, large products take seconds.
 
     Args:
-        dtype: of both factors.
-        threads: as many as torch uses now; measured once for each number.
+        dtype: dtype of both factors.
+        threads: torch's current number of threads; the result is cached per number.
     """
     best = 0.0
     for size in (64, 128, 256, 512, 1024):
@@ -95,12 +96,13 @@ def measured_peak(dtype: torch.dtype, threads: int) -> float:
 
 @cache
 def bfloat16_gain(threads: int) -> float:
-    """How many times as fast as in float32 a matrix product is in bfloat16 on this CPU.
+    """Speed of a bfloat16 matrix product on this CPU, as a multiple of the float32 speed.
 
-    Both take turns, and the fastest of each counts: what else the machine does for a moment must not decide.
+    The measurement alternates between both dtypes and takes the fastest time of each, so that other load on the machine
+    does not decide the result.
 
     Args:
-        threads: as many as torch uses now; measured once for each number.
+        threads: torch's current number of threads; the result is cached per number.
     """
     rounds = [(_product(torch.float32, 256), _product(torch.bfloat16, 256)) for _ in range(8)]
     wide, narrow = (min(seconds) for seconds in zip(*rounds, strict=True))
@@ -117,7 +119,7 @@ def _product(dtype: torch.dtype, size: int) -> float:
 
 
 def machine_memory() -> int | None:
-    """Bytes of memory this machine has for programs, or fewer where a container is given fewer; None if unknown."""
+    """Bytes of physical memory, or the container's (cgroup) limit if that is lower; None if unknown."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -131,10 +133,10 @@ def machine_memory() -> int | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes, at most so far: of tensors on this GPU, or of this process in the machine's memory; None if unknown."""
+    """Peak memory so far in bytes: of tensors on a GPU, else resident memory of this process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # getrusage would also count the process that started this one
+    try:  # preferred to getrusage, which also counts the parent process
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, ValueError, IndexError):

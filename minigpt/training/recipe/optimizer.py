@@ -18,19 +18,19 @@ EMBEDDINGS = ("trunk.embed.", "trunk.bigram.", "trunk.trigram.")
 
 
 def make_optimizer(model: GPT, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> MuonAdamW:
-    """Muon for the matrices inside blocks where the config says so, AdamW for the rest.
+    """Create the optimizer: Muon for the matrices inside blocks if config.name is "muon", AdamW for all else.
 
-    Decay is for matrices and embeddings, the same part a step for all of them; norms and biases have none. A group's
-    "scale" is its learning rate in units of optimizer.learning_rate, which the schedule moves.
+    Matrices and embeddings have weight decay, at the same rate per step for all groups; norms and biases have none.
+    A group's "scale" is the ratio of its learning rate to optimizer.learning_rate, which follows the schedule.
 
     Args:
-        model: whose parameters.
-        config: learning rates, decay, momenta.
-        dtype: what Muon's Newton-Schulz iterations are computed in.
+        model: the model to optimize.
+        config: learning rates, weight decay and momenta.
+        dtype: dtype of Muon's Newton-Schulz iterations.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     muon = [(n, p) for n, p in named if config.name == "muon" and ".blocks." in n and p.dim() == 2]
-    large = model.config.zero_init and not model.config.tie_embeddings  # their entries are about 1, not 0.02
+    large = model.config.zero_init and not model.config.tie_embeddings  # standard deviation about 1, not 0.02
     embeddings = [(n, p) for n, p in named if large and n.startswith(EMBEDDINGS)]
     taken = {name for name, _ in muon + embeddings}
     rest = [parameter for name, parameter in named if name not in taken]
@@ -52,7 +52,7 @@ def make_optimizer(model: GPT, config: OptimizerConfig, dtype: torch.dtype = tor
 
 
 def _splits(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[int, ...]]:
-    """The rows of the matrices that each parameter holds: queries, keys and values are three in one."""
+    """Row counts of the matrices stacked in each parameter: a qkv weight holds three, other parameters one."""
     three_in_one = {
         module.qkv.weight: tuple(count * module.head_dim for count in (module.n_head, *[module.n_kv_head] * 2))
         for module in model.modules()
@@ -62,7 +62,7 @@ def _splits(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[int,
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as "<key>/<parameter name>" -> tensor: independent of parameter order and groups."""
+    """Optimizer state as a dict "<key>/<parameter name>" -> tensor, independent of parameter order and groups."""
     return {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -72,12 +72,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what optimizer_tensors gave. Raises CheckpointError for a name or shape that does not fit."""
+    """Load the result of optimizer_tensors. Raises CheckpointError if a name or shape does not match the model."""
     parameters = dict(model.named_parameters())
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition("/")
         parameter = parameters.get(name)
         if parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
-            raise CheckpointError(f"training_state.safetensors: {full_name} fits no parameter of this model")
+            raise CheckpointError(f"training_state.safetensors: {full_name} matches no parameter of this model")
         laid_out = like(tensor, parameter) if tensor.dim() else tensor.to(parameter.device)
         optimizer.state[parameter][key] = laid_out.clone()

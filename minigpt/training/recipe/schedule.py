@@ -8,11 +8,11 @@ from minigpt.training.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """The learning rate of step `step` (0 is the first of `max_steps`).
+    """Learning rate of step `step` (0 is the first of `max_steps` steps).
 
-    It rises linearly over warmup_steps, to the peak at step warmup_steps. Then, with p the part of the rest that has
-    passed (0 to 1 at max_steps): cosine falls to the final rate as (1 + cos(pi p)) / 2; wsd stays, and falls linearly
-    over the last decay_fraction of all steps (Hu et al. 2024, arXiv 2404.06395); constant stays.
+    Warm-up: rises linearly and reaches the peak at step warmup_steps. After warm-up, with p from 0 (end of warm-up) to
+    1 (max_steps): "cosine" decays from peak to final rate as (1 + cos(pi p)) / 2. "wsd" stays at the peak and decays
+    linearly over the last decay_fraction of all steps (Hu et al. 2024, arXiv 2404.06395). "constant" stays at the peak.
     """
     peak, final = config.learning_rate, config.final_learning_rate
     if step < config.warmup_steps:

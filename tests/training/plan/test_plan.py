@@ -157,7 +157,7 @@ def test_a_plan_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(seconds) == 1 + len(ACCELERATORS)
     said = "\n".join(figures["verdicts"])
     assert "does not fit this machine's memory" in said
-    line = f"the corpus would be seen {64000 / len(corpus.train):.3g} times: expect overfitting"
+    line = f"{64000 / len(corpus.train):.3g} epochs over the corpus: expect overfitting"
     assert f"{line}; give --model.dropout 0.1 and --eval.patience 5" in said
     assert all(line in show(figures) for line in figures["verdicts"])
 
@@ -170,7 +170,7 @@ def test_verdicts_are_given_only_where_they_hold(tmp_path: Path) -> None:
     assert [line.partition(" this machine")[0] for line in said if "memory" in line] == ["fits"]
     assert not [line for line in said if "overfitting" in line]
     said = make_plan(tiny_run(tmp_path, **{**tame, "trainer__max_steps": 500}), measure=False)["verdicts"]
-    assert f"the corpus would be seen {64000 / len(corpus.train):.3g} times: expect overfitting" in said
+    assert f"{64000 / len(corpus.train):.3g} epochs over the corpus: expect overfitting" in said
 
 
 def test_a_measurement_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_measurement_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(1), expected)
     figures = make_plan(config)
     assert figures["devices"][0]["how"] == "measured"
-    with pytest.raises(ConfigError, match="--utilisation 0: expected a share"):
+    with pytest.raises(ConfigError, match="--utilisation 0: expected a fraction"):
         make_plan(config, utilisation=0)
 
 
