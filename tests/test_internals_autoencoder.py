@@ -118,7 +118,7 @@ def test_a_perfect_autoencoder_loses_nothing_and_an_empty_one_everything(preset:
     assert told["explained variance"] == pytest.approx(1, abs=1e-6)
     assert told["loss recovered"] == pytest.approx(1, abs=1e-5)
     assert told["KL recovered"] == pytest.approx(1, abs=1e-5)
-    assert told["features a token (L0)"] == pytest.approx(32)
+    assert told["features per token (L0)"] == pytest.approx(32)
     expected = sum(float(study.losses(part).sum()) for part in TEXT.split(24)) / (500 - 21)
     assert told["loss clean"] == pytest.approx(expected, rel=1e-5)
     assert float(density.values.sum()) == pytest.approx(32)
@@ -127,7 +127,7 @@ def test_a_perfect_autoencoder_loses_nothing_and_an_empty_one_everything(preset:
     figures, _ = study.judge_autoencoder(empty, text=TEXT)
     told = dict(zip(figures.axes[0].labels, figures.values, strict=True))
     assert told["loss recovered"] == pytest.approx(0, abs=1e-6) and told["KL recovered"] == pytest.approx(0, abs=1e-6)
-    assert told["dead features"] == 1 and told["features a token (L0)"] == 0
+    assert told["dead features"] == 1 and told["features per token (L0)"] == 0
 
 
 def test_as_an_edit_it_replaces_the_activation_or_only_what_is_changed() -> None:

@@ -1,1 +1,1 @@
-"""How a model came about: over its context, over its training, between models."""
+"""Dynamics: how a model's behaviour and internals change over the context, over training and between models."""

@@ -1,1 +1,1 @@
-"""Directions in activations."""
+"""Features: neurons, probes, steering vectors and sparse autoencoders."""
