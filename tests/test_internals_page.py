@@ -157,7 +157,7 @@ def test_a_lens_made_for_the_model_is_shown_and_another_models_is_not(
     assert not np.allclose(found[0], plain[0], rtol=0.01)
     Translators("tuned", ahead, shift, "another").save(saved_lens(study, "tuned"))
     assert list(study.report(TEXT).data["lens"]["kinds"]) == ["logit"]
-    assert "the tuned lens is left out" in capsys.readouterr().err
+    assert "tuned lens skipped" in capsys.readouterr().err
 
 
 def test_the_docs_name_every_key_of_the_data(run: Path) -> None:
@@ -445,7 +445,7 @@ def test_hovering_a_token_tells_what_was_expected_there(page: Page, run: Path) -
     assert f"{losses[3]:.2f} nats" in text_of(page, "#text .panel")
     assert page.value("document.querySelectorAll('#text .panel .bars li').length") == 10
     page.hover("#text .t:nth-child(1)")
-    assert "Nothing stands before it" in text_of(page, "#text .panel")
+    assert "The first token is not predicted" in text_of(page, "#text .panel")
 
 
 @needs_chromium
@@ -513,7 +513,7 @@ def test_the_bars_add_up_to_the_logit_that_is_told(browser: Browser, tmp_path: P
         )
         total = float(text_of(page, ".sum b").replace("\u2212", "-"))
         assert sum(map(float, shown)) == pytest.approx(total, abs=0.005 * len(shown) + 0.001)
-    assert "unexplained" in text_of(page, ".sum")
+    assert "remainder" in text_of(page, ".sum")
 
 
 @needs_chromium
@@ -540,7 +540,7 @@ def test_sliders_recompute_the_distribution(page: Page, run: Path) -> None:
 @needs_chromium
 def test_curves_show_the_run_and_name_the_point_under_the_pointer(page: Page) -> None:
     titles = page.value("[...document.querySelectorAll('figcaption')].map((c) => c.firstChild.textContent)")
-    assert titles == ["Loss, nats a token", "Induction", "Loss without the head, nats"]
+    assert titles == ["Loss, nats/token", "Induction", "Ablation, nats"]
     page.hover("#training svg", dx=-131, dy=-70)
     assert "training 4 at step 1" in text_of(page, "#training figcaption")
     assert "0.75" in text_of(page, "#training figure:nth-of-type(2) figcaption")

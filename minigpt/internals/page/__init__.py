@@ -1,1 +1,1 @@
-"""One page about one text."""
+"""The HTML report about one text."""
