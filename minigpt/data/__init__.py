@@ -1,1 +1,1 @@
-"""Text sources -> documents -> token shards -> batches, the batch number alone deciding what is in a batch."""
+"""Data pipeline: text sources -> documents -> token shards -> batches that depend only on seed and batch number."""

@@ -1,4 +1,4 @@
-"""What a corpus is made of and how it is prepared, as declared on the command line and in YAML files."""
+"""Configuration of the corpus: its text, cleaning and split, as set on the command line and in YAML files."""
 
 from __future__ import annotations
 
@@ -10,49 +10,51 @@ from minigpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """What happens to text before it is tokenized; by default nothing at all."""
+    """Cleaning of the text before tokenization; off by default."""
 
     normalize: Literal["none", "NFC", "NFKC"] = "none"
-    """Unicode normalisation form; none keeps the characters as they are."""
+    """Unicode normalization form; none leaves the text unchanged."""
     strip_html: bool = False
-    """Keep the text of HTML and drop its tags, scripts and styles; block elements begin a new line."""
+    """Remove HTML tags, scripts and styles and keep the text; block elements start a new line."""
     lowercase: bool = False
-    """Turn every letter into its lower-case form."""
+    """Convert the text to lower case."""
     strip_control: bool = False
-    """Drop control characters, carriage returns among them; line feeds and tabs stay."""
+    """Remove control characters, including carriage returns; line feeds and tabs are kept."""
     min_length: int = 0
-    """Drop documents shorter than this many characters after cleaning."""
+    """Drop documents with fewer characters than this after cleaning."""
     dedupe: bool = False
-    """Keep only the first of documents that are equal to the last character after cleaning."""
+    """Drop exact duplicates of earlier documents, compared after cleaning."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text a model is trained on and how it becomes training and validation tokens."""
+    """The text that a model is trained on, and how it is split into training and validation tokens."""
 
     source: str = "pydocs"
-    """A name in data/corpora.yaml, a file, a folder, a glob, or - for standard input; .jsonl, .gz and .zst are read."""
+    """Text to train on: a name in data/corpora.yaml, a file, folder or glob pattern, or - for standard input. Formats:
+    plain text and .jsonl, also as .gz or .zst."""
     file: str | None = None
-    """A local copy of a named corpus, used instead of a download and checked by the same sha256."""
+    """Local copy of a named corpus, used instead of downloading it; its sha256 is checked."""
     field: str = "text"
-    """.jsonl only: the field of each line's object that holds the document."""
+    """Field of each .jsonl object that holds the document."""
     folder: str = "data"
-    """Where prepared corpora are kept: in FOLDER/NAME/."""
+    """Folder for prepared corpora, saved as FOLDER/NAME/."""
     val_fraction: float = 0.1
-    """Share held out for validation, from 0 to below 1: every tenth document, or the last tenth of the characters where
-    documents are too few for that."""
+    """Fraction of the text for validation, 0 to below 1: whole documents, evenly spaced; if there are too few, the end
+    of each document."""
     order: Literal["shuffled", "random"] = "shuffled"
-    """shuffled: every window once an epoch, in a new order each time; random: windows drawn anywhere, as in nanoGPT."""
+    """Order of the training windows. shuffled: each window once per epoch, reshuffled every epoch; random: windows at
+    random positions, with replacement (as in nanoGPT)."""
     clean: CleanConfig = CleanConfig()
-    """What happens to text before it is tokenized."""
+    """Cleaning of the text before tokenization."""
 
     def check(self) -> None:
-        """Raise ConfigError, naming the field, for what no corpus can be made with.
+        """Raise ConfigError, naming the field, for invalid values.
 
-        An empty path is what a shell makes of a variable that is not set; to pathlib it is the current folder.
+        An empty path is an error, because an unset shell variable gives one and pathlib takes it as the current folder.
         """
         for name, expected in (
-            ("source", "a name, a file, a folder, a pattern, or - for standard input"),
+            ("source", "a corpus name, file, folder, glob pattern, or - for standard input"),
             ("file", "a file, or leave it out"),
             ("folder", "a folder, such as data"),
         ):
@@ -60,5 +62,5 @@ class DataConfig:
                 raise ConfigError(f"data.{name} is empty; give {expected}")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(
-                f"data.val_fraction is {self.val_fraction}; expected a share from 0 to below 1, such as 0.1"
+                f"data.val_fraction is {self.val_fraction}; expected a fraction from 0 to below 1, such as 0.1"
             )
