@@ -130,7 +130,7 @@ def test_only_what_fits_is_shown_and_told(capsys: pytest.CaptureFixture[str]) ->
     assert len(report(study, TEXT, most=3).data["tokens"]) == 3
     assert "loss" not in report(study, "A").data
     assert re.fullmatch(r"<?\d+>?", report(Study.of(study.model), random_ids(1, 2)).data["tokens"][0]["s"])
-    with pytest.raises(DataError, match="holds no tokens"):
+    with pytest.raises(DataError, match="has no tokens"):
         report(study, "")
     with pytest.raises(ConfigError, match="2 texts"):
         report(study, random_ids(2, 4))
