@@ -1,8 +1,8 @@
 """Step number -> batch. Batch s depends only on (seed, s, batch size), so no data order has to be saved.
 
-An epoch cuts the stream into windows of block_size tokens, beginning at an offset of its own, and visits each window
-once in an order of its own. The order is a keyed permutation that is computed, never stored: a Feistel network over the
-next power of two above the number of windows, applied again wherever it lands outside ("cycle walking").
+Each epoch cuts the stream into windows of block_size tokens, starting at a random offset, and visits each window once
+in random order. The order is a keyed permutation that is computed on the fly: a Feistel network over the next power of
+two above the number of windows, applied again to results outside the range ("cycle walking").
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ import torch
 from minigpt.data.stream import TokenStream
 from minigpt.errors import ConfigError, DataError
 
-# Rounds of the Feistel network: even, so that its halves end where they began. Four do for wide halves, but a corpus of
-# five windows has halves of two bits and one, which only after about fifteen go everywhere alike.
+# Rounds of the Feistel network: an even number, so that its halves end in their original places. Four are enough for
+# wide halves, but a corpus of five windows has halves of two bits and one bit, which need about fifteen to mix evenly.
 ROUNDS = 16
-AHEAD = 4096  # samples whose places are computed at once, which spreads numpy's cost per call over many steps
-_OFFSET = np.uint64(1 << 63)  # keeps an epoch's offset apart from its permutation keys
-IGNORED = -100  # target of padding, as torch.nn.functional.cross_entropy ignores it
+AHEAD = 4096  # samples computed at once, to amortize numpy's cost per call over many steps
+_OFFSET = np.uint64(1 << 63)  # separates the offset of an epoch from its permutation keys
+IGNORED = -100  # target of padding; the ignore_index of torch.nn.functional.cross_entropy
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit words that lets every bit reach every other (the finalizer of splitmix64)."""
+    """Mix the bits of 64-bit words bijectively (the finalizer of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _keys(seed: int, epochs: np.ndarray) -> np.ndarray:
-    """One 64-bit key an epoch: (n,) uint64."""
+    """One 64-bit key per epoch: (n,) uint64."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     start = _mix(np.array([seed % (1 << 64)], dtype=np.uint64) + golden)
     return _mix(start + (epochs.astype(np.uint64) + np.uint64(1)) * golden)
 
 
 def permute(x: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where each x goes under the permutation of 0 .. size-1 that its key selects.
+    """Apply keyed permutations of 0 .. size-1.
 
     Args:
         x: (n,) integers below `size`.
-        size: how many things are permuted.
-        keys: (n,) uint64; elements with the same key belong to the same permutation.
+        size: number of elements of the permutation.
+        keys: (n,) uint64; the key of each element selects its permutation.
 
     Returns:
         (n,) int64.
@@ -62,7 +62,7 @@ def permute(x: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 def _feistel(x: np.ndarray, left_bits: int, right_bits: int, keys: np.ndarray) -> np.ndarray:
     left, right = x >> np.uint64(right_bits), x & np.uint64((1 << right_bits) - 1)
     for number in range(ROUNDS):
-        # The halves swap sides, so with an odd number of bits they also swap widths.
+        # The halves swap places, so with an odd number of bits their widths swap too.
         word = _mix(keys + np.uint64(number * 0xD1342543DE82EF95 % (1 << 64)) + right)
         left, right = right, left ^ (word >> np.uint64(64 - left_bits))
         left_bits, right_bits = right_bits, left_bits
@@ -70,21 +70,21 @@ def _feistel(x: np.ndarray, left_bits: int, right_bits: int, keys: np.ndarray) -
 
 
 class Batches:
-    """The training batches of a stream, by number.
+    """The training batches of a stream, indexed by step.
 
     Args:
-        stream: the tokens.
-        block_size: T, tokens in a row.
-        batch_size: rows in a step, counted over all processes and micro-batches.
-        seed: of the order.
-        order: "shuffled" (every window once an epoch) or "random" (windows drawn anywhere, with replacement).
+        stream: training tokens.
+        block_size: T, tokens per row.
+        batch_size: rows per step, over all processes and micro-batches.
+        seed: seed of the order.
+        order: "shuffled" (each window once per epoch) or "random" (windows at random positions, with replacement).
 
     Raises:
-        DataError: the stream is shorter than one row and its last target.
-        ConfigError: a size or the order cannot be used.
+        DataError: the stream has fewer than block_size + 1 tokens.
+        ConfigError: invalid size or order.
 
     Attributes:
-        windows: rows in an epoch.
+        windows: rows per epoch.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class Batches:
     ) -> None:
         for name, value in (("block_size", block_size), ("batch_size", batch_size)):
             if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+                raise ConfigError(f"{name} is {value}; expected at least 1")
         if order not in ("shuffled", "random"):
-            raise ConfigError(f"data.order is {order!r}; choose shuffled or random")
+            raise ConfigError(f"data.order is {order!r}; expected shuffled or random")
         if len(stream) < block_size + 1:
             shorter = f" or a block_size of at most {len(stream) - 1}" if len(stream) > 1 else ""
             raise DataError(
@@ -103,13 +103,13 @@ class Batches:
             )
         self.stream, self.block_size, self.batch_size = stream, block_size, batch_size
         self.seed, self.order = seed, order
-        # Every offset must leave the same number of windows, or epochs would differ in length.
+        # Every offset must give the same number of windows, so that all epochs have the same length.
         self.windows = max(1, (len(stream) - block_size) // block_size)
         self._offsets = min(block_size, len(stream) - self.windows * block_size)
         self._computed: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.int64))
 
     def starts(self, step: int) -> np.ndarray:
-        """Where the rows of batch `step` begin in the stream: (batch_size,) int64."""
+        """Start positions of the rows of batch `step`: (batch_size,) int64."""
         if self.order == "random":
             words = np.random.Philox(key=np.array([self.seed % (1 << 64), step], dtype=np.uint64))
             return (words.random_raw(self.batch_size) % (len(self.stream) - self.block_size)).astype(np.int64)
@@ -121,16 +121,16 @@ class Batches:
         return starts[first - begin : first - begin + self.batch_size]
 
     def read(self, step: int, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of batch `step`: a process takes its slice of the batch, a micro-batch a slice of that.
+        """Read rows of batch `step`: the slice of a process or micro-batch.
 
         Returns:
-            ids and targets, (rows, T) int64 each; targets are the ids one place further on.
+            ids and targets, (rows, T) int64 each; targets are the ids shifted by one.
         """
         tokens = torch.from_numpy(self.stream.read(self.starts(step)[rows], self.block_size + 1))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def epoch(self, step: int) -> float:
-        """Epochs passed before batch `step`."""
+        """Number of epochs completed before batch `step`."""
         return step * self.batch_size / self.windows
 
     def _shuffled(self, first: int, count: int) -> np.ndarray:
@@ -141,20 +141,20 @@ class Batches:
 
 
 class ValidationWindows:
-    """Neighbouring windows of block_size tokens over a whole stream, in order; the last one may be shorter.
+    """Consecutive windows of block_size tokens over a whole stream; the last one may be shorter.
 
-    Unlimited, every token but the first is a target exactly once, those in `given` excepted. With a limit, windows
-    evenly spaced over the stream stand for it, the same ones every time.
+    Without a limit, every token except the first and those in `given` is a target exactly once. With a limit, a fixed
+    subset of evenly spaced windows is used.
     """
 
     def __init__(
         self, stream: TokenStream, block_size: int, limit_tokens: int | None = None, given: Sequence[int] = ()
     ) -> None:
         if block_size < 1:
-            raise ConfigError(f"block_size is {block_size}; it must be at least 1")
+            raise ConfigError(f"block_size is {block_size}; expected at least 1")
         if len(stream) < 2:
             raise DataError(
-                f"{stream.name} has {len(stream)} tokens, too few to predict one of them; raise --data.val_fraction, "
+                f"{stream.name} has {len(stream)} tokens, but evaluation needs at least 2; raise --data.val_fraction, "
                 "use a longer text, or switch validation off"
             )
         self.stream, self.block_size, self.given = stream, block_size, list(given)
@@ -167,15 +167,15 @@ class ValidationWindows:
 
     @property
     def tokens(self) -> int:
-        """Targets in all windows together."""
+        """Total number of targets in all windows."""
         return int(np.minimum(self.block_size, len(self.stream) - 1 - self._starts).sum())
 
     def read(self, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """A slice of the windows.
+        """Read a slice of the windows.
 
         Returns:
-            ids and targets, (rows, T) int64 each. Past the end of the stream ids are 0 and targets -100 (ignored), as
-            are targets that are given.
+            ids and targets, (rows, T) int64 each. Past the end of the stream, ids are 0 and targets -100 (ignored).
+            Targets in `given` are -100 too.
         """
         starts, block_size = self._starts[rows], self.block_size
         ids = np.zeros((len(starts), block_size), dtype=np.int64)
@@ -195,15 +195,15 @@ class ValidationWindows:
 def validation_windows(
     stream: TokenStream, block_size: int, limit_tokens: int | None = None, given: Sequence[int] = ()
 ) -> ValidationWindows:
-    """The windows a split is evaluated on.
+    """Create the windows for evaluating a split.
 
     Args:
-        stream: the held-out tokens.
-        block_size: T, tokens in a window.
-        limit_tokens: evaluate at most about this many targets (at least one window); None evaluates all of them.
-        given: ids that no model has to predict, such as the begin-of-text token that each document is given.
+        stream: held-out tokens.
+        block_size: T, tokens per window.
+        limit_tokens: approximate maximum number of targets (at least one window); None: all.
+        given: ids that are not targets, such as the beginning-of-text token of each document.
 
     Raises:
-        DataError: the stream holds fewer than two tokens.
+        DataError: the stream has fewer than two tokens.
     """
     return ValidationWindows(stream, block_size, limit_tokens, given)

@@ -21,48 +21,48 @@ from minigpt.errors import DataError, DiskError
 from minigpt.terminal import progress
 
 BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
-TIMEOUT = 10.0  # seconds without a connection, or without a byte, before a download is given up
+TIMEOUT = 10.0  # seconds without a connection or data after which a download fails
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """The entries of data/corpora.yaml by name."""
+    """Read the entries of data/corpora.yaml, by name."""
     package = Path(__file__).parents[1]
     places = (package / "_shipped" / "data" / "corpora.yaml", package.parent / "data" / "corpora.yaml")
     for place in places:
         if place.is_file():
             return yaml.safe_load(place.read_text(encoding="utf-8"))
-    raise DataError(f"the catalogue of corpora is in neither {places[0]} nor {places[1]}; install minigpt again")
+    raise DataError(f"corpora.yaml is missing at {places[0]} and {places[1]}; reinstall minigpt")
 
 
 def python_topics() -> list[str]:
-    """The help topics of the running Python in the order of their names, one document each."""
+    """The help topics of the running Python, sorted by name; one document each."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError(
-            "data.source 'pydocs' needs the module pydoc_data, which this Python lacks (some systems package it apart, "
-            "with the full standard library or its documentation); install that, or name a text: --data.source FILE"
+            "data.source 'pydocs' needs the module pydoc_data, which this Python lacks (some systems package it "
+            "separately, with the full standard library or the docs); install it, or use --data.source FILE"
         ) from error
     return [topics[name] for name in sorted(topics)]
 
 
 def topic_pieces(topics: list[str]) -> Iterator[Piece]:
-    """The topics as documents."""
+    """Yield the topics as documents."""
     for text in topics:
         yield Piece(text, True)
 
 
 def repeated_blocks(documents: int, length: int, shortest: int, longest: int, seed: int) -> Iterator[Piece]:
-    """Documents in which a block of random characters comes again and again: nothing but themselves foretells them.
+    """Generate documents that repeat a random block of characters, so that only the repetition is predictable.
 
-    The characters are those of base64, each as likely. The same numbers give the same text, everywhere.
+    The characters are uniformly random from the base64 alphabet. The same arguments give the same text on any machine.
 
     Args:
-        documents: how many.
-        length: characters of each.
-        shortest: characters of a block, at least.
-        longest: at most; each length is as likely, so that how far back to look differs.
-        seed: another gives another text.
+        documents: number of documents.
+        length: characters per document.
+        shortest: minimum characters per block.
+        longest: maximum characters per block; lengths are uniformly distributed, so that the distance back varies.
+        seed: seed of the text.
     """
     for words in np.random.Philox(key=seed).random_raw((documents, longest + 1)).tolist():
         block = "".join(BASE64[word >> 58] for word in words[: shortest + words[-1] % (longest - shortest + 1)])
@@ -70,13 +70,13 @@ def repeated_blocks(documents: int, length: int, shortest: int, longest: int, se
 
 
 def check_copy(name: str, entry: dict[str, Any], path: Path, what: str) -> None:
-    """Refuse a file that is not the named corpus.
+    """Raise DataError if a file is not the named corpus.
 
     Args:
-        name: of the corpus.
+        name: name of the corpus.
         entry: its entry in the catalogue.
         path: the file.
-        what: what the message calls it.
+        what: description of the file for the message.
     """
     try:
         size, found = path.stat().st_size, file_sha256(path)
@@ -85,21 +85,21 @@ def check_copy(name: str, entry: dict[str, Any], path: Path, what: str) -> None:
     if found != entry["sha256"]:
         raise DataError(
             f"{what} is not the corpus {name!r}: it has {size} bytes with sha256 {found}, expected {entry['bytes']} "
-            f"bytes with sha256 {entry['sha256']}; fetch the right one elsewhere and name it with --data.file PATH"
+            f"bytes with sha256 {entry['sha256']}; get the right file elsewhere and give it with --data.file PATH"
         )
 
 
 def download(name: str, entry: dict[str, Any], path: Path, show: bool = True) -> None:
-    """Fetch a named corpus, unpack it, check it, and only then give it its name.
+    """Download a named corpus to a temporary file, unpack it, verify its sha256, and rename it.
 
     Args:
-        name: of the corpus.
+        name: name of the corpus.
         entry: its entry in the catalogue.
-        path: where its text shall be.
+        path: path of the text file to create.
         show: whether to show progress.
 
     Raises:
-        DataError: the address cannot be reached, or what came is not the corpus.
+        DataError: the URL cannot be reached, or the download is not the corpus.
         DiskError: the file cannot be written.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -109,10 +109,10 @@ def download(name: str, entry: dict[str, Any], path: Path, show: bool = True) ->
         _fetch(name, entry, archive if "member" in entry else part, show)
         if "member" in entry:
             _unpack(name, entry, archive, part)
-        check_copy(name, entry, part, f"what came from {entry['url']}")
+        check_copy(name, entry, part, f"the download from {entry['url']}")
         os.replace(part, path)
     except OSError as error:
-        raise DiskError(f"cannot write {path}: {error}; free space or name another --data.folder") from error
+        raise DiskError(f"cannot write {path}: {error}; free some space or use another --data.folder") from error
     finally:
         part.unlink(missing_ok=True)
         archive.unlink(missing_ok=True)
@@ -127,13 +127,13 @@ def _fetch(name: str, entry: dict[str, Any], path: Path, show: bool) -> None:
             done += file.write(block)
             bar.update(done)
             if done > 2 * entry["bytes"]:
-                break  # whatever this is, it is not the corpus: the sha256 will say so
+                break  # too large to be the corpus; the sha256 check will fail
         file.flush()
         os.fsync(file.fileno())
 
 
 def _received(name: str, url: str) -> Iterator[Any]:
-    """The size that the server announces, or None, and then the blocks that come."""
+    """Yield the size announced by the server (or None), then the blocks of data."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             length = response.headers.get("Content-Length")
@@ -142,8 +142,8 @@ def _received(name: str, url: str) -> Iterator[Any]:
                 yield block
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise DataError(
-            f"corpus {name!r} could not be downloaded from {url} ({error}); check the connection, or fetch it "
-            "elsewhere and name the file with --data.file PATH"
+            f"corpus {name!r} could not be downloaded from {url} ({error}); check the connection, or get it "
+            "elsewhere and give the file with --data.file PATH"
         ) from error
 
 
@@ -156,6 +156,6 @@ def _unpack(name: str, entry: dict[str, Any], archive: Path, path: Path) -> None
             os.fsync(file.fileno())
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise DataError(
-            f"what came from {entry['url']} for corpus {name!r} is no .zip with a sound {entry['member']!r} ({error}); "
-            "fetch the text elsewhere and name it with --data.file PATH"
+            f"the download from {entry['url']} for corpus {name!r} is not a .zip with a valid {entry['member']!r} "
+            f"({error}); get the text elsewhere and give it with --data.file PATH"
         ) from error

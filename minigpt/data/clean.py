@@ -12,8 +12,8 @@ from minigpt.data.reading import Piece
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-# Before these characters text may be cut without changing its normal form or its lower case: nothing here combines with
-# what stands before it, and neither a capital sigma before nor one behind can look across (it ends a word differently).
+# Text may be cut before these characters without changing its normal form or its lower case: none of them combines with
+# the preceding character, and the lower case of a capital sigma on either side does not depend on the other side.
 _BORDER = re.compile(
     r"(?=[\t-\r \u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3])|(?<=[A-Za-z0-9])(?=[A-Za-z0-9])"
 )
@@ -26,14 +26,14 @@ _HIDDEN = ("script", "style")
 
 
 def is_identity(config: CleanConfig) -> bool:
-    """Whether the text stays as it is (documents may still be dropped)."""
+    """Whether the config leaves the text unchanged (documents may still be dropped)."""
     return config.normalize == "none" and not (config.strip_html or config.lowercase or config.strip_control)
 
 
 def clean(pieces: Iterable[Piece], config: CleanConfig) -> Iterator[Piece]:
     """Clean a stream of documents.
 
-    The order is: HTML, Unicode normalisation, lower case, control characters. Documents are not dropped here.
+    The order is: HTML, Unicode normalization, lower case, control characters. This function does not drop documents.
     """
     if is_identity(config):
         yield from pieces
@@ -44,7 +44,7 @@ def clean(pieces: Iterable[Piece], config: CleanConfig) -> Iterator[Piece]:
 
 
 class _Cleaner:
-    """The state that a document carries from one piece to the next."""
+    """Cleaning state that is carried from one piece of a document to the next."""
 
     def __init__(self, config: CleanConfig) -> None:
         self.config = config
@@ -79,7 +79,7 @@ class _Cleaner:
 
 
 def _last_border(text: str) -> int:
-    """The last place in `text` where it may be cut, 0 if there is none."""
+    """Last position at which `text` may be cut, 0 if there is none."""
     return next((place for place in range(len(text) - 1, 0, -1) if _BORDER.match(text, place)), 0)
 
 

@@ -37,7 +37,7 @@ class DataConfig:
     file: str | None = None
     """Local copy of a named corpus, used instead of a download; its sha256 is checked."""
     field: str = "text"
-    """.jsonl only: the field of each line's object that holds the document."""
+    """Field of each .jsonl object that holds the document."""
     folder: str = "data"
     """Folder of prepared corpora; each is stored in FOLDER/NAME/."""
     val_fraction: float = 0.1
@@ -52,12 +52,12 @@ class DataConfig:
     """How text is cleaned before it is tokenized."""
 
     def check(self) -> None:
-        """Raise ConfigError, naming the field, for what no corpus can be made with.
+        """Raise ConfigError, naming the field, for invalid values.
 
-        An empty path is what a shell makes of a variable that is not set; to pathlib it is the current folder.
+        An empty path is an error, because an unset shell variable gives one and pathlib takes it as the current folder.
         """
         for name, expected in (
-            ("source", "a name, a file, a folder, a pattern, or - for standard input"),
+            ("source", "a corpus name, file, folder, glob pattern, or - for standard input"),
             ("file", "a file, or leave it out"),
             ("folder", "a folder, such as data"),
         ):
@@ -65,5 +65,5 @@ class DataConfig:
                 raise ConfigError(f"data.{name} is empty; give {expected}")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(
-                f"data.val_fraction is {self.val_fraction}; expected a share from 0 to below 1, such as 0.1"
+                f"data.val_fraction is {self.val_fraction}; expected a fraction from 0 to below 1, such as 0.1"
             )

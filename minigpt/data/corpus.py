@@ -25,25 +25,25 @@ from minigpt.errors import ConfigError, DataError, DiskError
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from, settled but not yet read."""
+    """A resolved source of documents that has not been read yet."""
 
     name: str
-    """Names the folder of the prepared corpus."""
+    """Name of the folder of the prepared corpus."""
     fingerprint: dict[str, Any]
-    """Changes when the text may have changed: paths, sizes and modification times, or a known sha256."""
+    """Identifies the text: paths, sizes and modification times, or a known sha256."""
     bytes: int
-    """Bytes to read from disk (0 where that is not known), for the progress bar."""
+    """Bytes to read from disk, for the progress bar; 0 if unknown."""
     documents: Callable[[ReadingLog], Iterator[Piece]]
-    """A fresh stream of the documents; it may be read again and again."""
+    """Returns a new stream of the documents; can be called several times."""
     settle: Callable[[bool], None] = lambda show: None
-    """Fetches and checks the text before it is first read; the argument says whether to show progress."""
+    """Downloads and checks the text before the first read; the argument is whether to show progress."""
 
 
 def find_source(data: DataConfig) -> Source:
-    """What `data.source` names; standard input is read to its end.
+    """Resolve `data.source`. Standard input is read to its end.
 
     Raises:
-        ConfigError: a field cannot be used as given: `source` is neither known nor found, `file` does not go with it.
+        ConfigError: `source` is neither a known name nor an existing path, or `file` cannot be used with it.
         DataError: the text cannot be read.
     """
     data.check()
@@ -52,8 +52,8 @@ def find_source(data: DataConfig) -> Source:
         return _named(data.source, named[data.source], data)
     if data.file is not None:
         raise ConfigError(
-            f"data.file {data.file!r} is a local copy of a named corpus, but data.source {data.source!r} is none; "
-            f"use --data.source {data.file}, or name one of: {', '.join(named)}"
+            f"data.file {data.file!r} needs a named corpus, but data.source {data.source!r} is not one; "
+            f"use --data.source {data.file}, or one of: {', '.join(named)}"
         )
     if data.source == "-":
         return _standard_input(data)
@@ -72,23 +72,23 @@ def find_source(data: DataConfig) -> Source:
         return _files(_folder_name(data.source, data.source), listing, Path("."), data.field, many=True)
     try:
         os.stat(path)
-        raise DataError(f"data.source {data.source!r} is no plain file; pipe it in with --data.source -")
+        raise DataError(f"data.source {data.source!r} is not a regular file; pipe it in with --data.source -")
     except PermissionError as error:
         raise DataError(f"data.source {data.source!r} cannot be read: {error}") from error
     except (OSError, ValueError):
-        pass  # there is nothing
+        pass  # does not exist
     near = get_close_matches(data.source, named, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
         f"data.source {data.source!r} is neither a file, a folder nor a known corpus; {hint}"
-        f"known are: {', '.join(named)}"
+        f"known corpora: {', '.join(named)}"
     )
 
 
 def _folder_name(name: str, source: str) -> str:
-    """The name without what could lead out of the data folder or hide in it; a hash of it where nothing is left."""
+    """Make a name safe for a folder (no path separators, no leading dots); a hash if nothing is left."""
     if not name:
-        raise ConfigError(f"data.source {source!r} gives the corpus no name to keep it under; name a file or a folder")
+        raise ConfigError(f"data.source {source!r} has no file name for the corpus folder; give a file or a folder")
     safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")
     return safe or f"text-{sha256_of(name)[:8]}"
 
@@ -102,9 +102,9 @@ def _stem(path: Path) -> str:
 
 def _named(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
     if _folder_name(name, name) != name:
-        raise ConfigError(f"the catalogue of corpora lists {name!r}, which cannot name a folder; rename it there")
+        raise ConfigError(f"data/corpora.yaml: {name!r} is not a valid folder name; rename the corpus there")
     if entry["kind"] in ("pydocs", "repeats") and data.file is not None:
-        raise ConfigError(f"data.file {data.file!r} does not go with data.source {name!r}, which is no download")
+        raise ConfigError(f"data.file {data.file!r} cannot be used with data.source {name!r}, which is not downloaded")
     if entry["kind"] == "repeats":
         return Source(name, {"name": name, **entry["made"]}, 0, lambda log: repeated_blocks(**entry["made"]))
     if entry["kind"] == "pydocs":
@@ -128,11 +128,11 @@ def _named(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
 
 
 def _supplied(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
-    """A corpus too large to be fetched: a file or folder of the user's, kept under the corpus's name."""
+    """A named corpus that is too large to download automatically: the user gives a file or folder."""
     if data.file is None:
         raise DataError(
-            f"data.source {name!r} is not fetched by minigpt; get it from {entry['url']} and name the file or folder "
-            f"(text, .jsonl, .gz, .zst) with --data.file PATH, or take another text with --data.source PATH"
+            f"data.source {name!r} is not downloaded automatically; get it from {entry['url']} and give the file or "
+            f"folder (text, .jsonl, .gz, .zst) with --data.file PATH, or use another --data.source"
         )
     path = Path(data.file).expanduser()
     if os.path.isdir(path):
@@ -143,16 +143,16 @@ def _supplied(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
 def _folder(name: str, path: Path, data: DataConfig, what: str) -> Source:
     listing = list_folder(path, Path(data.folder))
     if not listing.files:
-        raise DataError(f"{what} is a folder without files{_beside(listing)}; put text files into it")
+        raise DataError(f"{what} is a folder without text files{_beside(listing)}; put text files into it")
     return _files(name, listing, path, data.field, many=True)
 
 
 def _beside(listing: Listing) -> str:
-    return f" (there is {', '.join(listing.left_out[:3])})" if listing.left_out else ""
+    return f" (skipped: {', '.join(listing.left_out[:3])})" if listing.left_out else ""
 
 
 def _files(name: str, found: Listing, base: Path, field: str, many: bool) -> Source:
-    """Files as a source; of `many`, those that are no text are left out."""
+    """Create a source from files. With `many`, files that are not text are skipped."""
     sizes, listing, files = 0, hashlib.sha256(), found.files
     for file in files:
         try:
@@ -182,7 +182,7 @@ def _files(name: str, found: Listing, base: Path, field: str, many: bool) -> Sou
 
 
 def _standard_input(data: DataConfig) -> Source:
-    """Keep what standard input brings in a file named after its content, so that it can be read twice."""
+    """Save standard input to a file named after its hash, so that it can be read twice."""
     piped = standard_input()
     folder = Path(data.folder) / "stdin" / "source"
     spool = folder / f".{secrets.token_hex(4)}.part"
@@ -195,11 +195,11 @@ def _standard_input(data: DataConfig) -> Source:
                 file.write(block)
             size = file.tell()
         if not size:
-            raise DataError("data.source '-' read an empty standard input; pipe a text into it: cat FILE | minigpt ...")
+            raise DataError("data.source '-': standard input is empty; pipe a text into it: cat FILE | minigpt ...")
         path = folder / f"{digest.hexdigest()[:16]}.txt"
         os.replace(spool, path)
     except OSError as error:
-        raise DiskError(f"cannot write into {folder}: {error}; free space or name another --data.folder") from error
+        raise DiskError(f"cannot write to {folder}: {error}; free some space or use another --data.folder") from error
     finally:
         spool.unlink(missing_ok=True)
     fingerprint = {"path": "-", "sha256": digest.hexdigest()}

@@ -1,6 +1,6 @@
 """Bytes -> text, with one rule for all inputs: the byte order mark selects the encoding, otherwise UTF-8.
 
-The mark itself is no part of the text. Bytes that stand for no character become U+FFFD and are counted.
+The BOM is not part of the text. Invalid bytes become U+FFFD and are counted.
 """
 
 from __future__ import annotations
@@ -13,81 +13,81 @@ from itertools import chain
 from minigpt.errors import DataError
 
 Decode = Callable[[bytes, str, bool], tuple[str, int]]
-"""(bytes, what to do with errors, whether they are the last ones) -> text, and how many bytes it took."""
+"""(bytes, error handler, whether these are the last bytes) -> text and number of bytes consumed."""
 
-MARKS: dict[bytes, Decode] = {  # UTF-32's before UTF-16's, which it begins with
+MARKS: dict[bytes, Decode] = {  # UTF-32 before UTF-16, because the UTF-32-LE mark starts with the UTF-16-LE mark
     codecs.BOM_UTF32_LE: codecs.utf_32_le_decode,
     codecs.BOM_UTF32_BE: codecs.utf_32_be_decode,
     codecs.BOM_UTF8: codecs.utf_8_decode,
     codecs.BOM_UTF16_LE: codecs.utf_16_le_decode,
     codecs.BOM_UTF16_BE: codecs.utf_16_be_decode,
 }
-SNIFFED = 8192  # bytes that decide whether something is text
-RARE = 100  # characters among which one NUL may stand in text
+SNIFFED = 8192  # bytes at the start that decide whether a file is text
+RARE = 100  # text may have at most one NUL per this many characters
 
 
 class NotText(DataError):
-    """The bytes are something other than text."""
+    """The bytes are not text."""
 
 
 @dataclass
 class ReadingLog:
-    """What came up while reading: kept apart from the text so that every reader can stay a plain generator."""
+    """Statistics and problems of reading; separate from the text, so that readers can be plain generators."""
 
     bytes: int = 0
-    """Bytes taken from disk so far."""
+    """Bytes read from disk so far."""
     invalid: int = 0
-    """Replacement characters that stand for bytes that are no character."""
+    """Number of replacement characters inserted for invalid bytes."""
     invalid_in: str = ""
-    """The first file that has some."""
+    """First file with invalid bytes."""
     nulls: int = 0
-    """NUL characters (U+0000) in the text."""
+    """Number of NUL characters (U+0000) in the text."""
     nulls_in: str = ""
-    """The first file that has some."""
+    """First file with NUL characters."""
     skipped: list[str] = field(default_factory=list)
-    """What was found beside the texts and left out, with the reason where it is not that it is no text."""
+    """Skipped paths; with the reason, unless it is that the file is not text."""
 
     def replaced(self, count: int, name: str) -> None:
-        """Note replacement characters in the file of that name."""
+        """Record replacement characters in the file `name`."""
         if count:
             self.invalid += count
             self.invalid_in = self.invalid_in or name
 
     def read(self, text: str, name: str) -> str:
-        """Note the NULs of a text from the file of that name; returns the text."""
+        """Record the NULs of a text from the file `name`; return the text."""
         if count := text.count("\0"):
             self.nulls += count
             self.nulls_in = self.nulls_in or name
         return text
 
     def notices(self) -> list[str]:
-        """A line for each thing that a person should know of."""
+        """One line for each kind of problem."""
         lines = []
         if self.skipped:
             more = f" and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
-            lines.append(f"left out what does not look like text: {', '.join(self.skipped[:3])}{more}")
+            lines.append(f"skipped, not text: {', '.join(self.skipped[:3])}{more}")
         if self.invalid:
             lines.append(
-                f"{self.invalid} invalid sequences of bytes became U+FFFD, the first in {self.invalid_in}; "
-                "if the file is in another encoding, such as Latin-1, convert it first: iconv -f LATIN1 -t UTF-8"
+                f"{self.invalid} invalid byte sequences were replaced by U+FFFD, the first in {self.invalid_in}; "
+                "if the file has another encoding, such as Latin-1, convert it first: iconv -f LATIN1 -t UTF-8"
             )
         if self.nulls:
-            lines.append(f"{self.nulls} NUL characters (U+0000) are part of the text, the first in {self.nulls_in}")
+            lines.append(f"the text contains {self.nulls} NUL characters (U+0000), the first in {self.nulls_in}")
         return lines
 
 
 def as_utf8(blocks: Iterable[bytes], name: str, log: ReadingLog) -> Iterator[bytes]:
-    """The bytes of a text in UTF-8, without a mark.
+    """Convert the bytes of a text to UTF-8 without a BOM.
 
-    What has no mark is passed on as it is, for `decode_utf8`; what has one of UTF-16 or UTF-32 is valid from here on.
+    Text without a BOM passes through unchanged, for `decode_utf8`. Text with a UTF-16 or UTF-32 BOM is converted.
 
     Args:
-        blocks: the bytes of the whole text, cut anywhere.
-        name: of the file, for messages.
-        log: is told of what is no character.
+        blocks: bytes of the whole text, cut anywhere.
+        name: name of the file, for messages.
+        log: records invalid bytes.
 
     Raises:
-        NotText: the beginning holds what text does not.
+        NotText: the start of the file does not look like text.
     """
     blocks, start = iter(blocks), b""
     for block in blocks:
@@ -97,8 +97,8 @@ def as_utf8(blocks: Iterable[bytes], name: str, log: ReadingLog) -> Iterator[byt
     mark = next((mark for mark in MARKS if start.startswith(mark)), b"")
     decode, start = MARKS.get(mark, codecs.utf_8_decode), start[len(mark) :]
     if not _is_text(start[:SNIFFED], decode):
-        hint = "" if mark else "; if it is UTF-16 without its mark, convert it: iconv -f UTF-16LE -t UTF-8"
-        raise NotText(f"{name} is not text: there are NUL bytes in its beginning{hint}")
+        hint = "" if mark else "; if it is UTF-16 without a byte order mark, convert it: iconv -f UTF-16LE -t UTF-8"
+        raise NotText(f"{name} is not text: it starts with NUL bytes{hint}")
     blocks = chain([start] if start else [], blocks)
     if decode is codecs.utf_8_decode:
         yield from blocks
@@ -113,7 +113,7 @@ def as_utf8(blocks: Iterable[bytes], name: str, log: ReadingLog) -> Iterator[byt
 
 
 def decode_utf8(content: bytes, name: str, log: ReadingLog) -> str:
-    """UTF-8 that is not cut inside a character, as text."""
+    """Decode UTF-8 bytes that are not cut inside a character."""
     return log.read(_decoded(codecs.utf_8_decode, content, True, name, log)[0], name)
 
 
@@ -128,7 +128,7 @@ def _decoded(decode: Decode, content: bytes, final: bool, name: str, log: Readin
 
 
 def _is_text(start: bytes, decode: Decode) -> bool:
-    """Whether a beginning looks like text: no NUL, or few of them in what is otherwise sound."""
+    """Whether the start of a file looks like text: no NULs, or few of them in valid characters."""
     if b"\0" not in start:
         return True
     try:

@@ -18,18 +18,18 @@ from minigpt.errors import DataError
 from minigpt.terminal import Progress
 from minigpt.tokenizer.base import Tokenizer
 
-PIECE = 128 << 10  # characters encoded as one: small enough to spread over the cores, large enough to be worth a call
-GROUP = 4 << 20  # characters encoded together, two groups being in memory at a time
-UNCUT = 2 << 20  # characters without a place to cut, after which text is cut before any space
+PIECE = 128 << 10  # characters per encode call: small enough to use all cores, large enough to amortize the call
+GROUP = 4 << 20  # characters per group; two groups are in memory at a time
+UNCUT = 2 << 20  # characters without a safe cut after which the text is cut before any space
 SHARD_TOKENS = 100_000_000
-_SIGHT = 16  # characters that must follow a cut, so that a pattern that looks ahead sees what the whole text shows it
+_SIGHT = 16  # characters that must follow a cut, so that lookahead patterns match as in the whole text
 
 
 class ShardWriter:
-    """Ids of one split -> files PREFIX-00000.bin, ... of at most `limit` tokens each.
+    """Writes the ids of one split to files PREFIX-00000.bin, ... of at most `limit` tokens each.
 
     Attributes:
-        shards: the manifest's row of each file: file, tokens, sha256 (complete once closed).
+        shards: manifest entry of each file: file, tokens, sha256 (complete after `close`).
     """
 
     def __init__(self, folder: Path, prefix: str, dtype: str, limit: int = SHARD_TOKENS) -> None:
@@ -55,7 +55,7 @@ class ShardWriter:
             ids = ids[len(part) :]
 
     def close(self) -> None:
-        """Finish the file that is being written, and put it on the disk."""
+        """Finish the current file and sync it to disk."""
         if self._file is not None:
             self.shards[-1]["sha256"] = self._digest.hexdigest()
             with self._file as file:
@@ -65,12 +65,12 @@ class ShardWriter:
 
 
 def cut_parts(parts: Iterable[Part], pattern: re.Pattern[str] | None, size: int = PIECE) -> Iterator[Part]:
-    """Cut text again, at places that leave its tokens as they are.
+    """Re-cut text into parts at positions that do not change its tokens.
 
     Args:
-        parts: of any length, cut anywhere.
-        pattern: matches, at zero width, where text may be cut; None where no place is known.
-        size: characters a part has at least, unless its text ends there.
+        parts: parts of any length, cut anywhere.
+        pattern: zero-width pattern that matches where text may be cut; None if no such position is known.
+        size: minimum characters of a part, unless its text ends there.
     """
     text, searched = "", 0
     for part in parts:
@@ -93,7 +93,7 @@ def cut_parts(parts: Iterable[Part], pattern: re.Pattern[str] | None, size: int 
 
 
 def _cut(text: str, start: int, pattern: re.Pattern[str] | None, ends: bool) -> int:
-    """The first permitted place at or after `start` that can be told already, 0 if there is none."""
+    """First permitted cut at or after `start` that is certain with the text read so far, 0 if there is none."""
     match = pattern.search(text, start) if pattern else None
     last = len(text) - (1 if ends else _SIGHT)
     return match.start() if match and match.start() <= last else 0
@@ -105,7 +105,7 @@ def groups(parts: Iterable[Part], size: int = GROUP) -> Iterator[list[Part]]:
     characters = 0
     for part in parts:
         group.append(part)
-        characters += len(part.text) + 1  # so that very many empty parts make a group, too
+        characters += len(part.text) + 1  # + 1 so that many empty parts also fill a group
         if characters >= size:
             yield group
             group, characters = [], 0
@@ -116,25 +116,25 @@ def groups(parts: Iterable[Part], size: int = GROUP) -> Iterator[list[Part]]:
 def encode_parts(
     parts: Iterable[Part], tokenizer: Tokenizer, writers: dict[str, ShardWriter], bar: Progress
 ) -> dict[str, Counter[str]]:
-    """Encode text and write its ids, with one end-of-text token after every whole document, and before each document
-    (and each share of one that is cut) what the tokenizer puts in front of a text. Where that is the end-of-text token
-    itself, one between two documents serves as both.
+    """Encode text and write its ids.
 
-    Reading and writing go on while a group is encoded.
+    An end-of-text token follows every whole document. The tokenizer's beginning-of-text tokens, if any, precede each
+    document, and each half of a document that is cut between the splits. If both are the same token, only one is
+    written between two documents. Reading and writing continue while a group is encoded.
 
     Args:
-        parts: text of the splits that `writers` names.
-        tokenizer: encodes it.
-        writers: receive the ids; they are closed here.
-        bar: is moved on by characters.
+        parts: text of the splits in `writers`.
+        tokenizer: tokenizer to encode with.
+        writers: writer of each split; they are closed at the end.
+        bar: progress bar, counts characters.
 
     Returns:
-        For each split: tokens, bytes (of the text in UTF-8), characters, documents (a cut one counts in both splits).
+        Counts for each split: tokens, bytes (UTF-8), characters, documents (a cut document counts in both splits).
     """
     counts = {split: Counter(tokens=0, bytes=0, characters=0, documents=0) for split in writers}
     end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint32)
     front = np.array(tokenizer.prefix_ids, dtype=np.uint32)
-    begins = dict.fromkeys(writers, True)  # whether the next part of the split begins a document
+    begins = dict.fromkeys(writers, True)  # whether the next part of the split starts a document
     done = 0
 
     def write(group: list[Part], encoded: Future[list[np.ndarray]]) -> None:
@@ -155,8 +155,8 @@ def encode_parts(
                 joined = np.concatenate(arrays)
                 if len(joined) and joined.max() >= tokenizer.vocab_size:
                     raise DataError(
-                        f"the {tokenizer.kind} tokenizer made token id {joined.max()}, but its vocabulary has only "
-                        f"{tokenizer.vocab_size} ids; the tokenizer is damaged, use another"
+                        f"the {tokenizer.kind} tokenizer produced token id {joined.max()}, but its vocabulary has "
+                        f"{tokenizer.vocab_size} ids; the tokenizer is damaged, use another one"
                     )
                 counts[split]["tokens"] += len(joined)
                 writers[split].write(joined)

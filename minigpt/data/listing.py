@@ -11,23 +11,23 @@ from pathlib import Path
 
 from minigpt.errors import DataError
 
-DEEP = "**"  # in a pattern: any number of folders
+DEEP = "**"  # matches any number of folders
 
 
 @dataclass
 class Listing:
-    """What was found."""
+    """Files that were found, and paths that were skipped."""
 
     files: list[Path] = field(default_factory=list)
-    """In the order of their paths."""
+    """Sorted by path."""
     left_out: list[str] = field(default_factory=list)
-    """What is no file, each with what it is."""
+    """Skipped paths, each with the reason."""
 
 
 def list_folder(folder: Path, excluded: Path) -> Listing:
-    """The files of a folder and of the folders in it, without hidden ones and without those in `excluded`.
+    """List the files of a folder recursively, without hidden files and without the folder `excluded`.
 
-    Links to files are followed. Links to folders are not, so that none leads round in a circle.
+    Links to files are followed. Links to folders are not, to avoid cycles.
 
     Raises:
         DataError: one of the folders cannot be read.
@@ -36,10 +36,10 @@ def list_folder(folder: Path, excluded: Path) -> Listing:
 
 
 def list_pattern(pattern: str) -> Listing:
-    """The files that a pattern such as books/**/*.txt names. * names no hidden file, and ** follows no link.
+    """List the files that match a pattern such as books/**/*.txt. * skips hidden files; ** follows no links.
 
     Raises:
-        DataError: a folder that the pattern leads through cannot be read.
+        DataError: a folder on the way cannot be read.
     """
     parts = Path(pattern).parts
     plain = next(number for number, part in enumerate(parts) if glob.has_magic(part))
@@ -54,13 +54,13 @@ def _sorted(found: Listing) -> Listing:
 def _find(folder: Path, pattern: Sequence[str], excluded: Path | None, found: Listing) -> Listing:
     first, rest = pattern[0], pattern[1:]
     deep = first == DEEP
-    if deep and rest:  # ** may stand for no folder at all
+    if deep and rest:  # ** also matches zero folders
         _find(folder, rest, excluded, found)
     try:
         names = os.listdir(folder)
     except OSError as error:
         raise DataError(
-            f"{folder} cannot be read ({error.strerror}); allow it to be read, or move it out of the text's folder"
+            f"{folder} cannot be read ({error.strerror}); make it readable, or move it out of the data folder"
         ) from error
     for name in names:
         path = folder / name
@@ -71,7 +71,7 @@ def _find(folder: Path, pattern: Sequence[str], excluded: Path | None, found: Li
             if os.path.isfile(path):
                 found.files += [] if rest else [path]
             elif not rest:
-                found.left_out.append(f"{path} ({'a broken link' if path.is_symlink() else 'no file'})")
+                found.left_out.append(f"{path} ({'a broken link' if path.is_symlink() else 'not a file'})")
         elif excluded is not None and path.resolve() == excluded:
             continue
         elif deep and path.is_symlink():
@@ -79,5 +79,5 @@ def _find(folder: Path, pattern: Sequence[str], excluded: Path | None, found: Li
         elif deep or rest:
             _find(path, pattern if deep else rest, excluded, found)
         else:
-            found.left_out.append(f"{path} (a folder; name it with /** for what is in it)")
+            found.left_out.append(f"{path} (a folder; append /** to include its files)")
     return found

@@ -18,15 +18,15 @@ from minigpt.errors import DataError
 FORMAT = 1
 MANIFEST = "manifest.json"
 _UNFINISHED = ".preparing-"
-_STALE = 86400  # seconds after which a folder that a killed process left unfinished is removed
+_STALE = 86400  # seconds after which an unfinished folder of a killed process is removed
 
 
 @contextmanager
 def appearing_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its name only when all is written; an error or Ctrl-C leaves nothing."""
+    """Yield a temporary folder that is renamed to `folder` at the end; an error or Ctrl-C removes it."""
     temporary = folder.with_name(f"{_UNFINISHED}{secrets.token_hex(4)}")
     try:
-        with disk_errors(f"the corpus {folder}", "free space or name another --data.folder"):
+        with disk_errors(f"the corpus {folder}", "free some space or use another --data.folder"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             _sweep(folder.parent)
             temporary.mkdir()
@@ -43,22 +43,22 @@ def appearing_folder(folder: Path) -> Iterator[Path]:
 
 
 def _sweep(home: Path) -> None:
-    """Remove what a killed process left half done more than a day ago."""
+    """Remove unfinished folders that are older than _STALE seconds."""
     for left in home.glob(f"{_UNFINISHED}*"):
         if left.stat().st_mtime < time.time() - _STALE:
             shutil.rmtree(left, ignore_errors=True)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json at once, sealed with the sha256 of its own content."""
+    """Write manifest.json atomically, with the sha256 of its content."""
     write_text(folder / MANIFEST, to_json(sealed(manifest)))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What manifest.json says, less its seal. A missing, unreadable or altered one is a DataError."""
+    """Read manifest.json, without its hash. Raises DataError if it is missing, unreadable or modified."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(f"{folder} holds no prepared corpus ({MANIFEST} is missing); make one with minigpt prepare")
+        raise DataError(f"{folder} is not a prepared corpus ({MANIFEST} is missing); create one with minigpt prepare")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -68,5 +68,5 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} cannot be read ({error!r}); delete {folder} and prepare the corpus again") from error
     if not intact:
-        raise DataError(f"{path} was altered; delete {folder} and prepare the corpus again")
+        raise DataError(f"{path} was modified; delete {folder} and prepare the corpus again")
     return manifest

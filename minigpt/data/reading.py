@@ -17,19 +17,19 @@ from minigpt.terminal import notice
 
 BLOCK = 1 << 20  # bytes read at a time
 COMPRESSED = (".gz", ".zst")
-UNREADABLE = (OSError, EOFError, zlib.error)  # what opening and decompressing a file may raise
+UNREADABLE = (OSError, EOFError, zlib.error)  # exceptions from opening and decompressing a file
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Piece(NamedTuple):
-    """A stretch of a document's text; the document's last piece (which may be empty) `ends` it."""
+    """A piece of a document's text; `ends` is true for the last piece of the document (which may be empty)."""
 
     text: str
     ends: bool
 
 
 def content_suffix(path: Path) -> str:
-    """The suffix that says what a file holds, whatever it is compressed with: a.jsonl.gz -> .jsonl."""
+    """Suffix of the file format without the compression suffix: a.jsonl.gz -> .jsonl."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -37,7 +37,7 @@ def content_suffix(path: Path) -> str:
 
 
 def check_readers(files: Iterable[Path]) -> None:
-    """Raise MissingExtra, before the first file is read, where one of them needs a package that is not installed."""
+    """Raise MissingExtra if a file needs a package that is not installed, before any file is read."""
     for path in files:
         if path.suffix.lower() == ".zst" and content_suffix(path) != ".tar":
             imported("zstandard", "zstd", f"reading {path}")
@@ -48,14 +48,14 @@ def read_documents(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
     """The documents of one file: one per line for .jsonl, else the whole file. Line ends stay as they are.
 
     Args:
-        path: the file; .gz and .zst are decompressed as they are read.
-        field: .jsonl: the field that holds the document.
-        log: is told what was read.
+        path: the file; .gz and .zst are decompressed on the fly.
+        field: field of the .jsonl objects that holds the document.
+        log: records statistics and problems.
 
     Raises:
-        DataError: the file cannot be read, or a line of it holds no document.
-        NotText: it is no text; told before the first piece.
-        MissingExtra: .zst without the package zstandard.
+        DataError: the file cannot be read, or a line is not a valid document.
+        NotText: the file is not text; raised before the first piece.
+        MissingExtra: a .zst file without the package zstandard.
     """
     try:
         if content_suffix(path) == ".jsonl":
@@ -69,10 +69,10 @@ def read_documents(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
 
 
 def read_text(flag: str, path: str) -> str:
-    """The whole of a small text that a flag names, decoded as a corpus is; "-" is standard input.
+    """Read a small text file given by a flag, decoded like a corpus; "-" is standard input.
 
     Raises:
-        ConfigError: it cannot be read, or is no text.
+        ConfigError: the file cannot be read, or is not text.
     """
     log, name = ReadingLog(), "standard input" if path == "-" else path
     try:
@@ -88,16 +88,16 @@ def read_text(flag: str, path: str) -> str:
 
 
 def standard_input() -> BinaryIO:
-    """The bytes that are piped in. Raises ConfigError where nothing can be."""
+    """Binary standard input. Raises ConfigError if it is closed."""
     if sys.stdin is None:
-        raise ConfigError("standard input (-) is closed; pipe a text into it, or name a file")
+        raise ConfigError("standard input (-) is closed; pipe a text into it, or give a file")
     return sys.stdin.buffer
 
 
 def whole_lines(blocks: Iterable[bytes], limit: int | None) -> Iterator[bytes]:
-    """Cut a stream of bytes again, so that each piece ends with a line.
+    """Re-cut a stream of bytes so that each piece ends at a line end.
 
-    A line longer than `limit` is cut between two characters; None never cuts a line.
+    Lines longer than `limit` are cut between two characters; with None lines are never cut.
     """
     held: list[bytes] = []
     size = 0
@@ -116,7 +116,7 @@ def whole_lines(blocks: Iterable[bytes], limit: int | None) -> Iterator[bytes]:
 
 
 def _character_border(block: bytes) -> int:
-    """The last place in UTF-8 text where a character begins (the end, if its last character is complete)."""
+    """Start of the last, incomplete UTF-8 character; the end if the last character is complete."""
     for back in range(1, min(4, len(block)) + 1):
         byte = block[-back]
         if byte < 0x80:
@@ -128,7 +128,7 @@ def _character_border(block: bytes) -> int:
 
 
 def _blocks(path: Path, log: ReadingLog) -> Iterator[bytes]:
-    """The decompressed bytes of a file."""
+    """Yield the decompressed bytes of a file."""
     with path.open("rb") as raw:
         suffix = path.suffix.lower()
         if suffix == ".gz":
@@ -148,7 +148,7 @@ def _fixed_blocks(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
 def _zstandard_blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     zstandard = imported("zstandard", "zstd", f"reading {path}")
     frame = None
-    while block := raw.read(BLOCK // 16):  # small, because a frame may expand a thousandfold
+    while block := raw.read(BLOCK // 16):  # small blocks, because a frame may expand by a factor of a thousand
         while block:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
@@ -161,7 +161,7 @@ def _zstandard_blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
             if frame.eof:
                 block, frame = frame.unused_data, None
     if frame is not None:
-        raise DataError(f"{path} ends in the middle of its compressed text; it is cut short")
+        raise DataError(f"{path} is truncated: the compressed data is incomplete")
 
 
 def _counted(blocks: Iterator[bytes], raw: BinaryIO, log: ReadingLog) -> Iterator[bytes]:
@@ -180,7 +180,7 @@ def _json_lines(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
             number += 1
             if line.strip():
                 text = _json_text(decode_utf8(line, name, log), field, f"{path} line {number}")
-                if _SURROGATES.search(text):  # \ud800 alone is JSON, but no character
+                if _SURROGATES.search(text):  # a lone \ud800 is valid JSON but not a character
                     text, count = _SURROGATES.subn("\ufffd", text)
                     log.replaced(count, name)
                 yield Piece(log.read(text, name), True)
@@ -192,11 +192,11 @@ def _json_text(line: str, field: str, where: str) -> str:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); .jsonl holds one object per line") from error
     if not isinstance(value, dict):
-        raise DataError(f"{where} holds {type(value).__name__}, expected an object with the field {field!r}")
+        raise DataError(f"{where} is {type(value).__name__}, expected an object with the field {field!r}")
     if field not in value:
         known = ", ".join(map(repr, value)) or "none"
-        raise DataError(f"{where} has no field {field!r}; its fields are {known}: name one with --data.field")
+        raise DataError(f"{where} has no field {field!r}; its fields are {known}: select one with --data.field")
     text = value[field]
     if not isinstance(text, str):
-        raise DataError(f"{where}: field {field!r} holds {type(text).__name__}, expected a string")
+        raise DataError(f"{where}: field {field!r} is {type(text).__name__}, expected a string")
     return text

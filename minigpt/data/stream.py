@@ -11,14 +11,14 @@ from minigpt.errors import DataError
 
 
 class TokenStream:
-    """The tokens of one split, numbered 0 .. len-1 across its shards; nothing is loaded before it is read.
+    """The tokens of one split, indexed 0 .. len-1 across its shards. Data is loaded lazily.
 
     Args:
-        paths: the shard files in order, each a bare little-endian array.
-        counts: how many tokens each of them holds.
+        paths: shard files in order, each a raw little-endian array.
+        counts: number of tokens in each shard.
         dtype: "uint16" or "uint32".
-        vocab_size: ids at or above it are an error wherever they are read.
-        name: what errors call the stream ("train", "val").
+        vocab_size: reading an id at or above it is an error.
+        name: name of the stream in error messages ("train", "val").
     """
 
     def __init__(
@@ -37,22 +37,22 @@ class TokenStream:
     def __len__(self) -> int:
         return self._length
 
-    def __reduce__(self):  # a worker process maps the files itself
+    def __reduce__(self):  # a worker process maps the files again
         return TokenStream, (self.paths, self.counts, self.dtype.name, self.vocab_size, self.name)
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The windows [start, start + length) of the stream.
+        """Read the windows [start, start + length) of the stream.
 
         Args:
             starts: (n,) integers, each from 0 to len(self) - length.
-            length: tokens in a window, at least 1.
+            length: tokens per window, at least 1.
 
         Returns:
             (n, length) int64.
 
         Raises:
-            DataError: an id is not below `vocab_size`; the message says where it lies.
-            IndexError: a window reaches beyond the stream.
+            DataError: an id is not below `vocab_size`; the message gives its position.
+            IndexError: a window exceeds the stream.
         """
         starts = np.asarray(starts, dtype=np.int64)
         if starts.size and (length < 1 or starts.min() < 0 or starts.max() + length > self._length):
@@ -87,7 +87,7 @@ class TokenStream:
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
             try:
-                # A plain array over the map: numpy.memmap's own class costs microseconds at every indexing.
+                # View as a plain array, because indexing a numpy.memmap costs microseconds more each time.
                 self._maps[shard] = np.memmap(self.paths[shard], self.dtype, "r", shape=(self.counts[shard],)).view(
                     np.ndarray
                 )
@@ -96,7 +96,7 @@ class TokenStream:
         return self._maps[shard]
 
     def _windows_of(self, shard: int, length: int) -> np.ndarray:
-        """Every window of a shard as a view (count - length + 1, length), so that picking rows is one copy."""
+        """All windows of a shard as a view (count - length + 1, length), so that selecting rows is one copy."""
         shard = int(shard)
         if (shard, length) not in self._windows:
             self._windows[shard, length] = np.lib.stride_tricks.sliding_window_view(self._map(shard), length)
@@ -107,7 +107,7 @@ class TokenStream:
         position = int(starts[row]) + int(column)
         shard = int(np.searchsorted(self._begins, position, side="right")) - 1
         raise DataError(
-            f"shard {self.paths[shard]} holds token id {out[row, column]} at token {position - self._begins[shard]}, "
+            f"shard {self.paths[shard]} contains id {out[row, column]} at token {position - self._begins[shard]}, "
             f"but the vocabulary has {self.vocab_size} ids; the shard is damaged or belongs to another tokenizer: "
             f"delete {self.paths[shard].parent} and prepare the corpus again"
         )

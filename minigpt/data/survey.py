@@ -17,16 +17,16 @@ from minigpt.data.reading import Piece
 from minigpt.errors import DataError
 from minigpt.terminal import progress
 
-_PARTS = 10**9  # val_fraction in whole parts, so that counting held-out documents is exact
+_PARTS = 10**9  # denominator of val_fraction as a fraction of integers, to count held-out documents exactly
 
 
 @dataclass(frozen=True)
 class Split:
-    """How documents are divided between training and validation.
+    """The division of documents into training and validation.
 
-    Whole documents are held out, evenly spaced: with 0.1, the first of every ten. Where documents are too few to hold
-    out a whole one, each is cut near its end: with 0.1, one document keeps its first `int(characters * 0.9)` characters
-    for training, which is nanoGPT's split.
+    Whole documents are held out, evenly spaced: with 0.1, the first of every ten. With too few documents, each document
+    is cut near its end instead: with 0.1, its first `int(characters * 0.9)` characters are for training. For a single
+    document this is nanoGPT's split.
     """
 
     documents: int
@@ -41,30 +41,30 @@ class Split:
         return "whole documents" if enough else "tail of each document"
 
     def train_length(self, index: int, length: int) -> int:
-        """How many of a document's first characters are for training.
+        """Number of characters at the start of a document that are for training.
 
         Args:
-            index: number of the document among those kept.
-            length: its characters.
+            index: index of the document among those kept.
+            length: number of characters of the document.
         """
         if self.rule == "tail of each document":
             return int(length * (1 - self.val_fraction))
         return 0 if self._held_out(index + 1) > self._held_out(index) else length
 
     def _held_out(self, documents: int) -> int:
-        """How many of the first so many documents are held out."""
+        """Number of held-out documents among the first `documents`."""
         return -(-documents * round(self.val_fraction * _PARTS) // _PARTS)
 
 
 class Part(NamedTuple):
-    """A stretch of text for one split."""
+    """A piece of text for one split."""
 
     split: str
     text: str
     ends: bool
-    """The next part begins another document, or the other split's share of this one."""
+    """The next part starts another document, or the other split's share of this one."""
     eot: bool
-    """A whole document ends here. One that is cut between the splits has no end: nothing separates its shares."""
+    """A whole document ends here, so end-of-text follows. False for documents that are cut between the splits."""
 
 
 @dataclass
@@ -74,20 +74,20 @@ class SurveyedText:
     source: Source
     clean: CleanConfig
     kept: bytearray = field(default_factory=bytearray)
-    """1 for each document that is kept, else 0."""
+    """1 for each kept document, 0 for each dropped one."""
     lengths: array[int] = field(default_factory=lambda: array("q"))
-    """Characters of each document that is kept, after cleaning."""
+    """Characters of each kept document, after cleaning."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Documents left out, by reason: empty, short, duplicate."""
+    """Number of dropped documents by reason: empty, short, duplicate."""
     sha256: str = ""
-    """Of all source text, before cleaning, with a zero byte between documents."""
+    """Sha256 (hex) of the source text before cleaning, with a zero byte between documents."""
     log: ReadingLog = field(default_factory=ReadingLog)
 
     def parts(self, split: Split) -> Iterator[Part]:
-        """The kept text from its beginning, divided between the splits "train" and "val".
+        """Read the kept text again, divided into the splits "train" and "val".
 
         Raises:
-            DataError: the text is not the one that was surveyed (told at its end).
+            DataError: the text changed since the first pass (raised at its end).
         """
         number = kept = position = 0
         digest = hashlib.sha256()
@@ -111,15 +111,15 @@ class SurveyedText:
 
 
 def survey(source: Source, config: CleanConfig, show: bool = True) -> SurveyedText:
-    """Read a corpus once.
+    """Make the first pass over a corpus.
 
     Args:
-        source: the documents.
-        config: how they are cleaned and which are dropped.
+        source: source of the documents.
+        config: cleaning and filtering of the documents.
         show: whether to show progress.
 
     Raises:
-        DataError: no document is left.
+        DataError: no document is kept.
     """
     found = SurveyedText(source, config)
     seen: set[bytes] = set()
@@ -144,7 +144,7 @@ def survey(source: Source, config: CleanConfig, show: bool = True) -> SurveyedTe
         reasons = ", ".join(f"{count} {reason}" for reason, count in found.dropped.items()) or "no documents"
         reasons = "; ".join([reasons, *found.log.notices()])
         raise DataError(
-            f"corpus {source.name!r} has no text left ({reasons}); name another text with --data.source, or clean less"
+            f"corpus {source.name!r} has no text left ({reasons}); use another --data.source, or less cleaning"
         )
     return found
 

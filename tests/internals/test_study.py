@@ -92,10 +92,10 @@ def test_names_may_be_short_patterned_or_functions() -> None:
         ("blocks.0.attn.hook_zz", "did you mean blocks.0.attn.hook_z"),
         ("blocks.*.nothing", "matches none"),
         (("pattern", 2), "layers are 0 .. 1"),
-        ("scale", "may be any of ln1.hook_scale, ln2.hook_scale, ln_final.hook_scale"),
-        ("pos_embed", "this model has none"),
-        (lambda name: "nothing" in name, "the function picks none"),
-        ("blocks.*.attn.hook_result", "on request only; name it without a pattern: blocks.0.attn.hook_result"),
+        ("scale", "ambiguous, matches ln1.hook_scale, ln2.hook_scale, ln_final.hook_scale"),
+        ("pos_embed", "this model has no such activation"),
+        (lambda name: "nothing" in name, "the function selects none"),
+        ("blocks.*.attn.hook_result", "patterns do not match costly activations; give the name: blocks.0.attn.hook_result"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(names: object, message: str) -> None:
@@ -186,7 +186,7 @@ def test_an_edit_that_a_run_would_pass_by_is_refused() -> None:
     with study.hooks({("ln1.hook_normalized", 1): 0.0}):
         study.run_with_cache(ids, ("q_input", 0))  # of another block
         for names in ("q_input", ("v_input", 1)):
-            with pytest.raises(ConfigError, match="would change nothing beside"):
+            with pytest.raises(ConfigError, match="has no effect together with"):
                 study.run_with_cache(ids, names)
         with pytest.raises(ConfigError, match="would change nothing"):
             study.patch_paths(ids, random_ids(1, 5, seed=1), lambda logits: logits[0, -1, 3], ["L0H1"], ["L1H0.k"])
@@ -260,7 +260,7 @@ def test_activations_kept_while_writing_are_those_of_one_forward(preset: str) ->
 
 def test_nothing_written_leaves_nothing_to_keep() -> None:
     study = written("llama")
-    with pytest.raises(ConfigError, match="no token was written"):
+    with pytest.raises(ConfigError, match="no token was generated"):
         study.generate("ABC", "z", max_new_tokens=0)
     completion, cache = study.generate("ABC", max_new_tokens=0)
     assert completion.ids == [] and not len(cache)
@@ -323,11 +323,11 @@ def test_a_model_in_training_stays_in_training_and_is_watched_without_dropout() 
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("", DataError, "holds no tokens"),
+        ("", DataError, "has no tokens"),
         (["AB", "ABC"], DataError, "texts of 2, 3 tokens"),
         ([[1, 2], [3]], DataError, "rows of equal length"),
-        ([61], DataError, "the model's are 0 .. 60"),
-        ([0.5], DataError, "of type torch.float32; expected whole numbers"),
+        ([61], DataError, "61 .. 61: expected 0 .. 60"),
+        ([0.5], DataError, "have dtype torch.float32; expected an integer type"),
         ("A" * 25, ConfigError, "25 tokens do not fit"),
     ],
 )

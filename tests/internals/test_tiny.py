@@ -118,7 +118,7 @@ def assert_holds_together(message: str, block: int, text: str) -> None:
 
 def test_what_needs_a_block_that_comes_twice_is_refused_in_words_or_left_out():
     study = Study.of(random_model(tiny_config("modern", vocab_size=257, block_size=3)), ByteTokenizer())
-    with pytest.raises(ConfigError, match=r"needs a block_size of 4 .* this model has block_size 3"):
+    with pytest.raises(ConfigError, match=r"needs a block_size of at least 4 .* this model has block_size 3"):
         repeated_block(study)
     assert study.head_scores("previous", "abc").values.shape == (2, 4)
     badges = study.report("abc").data["attn"]["badges"]

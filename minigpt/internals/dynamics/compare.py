@@ -18,18 +18,18 @@ from minigpt.model.config import GPTConfig
 
 @dataclass
 class Comparison:
-    """How another model differs from a study's on the same text. Prints all its parts."""
+    """The differences between two models on the same text. Prints all its parts."""
 
     losses: Result
-    """What the other one pays more for each token, nats; of several rows, the mean at each position."""
+    """Loss of the other model minus the study's, for each token, in nats; with several rows, the mean per position."""
     similarity: Result
-    """CKA of the stream at each layer of the one (rows) and of the other (columns), from 0 to 1."""
+    """Linear CKA between each layer of the study's model (rows) and of the other (columns), from 0 to 1."""
     cosine: Result | None
-    """Mean cosine between the two streams at the same layer; None where their shapes differ."""
+    """Mean cosine similarity of the streams at the same layer; None if their shapes differ."""
 
     @property
     def parts(self) -> list[Result]:
-        """All that there is."""
+        """All parts that are not None."""
         return [part for part in (self.losses, self.similarity, self.cosine) if part is not None]
 
     def __str__(self) -> str:
@@ -42,19 +42,19 @@ class Comparison:
 
 
 def compare(study: Access, other: Access, text: Text) -> Comparison:
-    """Where two models differ.
+    """Compare two models on the same text.
 
     Args:
-        study: the one.
-        other: the other one; of any shape, but it must read the text as the same tokens.
-        text: one text, or token ids (B, T): the similarities need more tokens than the models have channels.
+        study: study of the first model.
+        other: study of the second model. It may have any shape, but must encode the text as the same tokens.
+        text: one text, or token ids (B, T). The similarities need more tokens than the models have channels.
 
     Raises:
-        DataError: the two read the text as different tokens.
+        DataError: the two models encode the text as different tokens.
     """
     ids = study.ids(text)
     if not isinstance(text, Tensor) and not torch.equal(ids.cpu(), other.ids(text).cpu()):
-        raise DataError("text: the two models read it as different tokens; compare models of one tokenizer")
+        raise DataError("text: the two models encode it as different tokens; compare models with the same tokenizer")
     mine, theirs = _run(study, ids), _run(other, ids)
     more = theirs.losses - mine.losses
     notes = {"mean": float(more.mean()), "study": float(mine.losses.mean()), "other": float(theirs.losses.mean())}
@@ -63,7 +63,7 @@ def compare(study: Access, other: Access, text: Text) -> Comparison:
         axis = Axis("token", tokens[1:])
     else:
         axis = Axis("position", [str(position) for position in range(1, ids.shape[1])])
-    losses = Result("What the other one pays more", more.mean(0).numpy(), (axis,), "nats", notes)
+    losses = Result("Loss of the other model minus the study's", more.mean(0).numpy(), (axis,), "nats", notes)
     similar = np.array([[cka(x, y) for y in theirs.streams] for x in mine.streams])
     axes = Axis("layer", _layers(study.config)), Axis("other's layer", _layers(other.config))
     similarity = Result("Similarity of the streams (linear CKA)", similar, axes, "", {"tokens": ids.numel()})
@@ -71,18 +71,21 @@ def compare(study: Access, other: Access, text: Text) -> Comparison:
     if [x.shape for x in mine.streams] == [y.shape for y in theirs.streams]:
         values = [torch.cosine_similarity(x, y, -1).mean() for x, y in zip(mine.streams, theirs.streams, strict=True)]
         cosine = Result(
-            "Cosine between the streams", torch.stack(values).numpy(), (Axis("layer", _layers(study.config)),)
+            "Cosine similarity of the streams", torch.stack(values).numpy(), (Axis("layer", _layers(study.config)),)
         )
     return Comparison(losses, similarity, cosine)
 
 
 def cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414) of N tokens in two models, (N, C) and
-    (N, C'):
+    """Linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414) of N tokens in two models:
 
-        ||X'Y||^2 / (||X'X|| ||Y'Y||), of columns less their means, with Frobenius norms
+        ||X'Y||^2 / (||X'X|| ||Y'Y||), with centred columns and Frobenius norms
 
-    1 where the one is the other turned, mirrored and scaled; with fewer tokens than channels it is high for any two.
+    It is 1 if one is the other rotated, reflected and scaled. With fewer tokens than channels it is always high.
+
+    Args:
+        x: (N, C).
+        y: (N, C').
     """
     x, y = (z.double() - z.double().mean(0) for z in (x, y))
     norms = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)

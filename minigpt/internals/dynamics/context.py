@@ -1,6 +1,6 @@
 """What a model gains from context: loss by position, and the in-context score.
 
-Both are measured on windows of held-out text that stay the same, so that they can be compared between checkpoints.
+Both use fixed windows of held-out text, so that checkpoints can be compared.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from minigpt.internals.access.text import Text
 if TYPE_CHECKING:
     from minigpt.data.shards import Corpus
 
-TOKENS = 4096  # in all windows together
-TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**25  # at most, in a forward
-EARLY, LATE, WIDTH = 0.1, 0.9, 0.1  # of the context: where the in-context score looks, and how far around
+TOKENS = 4096  # default number of tokens in all windows
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**25  # limits per forward pass
+EARLY, LATE, WIDTH = 0.1, 0.9, 0.1  # centres and width of the ranges of the in-context score, as shares of the context
 
 
 def held_out_windows(corpus: Corpus, length: int, tokens: int = TOKENS) -> Tensor:
-    """Windows (B, length) evenly spaced over a corpus's validation split, the same every time.
+    """Read fixed windows (B, length), evenly spaced over the validation split of a corpus.
 
     Args:
-        corpus: where its validation split is shorter than a window, the training split stands for it.
-        length: T, tokens in a window.
-        tokens: in all windows together, at most, but at least one window.
+        corpus: the corpus; if its validation split is shorter than a window, the training split is used.
+        length: T, tokens per window.
+        tokens: maximum tokens of all windows; there is at least one window.
     """
     stream = corpus.val if len(corpus.val) >= length else corpus.train
     count = max(1, min(tokens, len(stream)) // length)
@@ -39,38 +39,38 @@ def held_out_windows(corpus: Corpus, length: int, tokens: int = TOKENS) -> Tenso
 
 
 def held_out(study: Access, tokens: int = TOKENS) -> Tensor:
-    """`held_out_windows` (B, block_size) of the corpus that the study's run was trained on.
+    """`held_out_windows` (B, block_size) of the training corpus of the study's run.
 
-    Raises ConfigError for a study that is of no run, DataError where that text is another by now.
+    Raises ConfigError if the study has no run, and DataError if the corpus has changed.
     """
     from minigpt.evaluation.text import corpus_of
 
     if study.run is None:
-        raise ConfigError("this study is of a model alone, which has no text of its own; give one, or token ids (B, T)")
+        raise ConfigError("text: this study has no run and thus no corpus; give a text or token ids (B, T)")
     return held_out_windows(corpus_of(study.run), study.config.block_size, tokens)
 
 
 def in_parts(study: Access, ids: Tensor) -> tuple[Tensor, ...]:
-    """Ids (B, T) in parts of whole rows that are small enough for a watched forward."""
+    """Split ids (B, T) by rows into parts that are small enough for one forward pass of a study."""
     tokens = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // study.model.vocab_size)
     return ids.split(max(1, tokens // ids.shape[1]))
 
 
 def losses(study: Access, text: Text | None = None) -> Tensor:
-    """Nats of each token after those before it, (B, T - 1); None: of `held_out`."""
+    """Loss in nats of every token except the first, (B, T - 1); None: on `held_out`."""
     ids = study.ids(held_out(study) if text is None else text)
     return torch.cat([study.losses(part) for part in in_parts(study, ids)])
 
 
 def loss_by_position(study: Access, text: Text | None = None) -> Result:
-    """How well each position of the context is predicted: nats, mean over the text's rows.
+    """Measure the loss at each position of the context, in nats, averaged over the rows of the text.
 
     Args:
-        study: of the model.
-        text: rows of equal length; None: windows of the run's own validation split.
+        study: the study of the model.
+        text: rows of equal length; None: windows of the validation split of the run's corpus.
 
     Returns:
-        Axis position: 1 is the second token, which sees one before it.
+        A result with the axis position; position 1 is the second token, which is predicted from one token.
     """
     found = losses(study, text)
     labels = [str(position) for position in range(1, found.shape[1] + 1)]
@@ -86,24 +86,23 @@ def loss_by_position(study: Access, text: Text | None = None) -> Result:
 def in_context_score(study: Access, text: Text | None = None) -> Result:
     """How many nats per token costs less late in the context than early (Olsson et al. 2022, arXiv 2209.11895).
 
-    There it is the 500th token's loss minus the 50th's; here that of the tokens around nine tenths of the context minus
-    that of those around one tenth, so that it is defined for every length. The more is learned from the context, the
-    further below zero.
+    The paper takes the loss of the 500th token minus the 50th. Here it is the mean loss around 90 % of context minus
+    the mean around 10 %, so that it is defined for every length. More negative means more in-context learning.
 
     Args:
-        study: of the model.
-        text: rows of equal length; None: windows of the run's own validation split.
+        study: the study of the model.
+        text: rows of equal length; None: windows of the validation split of the run's corpus.
 
     Returns:
-        Axis loss: "early", "late", "score" (late - early).
+        A result with the axis loss: "early", "late", "score" (late - early).
     """
     return score_of(losses(study, text))
 
 
 def score_of(losses: Tensor) -> Result:
-    """The in-context score of losses (B, T - 1); see `in_context_score`."""
+    """Compute the in-context score from losses (B, T - 1); see `in_context_score`."""
     length = losses.shape[1] + 1
-    by_position = losses.mean(0)  # entry i: of position i + 1
+    by_position = losses.mean(0)  # entry i is position i + 1
     early, late = (
         float(by_position[begin - 1 : end].mean()) for begin, end in (_around(EARLY, length), _around(LATE, length))
     )
@@ -113,7 +112,7 @@ def score_of(losses: Tensor) -> Result:
 
 
 def _around(share: float, length: int) -> tuple[int, int]:
-    """The first and last position around a share of a context of so many tokens; position 0 has no loss."""
+    """First and last position of the range around `share` of a context of `length` tokens; position 0 has no loss."""
     middle, half = share * (length - 1), WIDTH / 2 * (length - 1)
     first = min(max(1, round(middle - half)), length - 1)
     return first, max(first, min(length - 1, round(middle + half)))

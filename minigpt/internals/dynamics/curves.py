@@ -13,14 +13,14 @@ from minigpt.internals.dynamics.snapshot import KINDS, Kind
 from minigpt.terminal import readable
 
 WIDE, HIGH = 520, 236
-LEFT, RIGHT, ABOVE, BELOW = 46, 104, 10, 26  # the space around the lines: numbers, names, steps
-COLOURED = 8  # lines of a chart that have a colour and a name; the others are grey
-GAP = 13  # between two names
-ORDERED = ("layer", "position")  # axes whose labels have an order, which the colours follow
+LEFT, RIGHT, ABOVE, BELOW = 46, 104, 10, 26  # margins around the lines, for numbers, names and steps
+COLOURED = 8  # maximum number of lines with a colour and a name; the others are grey
+GAP = 13  # minimum distance between two names
+ORDERED = ("layer", "position")  # axes with ordered labels; their colours form a gradient
 
 
 def page(title: str, results: dict[str, Result]) -> str:
-    """All series as one HTML page, for light and dark. A kind without two steps is left out."""
+    """Render all series as one HTML page, for light and dark mode. Kinds with fewer than two steps are left out."""
     charts = "".join(_card(kind, result) for kind, result in results.items() if len(result.axes[0].labels) > 1)
     return PAGE.format(title=html.escape(title), style=STYLE, charts=charts)
 
@@ -33,15 +33,16 @@ def _card(kind: str, result: Result) -> str:
 
 
 def chart(result: Result) -> str:
-    """Step x label as an SVG element: a line a label, those that change most in colour, with name and last value.
+    """Draw step x label as an SVG element with one line per label.
 
-    Steps that lie ever further apart are drawn on a scale of log(1 + step).
+    The lines that change most have a colour, a name and their last value. If the gaps between steps grow, the x axis is
+    log(1 + step).
     """
     labels = result.axes[1].labels
     steps = np.array([float(step) for step in result.axes[0].labels])
     values = np.where(np.isfinite(result.values), result.values, np.nan)
     if np.isnan(values).all():
-        return "<p>never finite</p>"
+        return "<p>no finite values</p>"
     wide = _widening(steps)
     x, y = _Scale(_along(steps, wide), LEFT, WIDE - RIGHT), _Scale(_padded(values), HIGH - BELOW, ABOVE)
     coloured = moving_most(result, COLOURED)
@@ -60,7 +61,7 @@ def chart(result: Result) -> str:
         if i in coloured:
             style = f"c{_colour(coloured.index(i), len(coloured), ordered)}"
             ends.append((float(y(values[known, i][-1])), name, values[known, i][-1], style))
-        # A line of one point is a dot, which its round ends draw.
+        # A single point is drawn twice: the round line caps make it a dot.
         parts.append(f'<path class="line {style}" d="M{" L".join(points if len(points) > 1 else points * 2)}">')
         parts.append(f"<title>{name}</title></path>")
     parts += _names(ends, max(0, 2 - math.floor(math.log10(y.high - y.low))))
@@ -72,7 +73,7 @@ def chart(result: Result) -> str:
 
 
 class _Scale:
-    """Numbers to places: the least of them at `begin`, the greatest at `end`."""
+    """Linear scale: maps the smallest number to `begin` and the largest to `end`."""
 
     def __init__(self, numbers: np.ndarray, begin: float, end: float) -> None:
         self.low, self.high = float(np.nanmin(numbers)), float(np.nanmax(numbers))
@@ -87,14 +88,14 @@ def _along(steps: np.ndarray | float, wide: bool) -> np.ndarray:
 
 
 def _widening(steps: np.ndarray) -> bool:
-    """Whether the gaps between steps grow from the first third to the last, as by doublings."""
+    """Whether the gaps between steps grow from the first third to the last, as with doubling."""
     gaps = np.diff(steps)
     third = max(1, len(gaps) // 3)
     return bool(np.median(gaps[-third:]) > 4 * np.median(gaps[:third]))
 
 
 def _padded(values: np.ndarray) -> np.ndarray:
-    """The range of a chart: with zero, where it is near; never flat."""
+    """Value range of a chart: includes zero if it is near, and is never empty."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if 0 < low < 0.5 * high:
         low = 0.0
@@ -105,7 +106,7 @@ def _padded(values: np.ndarray) -> np.ndarray:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers, 1, 2 or 5 times a power of ten apart, from low to high."""
+    """Return about `count` round tick values from low to high, spaced by 1, 2 or 5 times a power of ten."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     apart = next(power * times for times in (1, 2, 5, 10) if power * times >= raw * 0.999)
@@ -131,7 +132,7 @@ def _grid(x: _Scale, y: _Scale, steps: np.ndarray, wide: bool) -> str:
 
 
 def _names(ends: list[tuple[float, str, float, str]], decimals: int) -> list[str]:
-    """The names at the lines' right ends with their last values, moved apart where they would overlap."""
+    """Names and last values at the right ends of the lines, moved apart if they would overlap."""
     ends = sorted(ends)
     places = [end[0] for end in ends]
     for i in range(1, len(places)):
@@ -148,13 +149,13 @@ def _names(ends: list[tuple[float, str, float, str]], decimals: int) -> list[str
 
 
 def _colour(place: int, of: int, ordered: bool) -> int:
-    """Which of the style's colours: in their order, or as far apart as there are lines."""
+    """Index of a colour class: from the gradient for ordered labels, else from the distinct hues."""
     if ordered:
         return 10 + round(place / max(of - 1, 1) * (COLOURED - 1))
     return place
 
 
-HUES = (262, 25, 150, 320, 75, 200, 110, 350)  # neighbours differ
+HUES = (262, 25, 150, 320, 75, 200, 110, 350)  # neighbours are easy to tell apart
 STYLE = (
     """:root{color-scheme:light dark;--l:.56;--c:.15;--ink:#1d2129;--soft:#6b7280;--grid:#e7e9ee;--rest:#c9cdd6;
 --paper:#fff;--card:#fff;--edge:#e7e9ee}

@@ -19,16 +19,16 @@ from minigpt.internals.dynamics.context import held_out
 from minigpt.internals.dynamics.snapshot import KINDS, Kind, numbers, snapshot
 from minigpt.terminal import notice
 
-LOSSES = Kind("split", "Loss", "nats", "Of the batches that it trained on, and of the validation split.")
+LOSSES = Kind("split", "Loss", "nats", "On the training batches and on the validation split.")
 SPARKS = "▁▂▃▄▅▆▇█"
-WIDTH = 40  # characters of a line
-MOST = 12  # lines of a kind
+WIDTH = 40  # characters per line
+MOST = 12  # maximum lines per kind
 
 
 def series(rows: Sequence[dict[str, Any]]) -> dict[str, Result]:
-    """What rows of metrics.jsonl tell, by kind: step x label, NaN where a step says nothing of a label.
+    """Collect rows of metrics.jsonl into one result per kind: step x label, NaN for missing values.
 
-    Kinds that are not known are shown too, under the names that they have. "loss" comes first, where there are others.
+    Unknown kinds are included under their own names. "loss" comes first; without any other kind the result is empty.
     """
     found: dict[str, dict[int, dict[str, float]]] = {}
     for row in rows:
@@ -42,7 +42,7 @@ def series(rows: Sequence[dict[str, Any]]) -> dict[str, Result]:
 
 
 def _place(key: str) -> tuple[str, str]:
-    """Which kind a key of metrics.jsonl is of, and its label there; "" for what is no series."""
+    """Split a key of metrics.jsonl into kind and label; "" for keys that are not part of a series."""
     if key in ("train/loss", "val/loss"):
         return "loss", key.removesuffix("/loss")
     front, _, rest = key.partition("/")
@@ -60,34 +60,34 @@ def _result(kind: str, by_step: dict[int, dict[str, float]]) -> Result:
 
 
 def of_run(run: Path | str) -> dict[str, Result]:
-    """The series of a run that was trained with internals.every.
+    """Read the series of a run that was trained with internals.every.
 
     Raises:
-        CheckpointError: there is no such run.
-        DataError: it wrote no snapshots.
+        CheckpointError: the run does not exist.
+        DataError: the run has no snapshots.
     """
     run = named_path(run, "a run")
     if not (run / "metrics.jsonl").is_file():
-        raise CheckpointError(f"{run}: holds no metrics.jsonl; give the folder of a run, such as runs/NAME")
+        raise CheckpointError(f"{run}: contains no metrics.jsonl; give the folder of a run, such as runs/NAME")
     found = series(read_metrics(run / "metrics.jsonl"))
     if not found:
         raise DataError(
-            f"{run}: wrote no snapshots while it trained; train with --internals.every log, or measure the checkpoints "
-            f"that it has with --checkpoints"
+            f"{run}: has no snapshots from training; train with --internals.every log, or measure the existing "
+            f"checkpoints with --checkpoints"
         )
     return found
 
 
 def of_checkpoints(run: Path | str, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
-    """Rows as `series` takes them, measured now: one of each checkpoint of a run, oldest first.
+    """Take a snapshot of each checkpoint of a run, oldest first; yield them as rows for `series`.
 
-    Of a run in training, those that are pruned before their turn are left out, with a notice.
+    Checkpoints of a running training that are pruned in the meantime are skipped, with a notice.
 
-    Raises CheckpointError where the run has none that is whole.
+    Raises CheckpointError if the run has no complete checkpoint.
     """
     folders = [folder for folder in reversed(checkpoints_of(named_path(run, "a run"))) if is_whole(folder)]
     if not folders:
-        raise CheckpointError(f"{run}: holds no finished checkpoint; give the folder of a run, such as runs/NAME")
+        raise CheckpointError(f"{run}: contains no complete checkpoint; give the folder of a run, such as runs/NAME")
     ids = None
     for folder in folders:
         try:
@@ -95,21 +95,21 @@ def of_checkpoints(run: Path | str, device: torch.device | str = "cpu") -> Itera
         except CheckpointError:
             if folder.is_dir():
                 raise
-            notice(f"{folder}: was pruned before it was read; it is left out")
+            notice(f"{folder}: pruned before it was read; skipped")
             continue
         ids = held_out(study) if ids is None else ids
         yield {"step": step_of(folder), **numbers(snapshot(study, ids))}
 
 
 def moving_most(result: Result, most: int) -> list[int]:
-    """The labels of step x label that change most over the steps, as many as asked for, in their own order."""
+    """Indices of the `most` labels of step x label whose values change most over the steps, in their original order."""
     values = np.where(np.isfinite(result.values), result.values, np.nan)
     span = [np.ptp(column[~np.isnan(column)]) if (~np.isnan(column)).any() else 0.0 for column in values.T]
     return sorted(np.argsort(-np.array(span), kind="stable")[:most].tolist())
 
 
 def lines(results: dict[str, Result]) -> str:
-    """The series for a terminal: a line a label, those that change most, each kind on a scale of its own."""
+    """Format the series for a terminal: one sparkline per label, for those that change most; one scale per kind."""
     parts = []
     for result in results.values():
         steps, labels = (axis.labels for axis in result.axes)
@@ -121,14 +121,14 @@ def lines(results: dict[str, Result]) -> str:
         width = max(len(labels[i]) for i in shown)
         body = [f"  {labels[i]:{width}}  {_line(result.values[:, i], low, high)}" for i in shown]
         rest = len(labels) - len(shown)
-        parts.append("\n".join([head, *body, *([f"  ... and {rest} that change less"] if rest else [])]))
+        parts.append("\n".join([head, *body, *([f"  ... and {rest} more that change less"] if rest else [])]))
     return "\n\n".join(parts)
 
 
 def _line(values: np.ndarray, low: float, high: float) -> str:
     known = values[np.isfinite(values)]
     if not known.size:
-        return "never finite"
+        return "no finite values"
     picked = known[np.linspace(0, len(known) - 1, min(len(known), WIDTH)).round().astype(int)]
     heights = ((picked - low) / ((high - low) or 1) * (len(SPARKS) - 1)).round().astype(int)
     return f"{''.join(SPARKS[height] for height in heights):{WIDTH}}  {known[0]:8.3f} -> {known[-1]:.3f}"

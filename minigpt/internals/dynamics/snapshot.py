@@ -1,6 +1,6 @@
 """Metrics of a model's internals at one step, cheap enough to repeat during training (see KINDS).
 
-Taken again and again, they show when each thing is learned: `minigpt.internals.dynamics.series`.
+A series of snapshots shows when each behaviour is learned: `minigpt.internals.dynamics.series`.
 """
 
 from __future__ import annotations
@@ -24,42 +24,45 @@ from minigpt.model.layers import widen
 
 
 class Kind(NamedTuple):
-    """One kind of figure."""
+    """One kind of metric."""
 
     axis: str
-    """What there is one of each for."""
+    """Name of its axis: it has one value for each head, layer, ..."""
     title: str
     unit: str
     says: str
+    """One sentence of explanation."""
 
 
 KINDS = {
     "in_context": Kind(
-        "loss", "In-context score", "nats", "Loss late in the context less loss early: below zero where context helps."
+        "loss", "In-context score", "nats", "Loss late in the context minus loss early; negative if context helps."
     ),
     "induction": Kind(
         "head",
         "Induction",
         "",
-        "In random text that repeats, attention to what came after the same token before.",
+        "Attention to the token after the previous occurrence of the same token, in repeated random text.",
     ),
-    "previous": Kind("head", "Previous token", "", "In that text, attention to the token just before."),
-    "ablation": Kind("head", "Loss without the head", "nats", "How much the loss rises when the head writes nothing."),
-    "entropy": Kind("head", "Entropy of attention", "", "0 looks at one token, 1 evenly at all that it may see."),
-    "loss_by_position": Kind("position", "Loss by position", "nats", "Of tokens with that many before them."),
-    "stream": Kind("layer", "Size of the stream", "", "Root mean square after each block; embed: before the first."),
-    "weights": Kind("layer", "Norm of the weights", "", "Of each block's parameters together, and of what is beside."),
+    "previous": Kind("head", "Previous token", "", "Attention to the previous token, in repeated random text."),
+    "ablation": Kind("head", "Ablation", "nats", "Loss increase when the head is zero-ablated."),
+    "entropy": Kind("head", "Attention entropy", "", "0: attention on one token, 1: uniform over all visible tokens."),
+    "loss_by_position": Kind(
+        "position", "Loss by position", "nats", "Loss of tokens with this many tokens before them."
+    ),
+    "stream": Kind("layer", "Size of the residual stream", "", "RMS after each block; embed: before the first block."),
+    "weights": Kind("layer", "Weight norm", "", "Euclidean norm of the parameters of each block, and of the rest."),
 }
-ABLATED = 512  # tokens, the first of the text, for the ablations
-REPEATS = 8  # random sequences
+ABLATED = 512  # tokens of the text used for the ablations
+REPEATS = 8  # number of random sequences
 
 
 def snapshot(study: Access, text: Text | None = None) -> dict[str, Result]:
-    """All of the module's figures, by kind; those on random blocks that come twice where blocks of two tokens fit.
+    """Compute all metrics, by kind. Scores on repeated random blocks need room for blocks of two tokens.
 
     Args:
-        study: of the model.
-        text: rows of equal length; None: windows of the run's own validation split.
+        study: the study of the model.
+        text: rows of equal length; None: windows of the validation split of the run's corpus.
     """
     ids = study.ids(held_out(study) if text is None else text)
     need_two(ids.shape[1])
@@ -86,7 +89,7 @@ def snapshot(study: Access, text: Text | None = None) -> dict[str, Result]:
 
 
 def numbers(figures: dict[str, Result]) -> dict[str, float]:
-    """A snapshot as one flat row: "internals/KIND/LABEL" -> value, as metrics.jsonl has it."""
+    """Flatten a snapshot to one row of metrics.jsonl: "internals/KIND/LABEL" -> value."""
     return {
         f"internals/{kind}/{label}": float(value)
         for kind, result in figures.items()
@@ -95,7 +98,7 @@ def numbers(figures: dict[str, Result]) -> dict[str, float]:
 
 
 class _Means:
-    """Means over what passes a site, taken on the way, so that no activation is kept."""
+    """An edit function that accumulates the mean of a measure per site, so that no activation has to be kept."""
 
     def __init__(self, measure: Callable[[Tensor], Tensor]) -> None:
         self.measure, self.sums, self.rows = measure, defaultdict[str, Any](float), defaultdict[str, int](int)
@@ -105,12 +108,12 @@ class _Means:
         self.rows[site.name] += len(activation)
 
     def stack(self) -> Tensor:
-        """The means by site, in the order in which the sites were passed."""
+        """Stack the means of all sites, in the order of their first call."""
         return torch.stack([total / self.rows[name] for name, total in self.sums.items()])
 
 
 def _on_text(study: Access, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (B, T - 1), entropy of each head (L, H), and sizes of the stream (L + 1), of ids (B, T)."""
+    """Losses (B, T - 1), attention entropy (L, H), and RMS of the stream (L + 1), for ids (B, T)."""
     entropy, stream = _Means(attention_entropy), _Means(lambda x: x.square().mean())
     with study.hooks({"pattern": entropy, ("resid_pre", 0): stream, "resid_post": stream}):
         losses = torch.cat([study.losses(part) for part in in_parts(study, ids)])
@@ -118,9 +121,9 @@ def _on_text(study: Access, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention_entropy(pattern: Tensor) -> Tensor:  # (B, H, T, S = T) -> (H)
-    """Mean over queries of the entropy of what each attends to, over the logarithm of how many slots it sees.
+    """Entropy of the attention weights divided by the log of the number of visible slots, averaged over queries.
 
-    The first query sees only itself and is left out.
+    The first query, which sees only itself, is left out.
     """
     entropy = torch.special.entr(pattern).sum(-1)[..., 1:]  # (B, H, T - 1)
     seen = torch.arange(2, pattern.shape[-1] + 1, device=pattern.device)
@@ -128,10 +131,9 @@ def attention_entropy(pattern: Tensor) -> Tensor:  # (B, H, T, S = T) -> (H)
 
 
 def repeats(ids: Tensor) -> Tensor:
-    """Random blocks that come twice, (8, 2 n), of tokens that occur in ids (B, T), none of them twice in a block.
+    """Draw repeated random blocks, (8, 2 n), of distinct tokens that occur in ids (B, T).
 
-    n is what T and the tokens allow. A vocabulary may hold tokens that were never trained; what heads make of these
-    tells nothing.
+    n is limited by T and by the number of tokens. Other tokens of the vocabulary may never have been trained.
     """
     known, generator = ids.unique(), torch.Generator().manual_seed(0)
     length = min(ids.shape[1] // 2, LONGEST, len(known))
@@ -140,7 +142,7 @@ def repeats(ids: Tensor) -> Tensor:
 
 
 def in_doublings(losses: Tensor) -> dict[str, float]:
-    """Losses (B, T - 1) as means over positions 1, 2-3, 4-7, 8-15, ...: one a doubling of the context."""
+    """Average losses (B, T - 1) over positions 1, 2-3, 4-7, 8-15, ...: one value per doubling of the context."""
     found, first = {}, 1
     while first <= losses.shape[1]:
         last = min(2 * first - 1, losses.shape[1])
@@ -150,7 +152,7 @@ def in_doublings(losses: Tensor) -> dict[str, float]:
 
 
 def weight_norms(study: Access) -> dict[str, float]:
-    """Euclidean norm of each block's parameters taken together, and of what lies beside the blocks."""
+    """Euclidean norm of all parameters of each block, and of each module outside the blocks."""
     squares = defaultdict[str, float](float)
     for name, parameter in study.model.named_parameters():
         parts = name.split(".")

@@ -1,18 +1,18 @@
 """Sparse autoencoders and transcoders: an activation as a sum of a few of many directions.
 
-    f = act((x - b_dec) W_enc + b_enc)      features, nearly all of them zero        (..., d_in) -> (..., d_sae)
-    y = f W_dec + b_dec                     the reconstruction                       (..., d_sae) -> (..., d_out)
+    f = act((x - b_dec) W_enc + b_enc)      features, nearly all zero                (..., d_in) -> (..., d_sae)
+    y = f W_dec + b_dec                     reconstruction                           (..., d_sae) -> (..., d_out)
 
-An autoencoder's y stands for x itself. A transcoder (Dunefsky et al. 2024, arXiv 2406.11944) reads one activation and
-predicts another, such as what the MLP makes of its input; it does not subtract b_dec first. What makes f sparse:
+An autoencoder reconstructs x. A transcoder (Dunefsky et al. 2024, arXiv 2406.11944) reads one activation and predicts
+another, such as the output of an MLP from its input; it does not subtract b_dec first. The activation functions:
 
-    topk        keeps the k greatest of each token                       (Gao et al. 2024, arXiv 2406.04093)
-    batchtopk   k on average: the k B greatest of B tokens; afterwards,
-                whatever exceeds one threshold for all features          (Bussmann et al. 2024, arXiv 2412.06410)
-    jumprelu    whatever exceeds a learned threshold of each feature     (Rajamanoharan et al. 2024, arXiv 2407.14435)
+    topk        the k largest features of each token                     (Gao et al. 2024, arXiv 2406.04093)
+    batchtopk   training: the k B largest of a batch of B tokens;
+                inference: features above one common threshold           (Bussmann et al. 2024, arXiv 2412.06410)
+    jumprelu    features above a learned threshold per feature           (Rajamanoharan et al. 2024, arXiv 2407.14435)
 
-Training is in autoencoder_training.py, judgement in autoencoder_metrics.py. Files are SAELens's: a folder with cfg.json
-and sae_weights.safetensors.
+Training is in autoencoder_training.py, evaluation in autoencoder_metrics.py. Files have the format of SAELens: a folder
+with cfg.json and sae_weights.safetensors.
 """
 
 from __future__ import annotations
@@ -33,78 +33,78 @@ from minigpt.internals.access.access import Edit, Site
 from minigpt.internals.features.autoencoder_config import Kind
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-LAYOUT = "6.0.0"  # the version of SAELens whose layout is written
+LAYOUT = "6.0.0"  # version of the SAELens file format that is written
 
 
 def keep_greatest(pre: Tensor, k: int) -> Tensor:
-    """Each row's k greatest, and of these what is positive; the rest is 0. (..., F) -> (..., F)"""
+    """Keep the positive values among the k largest of each row; set the rest to 0. (..., F) -> (..., F)"""
     values, places = pre.topk(min(k, pre.shape[-1]), -1)
     return torch.zeros_like(pre).scatter(-1, places, values.relu())
 
 
 def keep_greatest_of_batch(pre: Tensor, k: int) -> Tensor:
-    """The k B greatest of B rows together, and of these what is positive. (B, F) -> (B, F)"""
+    """Keep the positive values among the k B largest of all B rows; set the rest to 0. (B, F) -> (B, F)"""
     values, places = pre.flatten().topk(min(k * len(pre), pre.numel()))
     return torch.zeros_like(pre).flatten().scatter(0, places, values.relu()).view_as(pre)
 
 
 @dataclass
 class Autoencoder:
-    """A trained autoencoder or transcoder. Its shapes: d_in, d_sae (features) and d_out, which is d_in or not."""
+    """A trained autoencoder or transcoder with d_in inputs, d_sae features and d_out outputs."""
 
     site: str
-    """Full name of the activation that it reads."""
+    """Full name of the input activation."""
     target: str
-    """Full name of the one that it reconstructs: the same, or a transcoder's."""
+    """Full name of the reconstructed activation; differs from `site` for a transcoder."""
     kind: Kind
     k: int
-    """Features a token: exactly at most (topk), or the number that was aimed at."""
+    """Features per token: the maximum (topk), or the target average (batchtopk, jumprelu)."""
     W_enc: Tensor  # (d_in, d_sae)
     b_enc: Tensor  # (d_sae)
-    W_dec: Tensor  # (d_sae, d_out), rows of length 1
+    W_dec: Tensor  # (d_sae, d_out), rows of unit length
     b_dec: Tensor  # (d_out)
     threshold: Tensor | None = None  # (d_sae); None for topk
     notes: dict[str, Any] = field(default_factory=dict)
-    """How it was trained."""
+    """Information about its training."""
 
     @property
     def transcodes(self) -> bool:
-        """Whether what it reconstructs is another activation than it reads."""
+        """Whether it is a transcoder: reconstructs another activation than it reads."""
         return self.site != self.target
 
     @property
     def d_sae(self) -> int:
-        """The number of features."""
+        """Number of features."""
         return len(self.b_enc)
 
     def before(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_sae)
-        """The features before sparsity."""
+        """Features before the activation function."""
         x = x.to(self.W_enc)
         return (x if self.transcodes else x - self.b_dec) @ self.W_enc + self.b_enc
 
     def encode(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_sae)
-        """The features."""
+        """Features of the input."""
         pre = self.before(x)
         if self.threshold is None:
             return keep_greatest(pre, self.k)
         return pre.relu() * (pre > self.threshold)
 
     def decode(self, features: Tensor) -> Tensor:  # (..., d_sae) -> (..., d_out)
-        """What the features stand for."""
+        """Reconstruct the target activation from features."""
         return features @ self.W_dec + self.b_dec
 
     def features(self, activation: Tensor) -> Tensor:
-        """The features of an activation as a run has it, (B, T, d_in) or by heads (B, T, H, D): (B, T, d_sae)."""
+        """Features (B, T, d_sae) of an activation of the model, (B, T, d_in) or by heads (B, T, H, D)."""
         return self.encode(activation.flatten(2))
 
     def edits(self, change: Callable[[Tensor], Tensor] | None = None, *, keep_error: bool = False) -> dict[str, Edit]:
-        """For `Study.hooks`: put the reconstruction in the activation's place.
+        """Edits for `Study.hooks` that replace the activation by its reconstruction.
 
         Args:
-            change: what to do to the features (B, T, d_sae) first, say to switch one off.
-            keep_error: add what the reconstruction misses of the activation, so that only the change tells.
+            change: modifies the features (B, T, d_sae) first, for example to switch one off.
+            keep_error: add the reconstruction error, so that only `change` has an effect.
         """
-        read: list[Tensor] = []  # a transcoder reads at one place and writes at a later one
+        read: list[Tensor] = []  # a transcoder reads at one site and writes at a later one
 
         def take(activation: Tensor, site: Site) -> None:
             self._check(activation, site.name, len(self.W_enc))
@@ -126,22 +126,22 @@ class Autoencoder:
     def _check(self, activation: Tensor, name: str, width: int) -> None:
         if activation[0, 0].numel() != width:
             raise ConfigError(
-                f"autoencoder: is made for {width} numbers at {name}, but this model has {activation[0, 0].numel()} "
-                "there; use one trained on this model"
+                f"autoencoder: expects width {width} at {name}, but this model has width {activation[0, 0].numel()}; "
+                "use one trained on this model"
             )
 
     def to(self, device: torch.device | str) -> Autoencoder:
-        """The same, elsewhere."""
+        """Return a copy on `device`."""
         moved = {name: value.to(device) for name in TENSORS if isinstance(value := getattr(self, name), Tensor)}
         return Autoencoder(self.site, self.target, self.kind, self.k, **moved, notes=self.notes)
 
-    # In files.
+    # Files.
 
     def save(self, folder: str | Path) -> Path:
-        """Write cfg.json and sae_weights.safetensors as SAELens does.
+        """Write cfg.json and sae_weights.safetensors in the format of SAELens.
 
-        SAELens opens autoencoders of every kind, batchtopk as the jumprelu that it then is, and transcoders with a
-        threshold; a topk transcoder is a kind that it does not have.
+        SAELens can load autoencoders of every kind (batchtopk as jumprelu), and transcoders of kinds with a threshold.
+        It has no topk transcoders.
         """
         folder = named_path(folder, "a folder to save an autoencoder in")
         tensors = {name: value for name in TENSORS if isinstance(value := getattr(self, name), Tensor)}
@@ -171,13 +171,13 @@ class Autoencoder:
 
     @classmethod
     def load(cls, folder: str | Path) -> Autoencoder:
-        """Read what `save`, or SAELens, wrote: kinds topk and jumprelu, transcoders of them, and standard (ReLU).
+        """Load a folder written by `save` or SAELens: topk, jumprelu, transcoders of these, and standard (ReLU).
 
-        Raises CheckpointError for another architecture, or where tensors are missing or do not fit each other.
+        Raises CheckpointError for other architectures, and for tensors that are missing or do not match.
         """
         folder = named_path(folder, "an autoencoder")
         if not (folder / CONFIG).is_file():
-            raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of an autoencoder")
+            raise CheckpointError(f"{folder}: contains no {CONFIG}; expected the folder of an autoencoder")
         config, tensors = read_json(folder / CONFIG), load_tensors(folder / WEIGHTS)
         architecture = str(config.get("architecture"))
         plain = "standard" if architecture == "transcoder" else architecture.removesuffix("_transcoder")
@@ -197,11 +197,14 @@ class Autoencoder:
         kind = ours.get("kind", "topk" if plain == "topk" else "jumprelu") if isinstance(ours, dict) else None
         k = config.get("k", ours.get("k", 1) if isinstance(ours, dict) else None)
         if not isinstance(site, str) or not isinstance(target, str) or kind not in get_args(Kind):
-            raise CheckpointError(f"{folder / CONFIG}: names no activation (metadata.hook_name), or an unknown kind")
+            raise CheckpointError(f"{folder / CONFIG}: activation (metadata.hook_name) missing, or unknown kind")
         if not isinstance(k, int) or k < 1:
             raise CheckpointError(f"{folder / CONFIG}: k is {k!r}; expected a whole number from 1")
         if ("transcoder" in architecture) != (site != target):
-            raise CheckpointError(f"{folder / CONFIG}: a transcoder reads one activation and writes another")
+            raise CheckpointError(
+                f"{folder / CONFIG}: architecture {architecture} does not match its activations ({site}, {target}); "
+                "only a transcoder has two different ones"
+            )
         if plain == "standard" and "b_enc" in tensors:
             tensors["threshold"] = torch.zeros_like(tensors["b_enc"])
         _check_tensors(folder / WEIGHTS, tensors, plain != "topk", site != target)
@@ -216,13 +219,13 @@ TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 def _check_tensors(path: Path, tensors: dict[str, Tensor], threshold: bool, transcodes: bool) -> None:
     needed = TENSORS if threshold else TENSORS[:-1]
     if set(tensors) != set(needed):
-        raise CheckpointError(f"{path}: holds {', '.join(sorted(tensors))}; expected {', '.join(needed)}")
+        raise CheckpointError(f"{path}: contains {', '.join(sorted(tensors))}; expected {', '.join(needed)}")
     if tensors["W_enc"].dim() != 2 or tensors["W_dec"].dim() != 2:
-        raise CheckpointError(f"{path}: W_enc and W_dec are no matrices")
+        raise CheckpointError(f"{path}: W_enc or W_dec is not a matrix")
     (d_in, d_sae), d_out = tensors["W_enc"].shape, tensors["W_dec"].shape[1]
     shapes = {"W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,), "threshold": (d_sae,)}
     for name in needed[1:]:
         if tuple(tensors[name].shape) != shapes[name]:
             raise CheckpointError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {shapes[name]}")
     if not transcodes and d_out != d_in:
-        raise CheckpointError(f"{path}: reads {d_in} numbers and writes {d_out}, which an autoencoder cannot")
+        raise CheckpointError(f"{path}: input width {d_in} and output width {d_out} differ; expected equal widths")

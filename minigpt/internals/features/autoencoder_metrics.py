@@ -23,19 +23,19 @@ LOGITS_AT_ONCE = 2**24
 def judge_autoencoder(
     study: Access, autoencoder: Autoencoder, *, text: str | Tensor | Tokens | None = None, limit: int | None = None
 ) -> tuple[Result, Result]:
-    """The figures by which autoencoders are compared, and how often each feature fires.
+    """Compute the standard metrics of an autoencoder, and how often each feature fires.
 
         explained variance    1 - sum |y - reconstruction|^2 / sum |y - mean|^2
         loss recovered        (loss ablated - loss reconstructed) / (loss ablated - loss clean)
-        KL recovered          (KL ablated - KL reconstructed) / KL ablated, of the output from the clean one's
+        KL recovered          (KL ablated - KL reconstructed) / KL ablated, with KL(clean output || output)
 
-    Ablated means that the activation is zero; reconstructed, that the reconstruction stands in its place.
+    Ablated: the activation is set to zero. Reconstructed: the activation is replaced by its reconstruction.
 
     Args:
-        study: of the model.
-        autoencoder: trained on it.
-        text: what to judge it on; None: the validation split of the run's own corpus.
-        limit: tokens, at most.
+        study: the study of the model.
+        autoencoder: an autoencoder trained on this model.
+        text: text to evaluate on; None: the validation split of the run's corpus.
+        limit: maximum number of tokens.
 
     Returns:
         The metrics (axis figure): features per token (L0), the fractions above, losses and KL in nats per token (none
@@ -50,7 +50,7 @@ def judge_autoencoder(
     first_moment: Tensor | float = 0.0
     square = missed = 0.0
     seen = predicted = 0
-    with progress("judging", min(limit or len(tokens), len(tokens)), "tokens") as bar:
+    with progress("evaluating", min(limit or len(tokens), len(tokens)), "tokens") as bar:
         for begin, ids in windows(tokens, width, rows, limit):
             logits, cache = study.run_with_cache(ids, [autoencoder.site, autoencoder.target])
             features = autoencoder.features(cache[autoencoder.site])
@@ -79,7 +79,7 @@ def judge_autoencoder(
         "explained variance": 1 - _share(missed, variance),
         "dead features": float((fired == 0).double().mean()),
     }
-    if predicted:  # not in a context of one token
+    if predicted:  # none in a context of one token
         clean, reconstructed, ablated = (nats / predicted).tolist()
         far, further = (kl / predicted).tolist()
         figures |= {
@@ -98,7 +98,7 @@ def judge_autoencoder(
     return (
         Result(title, np.array(list(figures.values())), (Axis("figure", list(figures)),), "", {"tokens": seen}),
         Result(
-            f"how often features fire at {autoencoder.site}",
+            f"feature density at {autoencoder.site}",
             density.numpy(),
             (Axis("feature", [str(feature) for feature in range(len(density))]),),
             "share of tokens",
@@ -116,7 +116,7 @@ def _nats(output: Tensor, targets: Tensor) -> Tensor:
 
 
 def _kl(clean: Tensor, changed: Tensor) -> Tensor:
-    """KL(clean || changed), summed over all positions but the last, whose prediction has no target either."""
+    """KL(clean || changed), summed over all positions except the last, which has no target."""
     return (clean.exp() * (clean - changed))[:, :-1].double().sum()
 
 
@@ -128,20 +128,20 @@ def feature_contexts(
     text: str | Tensor | Tokens | None = None,
     limit: int | None = None,
 ) -> Contexts:
-    """The k tokens at which each feature is greatest, with their contexts; see `top_contexts`."""
+    """Find the k tokens at which each feature is largest, with their contexts; see `top_contexts`."""
     found = top_contexts(study, autoencoder.site, k, text=text, limit=limit, encode=autoencoder.features)
     found.axes = (Axis("feature", found.axes[0].labels), found.axes[1])
     return found
 
 
 def feature_effect(study: Access, autoencoder: Autoencoder, feature: int) -> Result:
-    """What a feature, when it is 1, adds to the logits directly: its decoder row, seen by the unembedding.
+    """Direct effect of a feature with value 1 on the logits: its decoder row times the unembedding.
 
-    Raises ConfigError where its target is not the stream or what is added to it, or where there is no such feature.
+    Raises ConfigError for an unknown feature, or if the target is not the residual stream or a term added to it.
     """
     if study.table[autoencoder.target].axes != STREAM:
-        raise ConfigError(f"{autoencoder.target}: is not of the stream, so that no feature of it has a direct effect")
+        raise ConfigError(f"{autoencoder.target}: not part of the residual stream, so features have no direct effect")
     if not 0 <= feature < autoencoder.d_sae:
-        raise ConfigError(f"feature {feature}: there are 0 .. {autoencoder.d_sae - 1}")
+        raise ConfigError(f"feature {feature}: expected 0 .. {autoencoder.d_sae - 1}")
     effect = direct_effect(study, autoencoder.W_dec[feature])
     return vocabulary_result(study, f"direct effect of feature {feature} at {autoencoder.target}", effect)

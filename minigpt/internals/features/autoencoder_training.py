@@ -1,12 +1,12 @@
 """Train a sparse autoencoder or transcoder on a model's activations.
 
-Activations come from windows anywhere in the training text, a few thousand tokens at a time, shuffled, and scaled to a
-variance of 1 (the scale is folded into the weights at the end). The loss is then the share of variance that is missed,
-plus two terms:
+Activations come from random windows of the training text. They are shuffled within a few thousand tokens and scaled to
+unit variance; the scale is folded into the weights at the end. The loss is the fraction of unexplained variance plus
+two terms:
 
-    features that have long been silent predict what the others miss ("AuxK": Gao et al. 2024, arXiv 2406.04093)
-    jumprelu only: (L0 / k - 1)^2, whose gradient reaches the thresholds by a straight-through estimate (Rajamanoharan
-    et al. 2024, arXiv 2407.14435)
+    AuxK: dead features predict the reconstruction error (Gao et al. 2024, arXiv 2406.04093)
+    jumprelu only: (L0 / k - 1)^2, with a straight-through gradient for the thresholds (Rajamanoharan et al. 2024, arXiv
+    2407.14435)
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from minigpt.internals.features.autoencoder_config import AutoencoderConfig
 from minigpt.model.layers import widen
 from minigpt.terminal import notice, progress
 
-BATCHES_AT_ONCE = 8  # gathered and shuffled together
-TOKENS_A_FEATURE = 100  # of text, below which a notice is given
-KERNEL = 0.1  # width of the straight-through estimate, where features before sparsity have a variance of about 1
-SILENT = 64  # steps without firing after which a feature counts as dead
-AUXILIARY = 1 / 32  # weight of what dead features are asked to predict
-FASTER = 5.0  # learning rate of jumprelu's thresholds, relative: they must travel as far as everything else moves
-SMOOTHING = 0.95  # of the running threshold of batchtopk
+BATCHES_AT_ONCE = 8  # batches collected and shuffled together
+TOKENS_A_FEATURE = 100  # tokens of text per feature; below it a notice is printed
+KERNEL = 0.1  # kernel width of the straight-through estimator; pre-activations have a variance of about 1
+SILENT = 64  # a feature is dead after this many steps without firing
+AUXILIARY = 1 / 32  # weight of the AuxK loss
+FASTER = 5.0  # relative learning rate of jumprelu's thresholds, which have to move further than other parameters
+SMOOTHING = 0.95  # decay of the running threshold of batchtopk
 
 
 def _near(pre: Tensor, threshold: Tensor, width: float) -> Tensor:
-    """The rectangle kernel K((z - threshold) / width): 1 within half a width."""
+    """Rectangle kernel K((z - threshold) / width): 1 within half a width of the threshold."""
     return ((pre - threshold).abs() < width / 2).to(pre)
 
 
 class JumpReLU(torch.autograd.Function):
-    """z where it exceeds its threshold, else 0. By the threshold: -(threshold / width) K((z - threshold) / width)."""
+    """z if z > threshold, else 0. Gradient of the threshold: -(threshold / width) K((z - threshold) / width)."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: float) -> Tensor:  # (B, F), (F) -> (B, F)
@@ -59,7 +59,7 @@ class JumpReLU(torch.autograd.Function):
 
 
 class Fires(torch.autograd.Function):
-    """1 where z exceeds its threshold, else 0. By the threshold: -(1 / width) K((z - threshold) / width); by z: 0."""
+    """1 if z > threshold, else 0. Gradient of the threshold: -(1 / width) K((z - threshold) / width); of z: 0."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: float) -> Tensor:  # (B, F), (F) -> (B, F)
@@ -74,14 +74,14 @@ class Fires(torch.autograd.Function):
 
 
 class Learner:
-    """An autoencoder while it learns, on pairs of what it reads and what it is to reconstruct.
+    """Trains an autoencoder on pairs of inputs and targets.
 
     Args:
-        site: full name of what is read.
-        target: full name of what is reconstructed.
+        site: full name of the input activation.
+        target: full name of the activation to reconstruct.
         config: sizes and settings.
-        x: a first sample of what is read, (N, d_in).
-        y: and of what is reconstructed, (N, d_out).
+        x: first sample of inputs, (N, d_in).
+        y: first sample of targets, (N, d_out).
     """
 
     def __init__(self, site: str, target: str, config: AutoencoderConfig, x: Tensor, y: Tensor) -> None:
@@ -90,7 +90,7 @@ class Learner:
         x, y = x * self.scales[0], y * self.scales[1]
         d_sae = config.d_sae or 8 * x.shape[1]
         if config.k > d_sae:
-            raise ConfigError(f"k: {config.k} is more than there are features (d_sae {d_sae})")
+            raise ConfigError(f"k: {config.k} is more than the number of features (d_sae {d_sae})")
         generator = torch.Generator().manual_seed(config.seed)
         made = torch.randn(d_sae, y.shape[1], generator=generator).to(y)
         W_dec = made / made.norm(dim=1, keepdim=True)
@@ -100,7 +100,7 @@ class Learner:
             W_enc = torch.randn(x.shape[1], d_sae, generator=generator).to(x) / math.sqrt(x.shape[1])
             b_enc = -x.mean(0) @ W_enc
         self.model = Autoencoder(site, target, config.kind, config.k, W_enc, b_enc, W_dec, y.mean(0))
-        if config.kind == "jumprelu":  # so many fire from the start as are meant to
+        if config.kind == "jumprelu":  # initialize so that about k features per token fire
             pre = self.model.before(x[:4096]).flatten()
             count = max(1, len(pre) * config.k // d_sae)
             self.model.threshold = pre.topk(count).values[-1].clamp_min(KERNEL).expand(d_sae).clone()
@@ -115,7 +115,7 @@ class Learner:
         self.done = 0
 
     def sparse(self, pre: Tensor) -> Tensor:  # (B, d_sae) -> (B, d_sae)
-        """Features as training has them."""
+        """Apply the activation function as used in training."""
         if self.config.kind == "topk":
             return keep_greatest(pre, self.config.k)
         if self.config.kind == "batchtopk":
@@ -124,7 +124,7 @@ class Learner:
         return JumpReLU.apply(pre, self.model.threshold, KERNEL)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
-        """One optimizer step on x (B, d_in) and y (B, d_out); the share of variance missed, and L0."""
+        """Take one optimizer step on x (B, d_in), y (B, d_out); return the unexplained variance fraction and L0."""
         x, y = x * self.scales[0], y * self.scales[1]
         with torch.enable_grad():
             pre = self.model.before(x)
@@ -136,7 +136,7 @@ class Learner:
             loss.backward()
         decoder = self.model.W_dec
         assert decoder.grad is not None
-        # Rows stay on the unit sphere: the part of the gradient that would only lengthen them is taken out first.
+        # Decoder rows keep unit length: remove the gradient component along each row.
         decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder.detach()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
@@ -155,7 +155,7 @@ class Learner:
         return float(missed.detach()), float(fired.sum(1).double().mean())
 
     def _further(self, pre: Tensor, error: Tensor) -> Tensor:
-        """What is added to the loss: see the file's head."""
+        """Additional loss terms; see the module docstring."""
         loss = error.new_zeros(())
         if self.model.threshold is not None:
             count = Fires.apply(pre, self.model.threshold, KERNEL).sum(1).mean()
@@ -171,7 +171,7 @@ class Learner:
         return min(1.0, share / 0.05, max(0.0, 1 - share) / 0.2 + 1e-3)
 
     def finish(self, notes: dict[str, Any]) -> Autoencoder:
-        """What has been learned so far, with the scales folded into the weights."""
+        """Return the autoencoder trained so far, with the scales folded into the weights."""
         read, written = self.scales
         model, threshold = self.model, self.model.threshold
         if self.config.kind == "batchtopk":
@@ -201,29 +201,32 @@ def train_autoencoder(
     config: AutoencoderConfig | None = None,
     text: str | Tensor | Tokens | None = None,
 ) -> Autoencoder:
-    """Train a sparse autoencoder on one activation, or a transcoder from one to another. Ctrl-C keeps what is learned.
+    """Train a sparse autoencoder on one activation, or a transcoder from one to another.
+
+    Ctrl-C stops the training and keeps the result so far.
 
     Args:
-        study: of the model.
-        at: the activation that is read, such as ("resid_post", 1).
-        target: the one that is reconstructed, such as ("mlp_out", 1) from ("ln2.normalized", 1); None: the same.
+        study: the study of the model.
+        at: the input activation, such as ("resid_post", 1).
+        target: the activation to reconstruct, such as ("mlp_out", 1) from ("ln2.normalized", 1); None: same as `at`.
         config: kind, sizes and steps.
-        text: what the model reads meanwhile; None: the training split of the run's own corpus.
+        text: text to run the model on; None: the training split of the run's corpus.
 
     Returns:
-        It, with notes on its training: steps, tokens, missed (share of the variance, on the last steps), l0.
+        The autoencoder, with notes on its training: steps, tokens, missed (fraction of unexplained variance, averaged
+        over the last steps), l0.
 
     Raises:
-        ConfigError: an activation without positions; a target that is computed before what it is predicted from.
-        DataError: the text has fewer tokens than there are features. (Where they are few, a notice says so.)
-        NonFiniteError: it diverged.
+        ConfigError: an activation without positions, or a target that is computed before its input.
+        DataError: the text has fewer tokens than features. (A notice is printed if it has few tokens per feature.)
+        NonFiniteError: the training diverged.
     """
     config = config or AutoencoderConfig()
     site = site_of(study, at)
     goal = site if target is None else site_of(study, target)
     order = list(study.table)
     if order.index(goal) < order.index(site):
-        raise ConfigError(f"target {goal}: is computed before {site}; a transcoder predicts what comes later")
+        raise ConfigError(f"target {goal}: computed before {site}; a transcoder needs a target after its input")
     tokens = tokens_of(study, text, "train")
     samples = _samples(study, site, goal, tokens, config)
     learner = Learner(site, goal, config, *next(samples))
@@ -237,17 +240,17 @@ def train_autoencoder(
                     if learner.done < config.steps:
                         now = learner.step(*rows)
                         if not math.isfinite(now[0]):
-                            raise NonFiniteError(f"{config.kind} on {goal}: diverged; give a lower learning_rate")
+                            raise NonFiniteError(f"{config.kind} on {goal}: training diverged; lower learning_rate")
                         told = [0.95 * before + 0.05 * new for before, new in zip(told, now, strict=True)]
-                        bar.update(learner.done, f"missed {told[0]:.3f} L0 {told[1]:.1f}")
+                        bar.update(learner.done, f"unexplained {told[0]:.3f} L0 {told[1]:.1f}")
     except KeyboardInterrupt:
-        notice(f"stopped at step {learner.done} of {config.steps}; what is learned so far is kept")
+        notice(f"stopped at step {learner.done} of {config.steps}; the result so far is kept")
     figures = {"steps": learner.done, "tokens": learner.done * config.batch, "missed": told[0], "l0": told[1]}
     return learner.finish({**figures, "config": asdict(config)})
 
 
 def _check_amount(tokens: int, features: int) -> None:
-    """Raise DataError for fewer tokens than features: each token could have a feature of its own."""
+    """Raise DataError for fewer tokens than features, because each token could then get a feature of its own."""
     sensible = TOKENS_A_FEATURE * features
     if tokens < features:
         raise DataError(
@@ -256,15 +259,15 @@ def _check_amount(tokens: int, features: int) -> None:
         )
     if tokens < sensible:
         notice(
-            f"text: {tokens:,} tokens are little for {features:,} features, which may overfit this text; use at least "
-            f"{sensible:,} tokens ({TOKENS_A_FEATURE} a feature), or a smaller d_sae"
+            f"text: {tokens:,} tokens for {features:,} features is little, the features may overfit; use at least "
+            f"{sensible:,} tokens ({TOKENS_A_FEATURE} per feature), or a smaller d_sae"
         )
 
 
 def _samples(
     study: Access, site: str, goal: str, tokens: Tokens, config: AutoencoderConfig
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is read and what is reconstructed, (N, d_in) and (N, d_out), shuffled, without end."""
+    """Yield endless shuffled batches of inputs (N, d_in) and targets (N, d_out)."""
     width = min(study.config.block_size, len(tokens))
     count = BATCHES_AT_ONCE * config.batch
     generator = torch.Generator().manual_seed(config.seed)

@@ -1,10 +1,10 @@
 """Neurons: contexts of maximum activation, and direct effect on the logits.
 
     found = study.top_contexts(("post", 1), k=10)          one pass over the run's validation split
-    print(found.show(37))                                  neuron 37's ten strongest contexts
-    print(study.neuron_effect(1, 37))                      the tokens that it raises and lowers
+    print(found.show(37))                                  top ten contexts of neuron 37
+    print(study.neuron_effect(1, 37))                      tokens whose logits it raises and lowers
 
-The same pass serves the features of a sparse autoencoder: `encode` turns an activation into theirs.
+With `encode`, the same function works for features of a sparse autoencoder.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ AT_ONCE = 4096  # tokens per forward
 
 @dataclass(repr=False)
 class Contexts(Result):
-    """The greatest activations of every unit, (units, k), greatest first, and where in the text they are."""
+    """The largest activations of every unit, (units, k), sorted in descending order, with their places in the text."""
 
     places: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
-    """(units, k) the token's number in the text; -1 where the text is shorter than k tokens."""
+    """(units, k): index of the token in the text; -1 if the text has fewer than k tokens."""
     tokens: Tokens | None = None
     study: Access | None = None
     width: int = 0
-    """Tokens of the windows that the text was read in: no context reaches over a window's border."""
+    """Width in tokens of the windows that the text was split into. Contexts do not cross window borders."""
 
     def context(self, unit: int, rank: int, before: int = 12, after: int = 4) -> tuple[str, str, str]:
-        """The text before the token, the token, and the text after it; the model saw nothing before the window."""
+        """Return the text before the token, the token, and the text after it, within the token's window."""
         assert self.tokens is not None and self.study is not None
         place = int(self.places[unit, rank])
         window = place // self.width * self.width
@@ -71,25 +71,25 @@ def top_contexts(
     limit: int | None = None,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Contexts:
-    """The k tokens of a text at which each unit of an activation is greatest, with their contexts.
+    """Find the k tokens of a text at which each unit of an activation is largest, with their contexts.
 
-    One pass, in memory for k values a unit however long the text is.
+    It makes one pass over the text; memory is proportional to k values per unit, independent of the text's length.
 
     Args:
-        study: whose model reads.
+        study: the study of the model.
         at: the activation, such as ("post", 1): the neurons of block 1.
-        k: how many tokens a unit.
-        text: a text or token ids of any length; None: the validation split of the run's own corpus.
-        limit: read this many tokens at most.
-        encode: what to look at instead of the activation itself: (B, T, ...) -> (B, T, units).
+        k: number of tokens per unit.
+        text: a text or token ids of any length; None: the validation split of the run's corpus.
+        limit: maximum number of tokens.
+        encode: maps the activation to the units: (B, T, ...) -> (B, T, units); None: the activation itself.
 
     Raises:
-        ConfigError: no text, but no run either; or an activation that is not one with positions.
+        ConfigError: no text is given and the study has no run, or the activation has no positions.
     """
     name = site_of(study, at)
     tokens, width = tokens_of(study, text), study.config.block_size
     if k < 1:
-        raise ConfigError(f"k: {k} is no number of contexts; give 1 or more")
+        raise ConfigError(f"k: {k} contexts; expected 1 or more")
     total = len(tokens) if limit is None else min(limit, len(tokens))
     best, places = torch.empty(0), torch.empty(0, dtype=torch.int64)
     with progress("reading", total, "tokens") as bar:
@@ -112,10 +112,10 @@ def top_contexts(
 
 
 def direct_effect(study: Access, direction: Tensor) -> Tensor:
-    """What a direction of the stream does to the logits by itself, without any later block: (..., C) -> (..., V).
+    """Direct effect of a direction of the residual stream on the logits, without later blocks: (..., C) -> (..., V).
 
-    The final norm's own scale, which depends on the text, is left out; its centring and its weight are not, nor is a
-    logit cap applied: (direction - mean) * weight @ W_U, per unit of length, before the division.
+    It includes the centring and the weight of the final norm, but not its scale, which depends on the text, nor the
+    logit soft cap: (direction - mean) * weight @ W_U.
     """
     norm, unembed = study.model.trunk.norm, study.model.unembed
     with torch.no_grad():
@@ -127,19 +127,19 @@ def direct_effect(study: Access, direction: Tensor) -> Tensor:
 
 
 def neuron_effect(study: Access, layer: int, neuron: int) -> Result:
-    """What one neuron's output, when it is 1, adds to the logits directly: W_out[n] W_U, by the final norm's weight.
+    """Direct effect of a neuron with output 1 on the logits: W_out[n] W_U, scaled by the final norm's weight.
 
-    `.top(10)` are the tokens that it raises, `.top(10, smallest=True)` those that it lowers (where its output is
-    positive, which that of a gated neuron need not be). What later blocks make of the neuron is not in it.
+    `.top(10)` are the tokens whose logits it raises, `.top(10, smallest=True)` those it lowers, for a positive output
+    (the output of a gated neuron can be negative). Effects through later blocks are not included.
 
-    Raises ConfigError where there is no such layer or neuron.
+    Raises ConfigError for an unknown layer or neuron.
     """
     blocks: Any = study.model.trunk.blocks
     if not -len(blocks) <= layer < len(blocks):
-        raise ConfigError(f"layer {layer}: the model's are 0 .. {len(blocks) - 1}")
+        raise ConfigError(f"layer {layer}: expected 0 .. {len(blocks) - 1}")
     weight = blocks[layer].mlp.down.weight  # (C, neurons)
     if not 0 <= neuron < weight.shape[1]:
-        raise ConfigError(f"neuron {neuron}: a block's are 0 .. {weight.shape[1] - 1}")
+        raise ConfigError(f"neuron {neuron}: expected 0 .. {weight.shape[1] - 1}")
     effect = direct_effect(study, weight[:, neuron].detach())
     return vocabulary_result(study, f"direct effect of neuron {neuron} of block {layer % len(blocks)}", effect)
 

@@ -1,10 +1,10 @@
 """Linear probes: what can be decoded linearly from an activation, layer by layer.
 
-    study.probe(texts, ["noun", "verb", ...])                      what is known after each block
-    study.probe(texts, lengths, "resid_post", position=None)       numbers instead of classes, from the mean over tokens
+    study.probe(texts, ["noun", "verb", ...])                      classification after each block
+    study.probe(texts, lengths, "resid_post", position=None)       regression from the mean over tokens
 
-A probe that scores well shows that the information is there, not that the model uses it. The same probe on shuffled
-labels says how much of a score is the probe's own doing (Hewitt & Liang 2019, arXiv 1909.03368).
+A high score shows that the activation contains the information, not that the model uses it. A control probe trained on
+shuffled labels shows how much of the score is due to the probe itself (Hewitt & Liang 2019, arXiv 1909.03368).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from minigpt.internals.access.text import Text
 
 
 def ridge(x: Tensor, y: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-    """Weight (D, K) and bias (K) that minimise mean((x w + b - y)^2) + l2 |w|^2, in closed form.
+    """Ridge regression: weight (D, K) and bias (K) that minimise mean((x w + b - y)^2) + l2 |w|^2, in closed form.
 
         w = (X'X / n + l2 I)^-1 X'Y / n    with X and Y centred
 
     Args:
-        x: (N, D).
-        y: (N, K).
-        l2: the penalty; 0 gives least squares of the smallest norm.
+        x: inputs (N, D).
+        y: targets (N, K).
+        l2: penalty; 0 gives the minimum-norm least-squares solution.
     """
     middle, mean = x.mean(0), y.mean(0)
     centred, target = x - middle, y - mean
@@ -45,14 +45,14 @@ def ridge(x: Tensor, y: Tensor, l2: float) -> tuple[Tensor, Tensor]:
 
 
 def logistic(x: Tensor, labels: Tensor, classes: int, l2: float, steps: int = 200) -> tuple[Tensor, Tensor]:
-    """Weight (D, K) and bias (K) that minimise mean cross-entropy + l2 / 2 |w|^2, by L-BFGS.
+    """Logistic regression: weight (D, K) and bias (K) that minimise mean cross-entropy + l2 / 2 |w|^2, by L-BFGS.
 
     Args:
-        x: (N, D), in float64 for an exact optimum.
-        labels: (N) from 0 to classes - 1.
-        classes: K.
-        l2: the penalty; the bias has none.
-        steps: at most this many.
+        x: inputs (N, D); use float64 for an exact optimum.
+        labels: class numbers (N), from 0 to classes - 1.
+        classes: K, the number of classes.
+        l2: penalty on the weight; the bias has none.
+        steps: maximum number of L-BFGS iterations.
     """
     weight = x.new_zeros(x.shape[1], classes, requires_grad=True)
     bias = x.new_zeros(classes, requires_grad=True)
@@ -76,19 +76,19 @@ class Probe:
     """A fitted probe of one activation."""
 
     weight: Tensor
-    """(D, K): a column a class, or one for a number; D is the activation flattened."""
+    """(D, K): one column per class, or one column for regression; D is the size of the flattened activation."""
     bias: Tensor
     """(K)"""
     classes: list[str] | None
-    """What the columns stand for; None where a number is read."""
+    """Class names of the columns; None for regression."""
 
     def read(self, x: Tensor) -> Tensor:
-        """Class numbers (N), or numbers (N), of activations (N, ...)."""
+        """Predict class numbers (N), or values (N), from activations (N, ...)."""
         out = x.flatten(1).to(self.weight) @ self.weight + self.bias
         return out[:, 0] if self.classes is None else out.argmax(-1)
 
     def score(self, x: Tensor, y: Tensor) -> float:
-        """Share of classes that are right, or R^2 of numbers: 1 is perfect, 0 no better than the mean."""
+        """Accuracy, or R^2 for regression: 1 is perfect, 0 is no better than predicting the mean."""
         if self.classes is not None:
             return float((self.read(x) == y).double().mean())
         off, spread = (self.read(x) - y).square().sum(), (y - y.mean()).square().sum()
@@ -96,9 +96,9 @@ class Probe:
 
 
 def fit(x: Tensor, y: Tensor, classes: list[str] | None, l2: float) -> Probe:
-    """A probe from activations x (N, ...) to class numbers or numbers y (N).
+    """Fit a probe that predicts class numbers or values y (N) from activations x (N, ...).
 
-    The activation is centred and scaled as a whole, so that the same penalty means the same in every layer.
+    The activation is centred and scaled by one factor, so that the penalty has the same meaning in every layer.
     """
     rows = x.flatten(1).double()
     middle = rows.mean(0)
@@ -114,7 +114,7 @@ def fit(x: Tensor, y: Tensor, classes: list[str] | None, l2: float) -> Probe:
 
 @dataclass(repr=False)
 class Probed(Result):
-    """A table of scores, one row an activation; the probes themselves are in `probes`, by full name."""
+    """A table of scores with one row per activation. `probes` holds the fitted probes by full name."""
 
     probes: dict[str, Probe] = field(default_factory=dict)
 
@@ -130,29 +130,29 @@ def probe(
     held_out: float = 0.25,
     seed: int = 0,
 ) -> Probed:
-    """How well a property of texts can be read off activations by a linear map.
+    """Fit a linear probe on each activation to predict a property of texts.
 
     Args:
         study: whose model reads the texts.
         texts: one an example, of any lengths.
         labels: one per text: strings or booleans are classes (logistic regression), numbers are numbers (ridge).
         at: the activations; by default the stream after every block.
-        position: of the token that is read; None: the mean over the text.
-        l2: the penalty on the weights, where activations have unit variance.
-        held_out: share of the texts that the probes never see; of a class, as near as can be.
-        seed: which ones, and how labels are shuffled for the control.
+        position: position of the token to take; None: the mean over the text.
+        l2: penalty on the weights, for activations of unit variance.
+        held_out: fraction of the texts to hold out for evaluation, stratified by class.
+        seed: seed of the split and of the shuffled labels.
 
     Returns:
-        For each activation the score on the texts it was fitted on, on the held-out ones, and the held-out score of the
-        control, fitted to shuffled labels: accuracy of classes, R^2 of numbers. A note tells the score of always
-        answering the commonest class, or the mean.
+        For each activation three scores: on the texts it was fitted on, on the held-out texts, and the held-out score
+        of the control probe, which was fitted on shuffled labels. Scores are accuracy or R^2. A note gives the score of
+        always predicting the most common class, or the mean.
 
     Raises:
-        DataError: unequal numbers of texts and labels, or too few of them, or one class only.
-        ConfigError: an activation without positions, or a share that is none.
+        DataError: the numbers of texts and labels differ, there are too few, or there is only one class.
+        ConfigError: an activation without positions, or `held_out` outside (0, 1).
     """
     if len(texts) != len(labels):
-        raise DataError(f"labels: {len(labels)} for {len(texts)} texts; expected one each")
+        raise DataError(f"labels: {len(labels)} labels for {len(texts)} texts; expected one per text")
     if not 0 < held_out < 1:
         raise ConfigError(f"held_out: {held_out} is not between 0 and 1")
     numbers = all(isinstance(label, int | float) and not isinstance(label, bool) for label in labels)
@@ -165,8 +165,8 @@ def probe(
     train, test = _split(groups, held_out, seed)
     if len(train) < 2 or len(test) < 2 or float(y.double().std()) == 0:
         raise DataError(
-            f"labels: {len(labels)} with {len(set(labels))} different values do not make a training and a held-out "
-            "part; give at least a few texts of each of two kinds"
+            f"labels: {len(labels)} labels with {len(set(labels))} different values are too few to split into training "
+            "and held-out texts; give several texts for each of at least two values"
         )
     names = [site_of(study, name) for name in select(study.config, at)]
     found = gather(study, texts, names, position)
@@ -183,13 +183,13 @@ def probe(
         torch.tensor(rows).numpy(),
         (Axis("activation", names), Axis("scored on", ["fitted texts", "held-out", "shuffled labels"])),
         "R^2" if classes is None else "accuracy",
-        {"without looking": usual, "fitted": len(train), "held out": len(test)},
+        {"baseline": usual, "fitted": len(train), "held out": len(test)},
         probes,
     )
 
 
 def _split(groups: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out rows, with about the same share of every group held out."""
+    """Split into training and held-out rows, stratified by group."""
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
     for group in groups.unique():

@@ -5,8 +5,8 @@
         study.generate("I think")
     happy.save("happy.safetensors")    # minigpt sample RUN --steer happy.safetensors --steer_scale 4
 
-The mean difference is that of Turner et al. 2023 (arXiv 2308.10248) and Rimsky et al. 2023 (arXiv 2312.06681), the
-principal component that of Zou et al. 2023 (arXiv 2310.01405).
+Method "mean" follows Turner et al. 2023 (arXiv 2308.10248) and Rimsky et al. 2023 (arXiv 2312.06681), method "pca" Zou
+et al. 2023 (arXiv 2310.01405).
 """
 
 from __future__ import annotations
@@ -33,35 +33,36 @@ KIND = "minigpt steering vector"
 
 @dataclass
 class Steering:
-    """A direction of one activation."""
+    """A steering vector for one activation."""
 
     name: str
-    """The activation's full name, such as blocks.2.hook_resid_post."""
+    """Full name of the activation, such as blocks.2.hook_resid_post."""
     vector: Tensor
-    """Of the activation's shape after batch and pos: (C), or (H, D) for a head's."""
+    """The direction, with the shape of the activation without batch and pos: (C), or (H, D) for heads."""
     scale: float = 1.0
-    """How many times it is added where nothing else is said; 1 is the difference between the texts that made it."""
+    """Default factor; 1 is the difference between the two sets of texts."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """How it was made."""
+    """How the vector was computed."""
 
     def edits(self, scale: float | None = None) -> dict[str, Edit]:
-        """For `Study.hooks`: add `scale` times the vector at every position. Raises ConfigError, when it runs, for a
-        model of another width.
+        """Edits for `Study.hooks` that add `scale` times the vector at every position.
+
+        A model of another width raises ConfigError in the forward pass.
         """
         times = self.scale if scale is None else scale
 
         def steer(activation: Tensor, site: Site) -> Tensor:
             if activation.shape[2:] != self.vector.shape:
                 raise ConfigError(
-                    f"steering vector: is {tuple(self.vector.shape)}, but {site.name} of this model is "
-                    f"{tuple(activation.shape[2:])}; use one made with this model"
+                    f"steering vector: has shape {tuple(self.vector.shape)}, but {site.name} of this model has "
+                    f"{tuple(activation.shape[2:])}; use a vector computed with this model"
                 )
             return activation + times * self.vector.to(activation)
 
         return {self.name: steer}
 
     def save(self, path: str | Path) -> Path:
-        """Write it as a safetensors file: the tensor "vector", and name, scale and notes beside it."""
+        """Write a safetensors file with the tensor "vector"; name, scale and notes are in its metadata."""
         path = Path(path)
         told = {"kind": KIND, "name": self.name, "scale": repr(self.scale), "notes": json.dumps(self.notes)}
         save_tensors(path, {"vector": self.vector}, told)
@@ -69,34 +70,34 @@ class Steering:
 
     @classmethod
     def load(cls, path: str | Path) -> Steering:
-        """Read what `save` wrote. Raises CheckpointError for anything else; no code in a file ever runs."""
+        """Load a file written by `save`, without executing code from it. Raises CheckpointError for other files."""
         path = Path(path)
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; expected a steering vector that Steering.save wrote")
+            raise CheckpointError(f"{path}: no such file; expected a steering vector written by Steering.save")
         tensors, told = load_tensors(path), load_metadata(path)
         vector = tensors.get("vector")
         if told.get("kind") != KIND or vector is None or "name" not in told:
-            raise CheckpointError(f"{path}: is no steering vector; expected a file that Steering.save wrote")
+            raise CheckpointError(f"{path}: not a steering vector; expected a file written by Steering.save")
         if not vector.is_floating_point() or not bool(torch.isfinite(vector).all()):
-            raise CheckpointError(f"{path}: its vector does not hold finite numbers; make it again")
+            raise CheckpointError(f"{path}: its vector contains non-finite values; compute it again")
         try:
             scale, notes = float(told.get("scale", "1")), json.loads(told.get("notes", "{}"))
         except ValueError as error:
-            raise CheckpointError(f"{path}: its scale or notes cannot be read ({error}); make it again") from error
+            raise CheckpointError(f"{path}: its scale or notes cannot be read ({error}); compute it again") from error
         return cls(told["name"], vector, scale, notes)
 
 
 class Steered(Written):
-    """A sampler's model, steered wherever it reads: `Sampler(Steered(study, happy.edits(4)), study.tokenizer)`.
+    """A sampler's model with edits in every forward pass: `Sampler(Steered(study, happy.edits(4)), study.tokenizer)`.
 
-    Raises ConfigError where the edits do not fit the model.
+    Raises ConfigError if the edits do not fit the model.
     """
 
     def __init__(self, study: Access, edits: Edits) -> None:
         super().__init__(study)
         self.edits = edits
         with study.hooks(edits):
-            study.logits([0])  # a mistake is told before anything is written
+            study.logits([0])  # report a mismatch before generation starts
 
     def hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:
         with self.study.hooks(self.edits):
@@ -112,23 +113,23 @@ def steering_vector(
     method: Literal["mean", "pca"] = "mean",
     position: int | None = -1,
 ) -> Steering:
-    """The direction from one kind of text to another.
+    """Compute the direction from one set of texts to another.
 
     Args:
-        study: whose model reads them.
-        positive: texts of the kind to steer towards.
-        negative: texts of the other kind; with pca as many, each the counterpart of the positive one in its place.
+        study: the study of the model.
+        positive: texts to steer towards.
+        negative: texts to steer away from; for pca, text i is the counterpart of positive text i.
         at: the activation.
-        method: mean: the difference of the two means. pca: the direction along which the pairs' differences are longest
-            (their first right singular vector), as long as the mean difference is along it.
-        position: of the token whose activation counts; None: the mean over all of a text's tokens.
+        method: mean: the difference of the two means. pca: the first right singular vector of the pairwise differences,
+            scaled to the projection of the mean difference onto it.
+        position: position of the token to take; None: the mean over all tokens of a text.
 
     Raises:
-        ConfigError: the activation has no positions, or is not one; with pca, unequal numbers of texts.
+        ConfigError: the activation has no positions, or the name matches several; for pca, unequal numbers of texts.
     """
     name = site_of(study, at)
     if method not in ("mean", "pca"):
-        raise ConfigError(f"method: {method!r} is none of mean, pca")
+        raise ConfigError(f"method: {method!r} is not one of mean, pca")
     towards = gather(study, positive, [name], position)[name]  # (texts, ...)
     away = gather(study, negative, [name], position)[name]
     difference = towards.mean(0) - away.mean(0)
@@ -138,7 +139,9 @@ def steering_vector(
             raise ConfigError(f"pca: {len(towards)} positive and {len(away)} negative texts; expected pairs")
         pairs = (towards - away).flatten(1).double()
         _, lengths, directions = torch.linalg.svd(pairs, full_matrices=False)
-        along = (pairs @ directions[0]).mean()  # its sign, which a singular vector leaves open, is the mean's
+        along = (
+            pairs @ directions[0]
+        ).mean()  # takes the sign of the mean, since the sign of a singular vector is arbitrary
         difference = (along * directions[0]).to(difference).view_as(difference)
         notes["share"] = float(lengths[0] ** 2 / lengths.square().sum().clamp_min(1e-300))
     return Steering(name, difference.cpu(), notes=notes)

@@ -1,6 +1,6 @@
-// Every head's attention as a small tile; one enlarged, with the text shaded by a row or a column of it.
+// The attention pattern of every head as a small tile; one is enlarged, with the text shaded by one of its rows or columns.
 
-const SCORES = { previous: "previous token", duplicate: "same token", induction: "induction", current: "itself", first: "first token", copying: "copying" };
+const SCORES = { previous: "previous token", duplicate: "duplicate token", induction: "induction", current: "current token", first: "first token", copying: "copying" };
 
 function attentionView(attn) {
   const { L, H, badges } = attn, N = attn.T, size = (N * (N + 1)) / 2;
@@ -13,7 +13,7 @@ function attentionView(attn) {
     state.head = names.reduce((best, name) => (interest(name) > interest(best) ? name : best));
   }
   const body = view("attention", "Attention",
-    "Where each head looks from every token (row) back to itself and those before it (columns). Under a head: what it mostly looks at in a random text that repeats, and a bar for how the loss on this text changes without it: orange where it rises, blue where it falls.",
+    "Attention pattern of each head: query tokens are rows, key tokens are columns. Below each head: its highest score on repeated random text, and a bar for the change of the loss on this text when the head is ablated (orange: increase, blue: decrease).",
     () => ({ head: state.head, badges, weights: Array.from({ length: N }, (_, q) => Array.from({ length: q + 1 }, (_, k) => at(names.indexOf(state.head), q, k))) }));
 
   function paint(canvas, head, name) {
@@ -37,7 +37,7 @@ function attentionView(attn) {
     class: "t", onpointerenter: () => hover(t), onclick: () => lock(t),
   }, visible(s)));
   DATA.tokens.forEach(({ s }, t) => { strip.append(spans[t]); if (s.includes("\n")) strip.append(el("br")); });
-  const turn = chooser("turn", { from: "looks at", to: "is looked at from" }, "The token");
+  const turn = chooser("turn", { from: "attends to", to: "is attended by" }, "Token");
   body.append(el("div", { class: "split even" }, grid,
     el("div", { class: "large" }, caption, facts, el("div", { class: "square" }, big, row, column), turn, said, strip)));
   const place = (event) => {
@@ -70,7 +70,7 @@ function attentionView(attn) {
     row.style.setProperty("height", `${100 / N}%`);
     column.style.setProperty("left", `${(100 * t) / N}%`);
     column.style.setProperty("width", `${100 / N}%`);
-    fill(said, token(tokenAt(t)), ` (${t}) ${state.turn === "from" ? "looks mostly at" : "is looked at most from"} `, token(tokenAt(most)), ` (${most}), ${percent(weight(most))}`);
+    fill(said, token(tokenAt(t)), ` (${t}) ${state.turn === "from" ? "attends most to" : "is attended most by"} `, token(tokenAt(most)), ` (${most}), ${percent(weight(most))}`);
   }
   const paintAll = () => tiles.forEach((tile, head) => paint(tile.querySelector("canvas"), head, "--accent"));
   watchers.push((before) => { if (before.theme !== state.theme) paintAll(); show(before); });

@@ -1,10 +1,10 @@
-// Direct attribution: which component wrote how much of the next token's logit.
+// Direct logit attribution: the contribution of each component to the next token's logit.
 
 function attributionView(dla) {
   const R = dla.rows.length, LISTED = 14;
-  const body = view("attribution", "What made the logit",
-    "The final logit of the next token is a sum with one term for each thing that was written to the stream. These are the terms at the chosen token.",
-    () => dla, chooser("dla", { logit: "the logit", rival: "its lead over the rival" }, "Explain"), chooser("bars", { largest: "largest", order: "in order" }, "Show"));
+  const body = view("attribution", "Logit attribution",
+    "The logit of the next token is a sum of terms, one for each component that writes to the residual stream. Shown are the terms at the selected token.",
+    () => dla, chooser("dla", { logit: "logit", rival: "logit difference to the rival" }, "Explain"), chooser("bars", { largest: "largest", order: "in order" }, "Show"));
   const list = el("ol", { class: "terms" }), said = el("p", { class: "note" }), sum = el("p", { class: "sum" });
   body.append(said, list, sum);
 
@@ -23,12 +23,12 @@ function attributionView(dla) {
     const low = Math.min(0, ...terms.map(([, v]) => v)), range = Math.max(1e-9, ...terms.map(([, v]) => v - low), -low);
     list.style.setProperty("--zero", -low / range);
     const rivalText = token(piece(dla.versus[t])), answer = token(piece(dla.answer[t]));
-    fill(said, "After ", token(tokenAt(t)), ` (${t}): `, answer, t < T - 1 ? ", which follows" : ", the likeliest next token",
-      against ? ", over its strongest rival " : "", against ? rivalText : "", ".");
+    fill(said, "After ", token(tokenAt(t)), ` (${t}): `, answer, t < T - 1 ? ", the next token" : ", the most likely next token",
+      against ? ", minus its strongest rival " : "", against ? rivalText : "", ".");
     fill(list, ...terms.map(([name, v]) => el("li", { class: v < 0 ? "minus" : "" },
       el("span", {}, name), el("span", { class: "axis" }, el("i", { "--w": Math.abs(v) / range })), el("b", {}, signed(v)))));
-    const capped = dla.capped ? ` After the soft cap of ${dla.cap} ${against ? "the lead" : "it"} is ${fixed(take((which) => dla.capped[which * T + t]), 3)}.` : "";
-    fill(sum, el("b", {}, `${fixed(logit, 3)}`), ` is the sum of all ${R} terms; what they leave unexplained is ${short(residual)}. The final norm divides by ${fixed(dla.scale[t], 3)}.${capped}`);
+    const capped = dla.capped ? ` After the soft cap of ${dla.cap} ${against ? "the difference" : "it"} is ${fixed(take((which) => dla.capped[which * T + t]), 3)}.` : "";
+    fill(sum, el("b", {}, `${fixed(logit, 3)}`), ` is the sum of all ${R} terms; the numerical remainder is ${short(residual)}. The final norm divides by ${fixed(dla.scale[t], 3)}.${capped}`);
   }
   watchers.push(show);
   show();

@@ -1,11 +1,11 @@
 "use strict";
-// What all views share: the data, the state, and how elements are made.
+// Shared by all views: the data, the state, and helpers to create elements.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const SVG = document.getElementById("svg").namespaceURI;
 const T = DATA.tokens.length;
 
-// The state: where we stand in the text, whether that is locked, which head is enlarged, and how views are switched.
+// The state: the selected token, whether it is locked, the enlarged head, and the settings of the views.
 const state = { tok: T - 1, locked: false, head: null, lens: "p", dla: "logit", bars: "largest", turn: "from" };
 const watchers = [];
 
@@ -17,11 +17,11 @@ function set(change) {
   writeHash();
 }
 
-// What a link carries: #tok=17&head=L1H3
+// State in the URL: #tok=17&head=L1H3
 function writeHash() {
   const kept = { tok: state.locked ? state.tok : null, head: state.head, lens: state.lens, dla: state.dla };
   const hash = Object.entries(kept).filter(([, v]) => v !== null).map(([k, v]) => `${k}=${v}`).join("&");
-  try { history.replaceState(null, "", `#${hash}`); } catch { /* a frame without an address */ }
+  try { history.replaceState(null, "", `#${hash}`); } catch { /* a frame without a URL */ }
 }
 
 function readHash() {
@@ -47,7 +47,7 @@ function el(tag, props = {}, ...children) {
 
 const fill = (node, ...children) => node.replaceChildren(...children.filter((child) => child !== null));
 
-// A packed array: {kind, shape, data} -> numbers with a shape; shares come back from their square roots.
+// Unpack {kind, shape, data} to a typed array with a shape; entries with `root` store square roots.
 const KINDS = { u8: Uint8Array, u16: Uint16Array, u32: Uint32Array, f32: Float32Array };
 
 async function unpack(entry) {
@@ -58,7 +58,7 @@ async function unpack(entry) {
   return Object.assign(values, { shape: entry.shape });
 }
 
-async function unpackAll(object) { // every packed array inside, in place
+async function unpackAll(object) { // unpack all nested arrays in place
   for (const [key, value] of Object.entries(object ?? {})) {
     if (value && typeof value === "object") {
       if ("kind" in value && "shape" in value) object[key] = await unpack(value);
@@ -67,7 +67,7 @@ async function unpackAll(object) { // every packed array inside, in place
   }
 }
 
-// How tokens and numbers are shown.
+// Formatting of tokens and numbers.
 
 function visible(text) {
   const shown = text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/ /g, "·");
@@ -82,7 +82,7 @@ const signed = (v, digits = 2) => (v > 0 ? "+" : "") + fixed(v, digits);
 const short = (v) => (v === 0 ? "0" : Math.abs(v) < 0.001 || Math.abs(v) >= 1e5 ? v.toExponential(1) : String(+v.toPrecision(3))).replace("-", "−");
 const grouped = (v) => String(v).replace(/\B(?=(\d{3})+$)/g, "\u2009");
 
-// A section: its title, the sentence that says what it shows, its switches, and a button that copies its data.
+// Create a section with a title, a sentence of explanation, switches, and a button that copies its data.
 function view(id, title, sentence, data, ...switches) {
   const body = el("div", { class: "body" });
   const copy = el("button", { class: "copy", type: "button", onclick: () => copyText(JSON.stringify(data(), plainArrays), copy) }, "copy data");
@@ -99,7 +99,7 @@ const plainArrays = (key, value) => (ArrayBuffer.isView(value) ? { shape: value.
 async function copyText(text, button) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // where a page may not ask for the clipboard
+  } catch { // no permission for the clipboard
     const area = el("textarea");
     area.value = text;
     document.body.append(area);
@@ -111,7 +111,7 @@ async function copyText(text, button) {
   setTimeout(() => { button.textContent = "copy data"; }, 1200);
 }
 
-// A row of buttons of which one is on: choices {value: label}, bound to a key of the state.
+// A row of buttons with one selected: choices {value: label}, bound to a key of the state.
 function chooser(key, choices, label) {
   const buttons = Object.entries(choices).map(([value, text]) => el("button", { type: "button", onclick: () => set({ [key]: value }) }, text));
   const show = () => buttons.forEach((button, i) => button.setAttribute("aria-pressed", Object.keys(choices)[i] === state[key]));
@@ -122,7 +122,7 @@ function chooser(key, choices, label) {
 
 const fact = (name, value) => (value === undefined || value === null ? null : el("div", {}, el("dt", {}, name), el("dd", {}, value)));
 
-// Hovering goes along, a click holds, a second one lets go.
+// Hovering selects a token, a click locks the selection, a second click unlocks it.
 const hover = (t) => { if (!state.locked) set({ tok: t }); };
 const lock = (t) => set(state.locked && state.tok === t ? { locked: false } : { tok: t, locked: true });
 

@@ -1,4 +1,4 @@
-// Curves of the training run, and heat maps of whatever results were put on the page.
+// Training curves, and heat maps of the additional results on the page.
 
 const COLOURED = 6, WIDE = 360, HIGH = 170, LEFT = 44, BOTTOM = 22, ABOVE = 8, RIGHT = 8;
 
@@ -10,7 +10,7 @@ function ticksOf(low, high, count = 4) {
   return made;
 }
 
-// One chart: lines [{name, steps, values}]; the pointer finds the nearest point and names it.
+// One chart with lines [{name, steps, values}]; hovering shows the nearest point.
 function chart(title, lines) {
   const steps = lines.flatMap((line) => line.steps), values = lines.flatMap((line) => line.values);
   const [x0, x1] = [Math.min(...steps), Math.max(...steps)];
@@ -60,14 +60,14 @@ function chart(title, lines) {
 const CHARTS = { "train/loss": "Loss, nats per token", "val/loss": "Loss, nats per token", lr: "Learning rate", grad_norm: "Gradient norm" };
 
 function trainingView({ series, kinds }) {
-  const charts = { [CHARTS["train/loss"]]: [] }; // the loss first, rates last
+  const charts = { [CHARTS["train/loss"]]: [] }; // loss first, learning rate and gradient norm last
   for (const [name, [steps, values]] of Object.entries(series)) {
     const [, kind, what] = name.match(/^internals\/([^/]+)\/?(.*)$/) ?? [];
     const [named, unit] = kinds?.[kind] ?? [(kind ?? "").replace(/_/g, " "), ""];
     const title = kind ? `${named}${unit ? `, ${unit}` : ""}` : CHARTS[name] ?? name;
     (charts[title] ??= []).push({ name: kind ? what || kind : { "train/loss": "training", "val/loss": "validation" }[name] ?? "last", steps, values });
   }
-  const body = view("training", "Training", "How the run went, from its metrics.jsonl: losses and rates, and what was measured inside the model on the way, if it was.", () => series);
+  const body = view("training", "Training", "Curves of the training run from metrics.jsonl: loss, learning rate, gradient norm, and snapshots of the internals if they were logged.", () => series);
   const late = [CHARTS.lr, CHARTS.grad_norm], order = (title) => late.indexOf(title);
   const shown = Object.entries(charts).filter(([, lines]) => lines.length).sort(([a], [b]) => order(a) - order(b));
   body.append(el("div", { class: "charts" }, ...shown.map(([title, lines]) => chart(title, lines))));
@@ -75,8 +75,8 @@ function trainingView({ series, kinds }) {
 
 function gridView(grid, number) {
   const most = Math.max(1e-12, ...grid.values.flat().map((v) => Math.abs(v ?? 0))), small = grid.x.length <= 16;
-  const said = el("p", { class: "note" }, `${grid.yname} downwards, ${grid.xname} across${grid.unit ? `; ${grid.unit}` : ""}. The greatest is ${short(most)}.`);
-  const body = view(`grid${number}`, grid.name, "Blue is above zero, red below, and the shade is the size.", () => grid);
+  const said = el("p", { class: "note" }, `Rows: ${grid.yname}; columns: ${grid.xname}${grid.unit ? `; ${grid.unit}` : ""}. Largest magnitude: ${short(most)}.`);
+  const body = view(`grid${number}`, grid.name, "Blue is positive, red is negative; darker means larger magnitude.", () => grid);
   body.append(el("div", { class: "scroll" }, el("table", { class: small ? "heat" : "heat dense" },
     el("thead", {}, el("tr", {}, el("th"), ...grid.x.map((name) => el("th", { scope: "col" }, visible(name))))),
     el("tbody", {}, ...grid.y.map((name, r) => el("tr", {}, el("th", { scope: "row" }, visible(name)), ...grid.values[r].map((v, c) => el("td", {

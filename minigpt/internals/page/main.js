@@ -1,12 +1,12 @@
-// The head of the page, the bar that says where we stand, the keys, and the start.
+// Header, navigation bar, keyboard shortcuts and start-up.
 
 function headView() {
   const m = DATA.model;
   const size = m.params >= 1e6 ? `${(m.params / 1e6).toPrecision(3)} M` : `${(m.params / 1e3).toPrecision(3)} k`;
-  const groups = m.n_kv_head !== m.n_head ? ` (${m.n_kv_head} for keys)` : "";
+  const groups = m.n_kv_head !== m.n_head ? ` (${m.n_kv_head} key/value)` : "";
   document.getElementById("head").append(
     el("h1", {}, DATA.title),
-    el("p", { class: "say" }, `A ${m.preset} GPT of ${size} parameters, and what it does with ${T === 1 ? "one token" : `${T} tokens`} of text.`),
+    el("p", { class: "say" }, `A ${m.preset} GPT with ${size} parameters on a text of ${T === 1 ? "one token" : `${T} tokens`}.`),
     el("dl", { class: "card" },
       fact("layers", m.n_layer), fact("heads", `${m.n_head}${groups}`), fact("channels", m.n_embd), fact("context", m.block_size),
       fact("vocabulary", `${grouped(m.vocab)}${m.tokenizer ? ` · ${m.tokenizer}` : ""}`), fact("parts", `${m.norm}, ${m.position}, ${m.activation}`),
@@ -15,14 +15,14 @@ function headView() {
 
 function barView() {
   const links = [...document.querySelectorAll("main > section")].map((section) => el("a", { href: `#${section.id}`, onclick: (event) => {
-    event.preventDefault(); // the address holds the state
+    event.preventDefault(); // the URL fragment holds the state
     section.scrollIntoView({ behavior: "smooth" });
   } }, section.querySelector("h2").textContent));
   const step = (by) => () => move(by), here = el("span", { class: "here" });
   document.getElementById("bar").append(el("div", { class: "links" }, ...links), el("div", { class: "stand" },
-    el("button", { type: "button", "aria-label": "token before", onclick: step(-1) }, "‹"), here, el("button", { type: "button", "aria-label": "next token", onclick: step(1) }, "›")));
+    el("button", { type: "button", "aria-label": "previous token", onclick: step(-1) }, "‹"), here, el("button", { type: "button", "aria-label": "next token", onclick: step(1) }, "›")));
   const show = () => {
-    fill(here, el("small", {}, String(state.tok)), token(tokenAt(state.tok)), el("small", { class: "held" }, state.locked ? "held" : ""));
+    fill(here, el("small", {}, String(state.tok)), token(tokenAt(state.tok)), el("small", { class: "held" }, state.locked ? "locked" : ""));
     document.body.classList.toggle("locked", state.locked);
   };
   watchers.push(show);
@@ -61,8 +61,8 @@ async function start() {
   (DATA.grids ?? []).forEach(gridView);
   if (DATA.runs) trainingView(DATA.runs);
   barView();
-  fill(document.getElementById("foot"), el("p", {}, "Hover to look, click to hold. ", el("kbd", {}, "←"), " ", el("kbd", {}, "→"), " token, ",
-    el("kbd", {}, "Shift"), " with arrows head and layer, ", el("kbd", {}, "Esc"), " lets go. The address remembers what is held. Made by minigpt."));
+  fill(document.getElementById("foot"), el("p", {}, "Hover to select a token, click to lock it. ", el("kbd", {}, "←"), " ", el("kbd", {}, "→"), ": token, ",
+    el("kbd", {}, "Shift"), " + arrows: head and layer, ", el("kbd", {}, "Esc"), ": unlock. The URL stores the selection. Made by minigpt."));
   document.addEventListener("keydown", keys);
   addEventListener("hashchange", () => set(readHash()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => set({ theme: event.matches }));

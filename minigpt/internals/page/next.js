@@ -1,6 +1,6 @@
-// The next token: the model's logits through the sampler's processors, recomputed as the sliders move.
+// The next token: the logits after each sampling processor, recomputed when the sliders move.
 
-const SLIDERS = { // name: [label, least, most, step]
+const SLIDERS = { // name: [label, min, max, step]
   temperature: ["temperature", 0, 2, 0.05], top_k: ["top-k", 0, 100, 1], top_p: ["top-p", 0, 1, 0.01], min_p: ["min-p", 0, 1, 0.01],
   typical_p: ["typical", 0.01, 1, 0.01], repetition_penalty: ["repetition penalty", 0.5, 2, 0.01],
   presence_penalty: ["presence penalty", -2, 2, 0.05], frequency_penalty: ["frequency penalty", -2, 2, 0.05],
@@ -12,7 +12,7 @@ const SLIDERS = { // name: [label, least, most, step]
 const FIRST_SLIDERS = 6, CANDIDATES = 12;
 const label = (name) => SLIDERS[name]?.[0] ?? name;
 
-// The logits as the sampler's steps take them: tokens in the order of their ids, groups at the end.
+// The logits as input of the sampling steps: tokens sorted by id, groups at the end.
 function entriesOf({ ids, logits, groups, history }) {
   const seen = new Map();
   for (const id of history) seen.set(id, (seen.get(id) ?? 0) + 1);
@@ -26,7 +26,7 @@ function nextView(next) {
   const entries = entriesOf(next), params = { ...next.params };
   let order = next.order;
   const body = view("next", "The next token",
-    "How the sampler turns the model's prediction after the last token into the distribution it draws from, one processor a column. Move the sliders: the page computes it anew.",
+    "The next-token distribution after the last token, through the sampling processors, one per column. The sliders change the settings.",
     () => ({ params, order, stages: compute().map(({ name, possible, entropy, kl, p }) => ({ name, possible, entropy, kl, p: p.map((v, i) => [entries.ids[i], v]).filter(([, v]) => v > 0) })) }));
   const compute = () => stagesOf(entries, params, next.orders[order], next.off, entries);
   const outputs = {};
@@ -55,12 +55,12 @@ function nextView(next) {
     ...Object.keys(next.orders).map((name) => el("option", { value: name }, name)));
   orders.value = order;
   const controls = el("form", { class: "controls", onsubmit: (event) => event.preventDefault() },
-    ...names.slice(0, FIRST_SLIDERS).map(slider), more, el("label", { class: "order" }, el("span", {}, "order of"), orders),
+    ...names.slice(0, FIRST_SLIDERS).map(slider), more, el("label", { class: "order" }, el("span", {}, "order"), orders),
     el("button", { type: "button", onclick: () => {
       for (const input of controls.querySelectorAll("input")) input.reset();
       orders.value = order = next.order;
       show();
-    } }, "as the run has it"));
+    } }, "reset to the run's settings"));
   const table = el("table", { class: "waterfall" }), note = el("p", { class: "note" });
   body.append(el("div", { class: "split left" }, controls, el("div", {}, el("div", { class: "scroll" }, table), note)));
 
@@ -77,8 +77,8 @@ function nextView(next) {
       el("tfoot", {}, line("possible", ({ possible }) => grouped(possible)),
         line("removed mass", ({ lost }, i) => (i ? percent(lost) : "")), line("entropy", ({ entropy }) => fixed(entropy)),
         line("KL from model", ({ kl }, i) => (i ? fixed(Math.max(0, kl)) : ""))));
-    const groupsNote = next.groups.length ? ` Beyond the ${grouped(next.ids.length)} likeliest, tokens are counted in ${next.groups.length} groups.` : "";
-    const othersNote = next.others.length ? ` The run also sets ${next.others.join(", ")}, which this page leaves out.` : "";
+    const groupsNote = next.groups.length ? ` Tokens beyond the ${grouped(next.ids.length)} most likely are merged into ${next.groups.length} groups.` : "";
+    const othersNote = next.others.length ? ` The run also sets ${next.others.join(", ")}, which this page ignores.` : "";
     note.textContent = `Entropy and KL divergence in nats. Penalties count every token of the text.${groupsNote}${othersNote}`;
   }
   show();

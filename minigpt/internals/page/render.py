@@ -1,8 +1,7 @@
 """Report data -> one HTML file: JSON, a style sheet and plain scripts.
 
-The page asks nothing of a network and of a build. What it is given is untrusted: the text of tokens, names of runs. So
-the data is JSON in which no `<` occurs, scripts make elements from it without parsing markup, and a policy in the head
-lets nothing be loaded.
+The data is untrusted: texts of tokens, names of runs. So the JSON contains no `<`, scripts create elements without
+parsing markup, and a content security policy blocks all loading.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ KINDS = {"u8": "<u1", "u16": "<u2", "u32": "<u4", "f32": "<f4"}
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page of a report's data (see docs/study/page.md for what it holds), as HTML."""
+    """Render the data of a report (format: docs/study/page.md) as HTML."""
     parts = {
         "title": html.escape(str(data.get("title", "minigpt"))),
         "style": (PAGE / "page.css").read_text(encoding="utf-8"),
@@ -32,18 +31,20 @@ def render(data: dict[str, Any]) -> str:
         "script": "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS),
     }
     template = (PAGE / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)  # one pass: what is put in stays as it is
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template
+    )  # one pass: inserted text is not expanded again
 
 
 def as_json(data: Any) -> str:
-    """JSON that may stand inside a script element. Raises ValueError for NaN and infinities."""
+    """Encode as JSON that is safe inside a script element. Raises ValueError for NaN and infinities."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    text = text.encode("utf-8", "replace").decode()  # replace lone surrogates
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def packed(array: Any, kind: str) -> dict[str, Any]:
-    """An array as {kind, shape, data}: little-endian numbers in C order, zlib, base64.
+    """Pack an array as {kind, shape, data}: little-endian numbers in C order, zlib, base64.
 
     Args:
         array: a tensor or an array of any shape.
@@ -55,7 +56,7 @@ def packed(array: Any, kind: str) -> dict[str, Any]:
 
 
 def packed_shares(array: Any, kind: str) -> dict[str, Any]:
-    """Numbers from 0 to 1 by their square roots, which leaves small ones distinct: u8 to 0.004, u16 to 0.00002."""
+    """Pack the square roots of numbers from 0 to 1, for precision near 0; maximum error 0.004 (u8), 0.00002 (u16)."""
     most = {"u8": 255, "u16": 65535}[kind]
     return {**packed(np.rint(np.sqrt(_plain(array)) * most), kind), "root": most}
 
@@ -65,7 +66,7 @@ def _plain(array: Any) -> np.ndarray:
 
 
 def unpacked(entry: dict[str, Any]) -> np.ndarray:
-    """The array that `packed` or `packed_shares` was given, shares to the precision of their kind."""
+    """Invert `packed` and `packed_shares`, the latter up to rounding."""
     raw = zlib.decompress(base64.b64decode(entry["data"]))
     values = np.frombuffer(raw, dtype=KINDS[entry["kind"]]).reshape(entry["shape"])
     return (values / entry["root"]) ** 2 if "root" in entry else values

@@ -1,5 +1,6 @@
-"""One page about one text: what each token cost, where heads look, what layers expect, what made the logit, and what a
-sampler would make of it; beside it the model's card and how it was trained.
+"""An HTML report about one text: token losses, attention, lenses, logit attribution and sampling.
+
+It also shows the model card and the training curves.
 
     study.report("ROMEO: But soft").save("report.html")
 """
@@ -34,29 +35,29 @@ from minigpt.internals.page.render import as_json, render, unpacked
 from minigpt.model.cost import cost_of
 from minigpt.terminal import notice
 
-VERSION = 1  # of the data's form
-MOST = 256  # tokens: a page of more grows with their square
-POINTS = 400  # of a curve
-CURVES = ("train/loss", "val/loss", "lr", "grad_norm")  # and all that was measured inside the model
+VERSION = 1  # version of the data format
+MOST = 256  # default maximum of tokens; the page's size grows with their square
+POINTS = 400  # maximum points of a curve
+CURVES = ("train/loss", "val/loss", "lr", "grad_norm")  # in addition to all internals/* metrics
 SCORES = ("previous", "duplicate", "induction", "current", "first", "copying")
-ROWS = 2  # random texts that heads are judged by
+ROWS = 2  # random texts for the head scores
 
 
 @dataclass
 class Report:
-    """A page and the data that it shows (docs/study/page.md says what that holds). A notebook shows the page itself."""
+    """A page and its data (format: docs/study/page.md). Notebooks display the page."""
 
     data: dict[str, Any]
 
     def html(self) -> str:
-        """The whole page as one text."""
+        """Return the page as one HTML string."""
         return render(self.data)
 
     def save(self, path: str | Path) -> Path:
-        """Write to a file whose ending says how: .html, the page, or .json, the data."""
+        """Write the page (.html) or its data (.json), by the extension of the path."""
         path = Path(path)
         if path.suffix not in (".html", ".json"):
-            raise ConfigError(f"{path}: expected a name that ends in .html or .json")
+            raise ConfigError(f"{path}: unknown extension; expected .html or .json")
         write_text(path, self.html() if path.suffix == ".html" else json.dumps(self.data, allow_nan=False))
         return path
 
@@ -66,15 +67,16 @@ class Report:
 
 
 def report(study: Access, text: Text, *, results: Sequence[Result] = (), most: int = MOST) -> Report:
-    """The page about one text.
+    """Create the report about one text.
 
     Args:
         study: see `Study`.
-        text: one text; of a longer one the first `most` tokens, and no more than the model holds.
-        results: further ones with two axes, shown as heat maps.
-        most: tokens that the page holds at most.
+        text: one text; cut to the first `most` tokens and to block_size.
+        results: additional results with two axes, shown as heat maps.
+        most: maximum number of tokens on the page.
 
-    Raises ConfigError for a result of other than two axes, and what `Study.ids` raises.
+    Raises:
+        ConfigError: a result does not have two axes; also every error of `Study.ids`.
     """
     wrong = next((result for result in results if len(result.axes) != 2), None)
     if wrong is not None:
@@ -82,7 +84,7 @@ def report(study: Access, text: Text, *, results: Sequence[Result] = (), most: i
     whole = study.tokenizer.prompt_ids(text) if isinstance(text, str) else study.ids(text)
     if isinstance(whole, Tensor):
         if len(whole) > 1:
-            raise ConfigError(f"text: {len(whole)} texts; a page is about one")
+            raise ConfigError(f"text: {len(whole)} texts; give one text at a time")
         whole = whole[0].tolist()
     ids = study.ids(whole[: min(most, study.config.block_size)])[0]
     if len(ids) < len(whole):
@@ -114,7 +116,7 @@ def report(study: Access, text: Text, *, results: Sequence[Result] = (), most: i
 
 
 def card(study: Access) -> dict[str, Any]:
-    """What the model is, for the head of the page."""
+    """Model card for the head of the page."""
     config, run = study.config, study.run
     made: dict[str, Any] = {
         "preset": config.preset,
@@ -139,7 +141,7 @@ def card(study: Access) -> dict[str, Any]:
 
 
 def lenses(study: Access, ids: Tensor) -> dict[str, Any]:
-    """The logit lens, and those that were trained for this model, if they are in the run's folder."""
+    """The logit lens, and the fitted lenses in the run folder."""
     made = {"logit": views.lens(study, ids)}
     for kind in MADE_BY if folder_of(study) else ():
         path = saved_lens(study, kind)
@@ -147,12 +149,12 @@ def lenses(study: Access, ids: Tensor) -> dict[str, Any]:
             try:
                 made[kind] = views.lens(study, ids, Translators.load(path, study))
             except CheckpointError as error:
-                notice(f"the {kind} lens is left out: {error}")
+                notice(f"{kind} lens skipped: {error}")
     return made
 
 
 def curves(study: Access) -> dict[str, list[list[float]]]:
-    """What metrics.jsonl tells of a run, by name: steps and values, thinned to what a curve can show."""
+    """Metrics of a run from metrics.jsonl, by name: steps and values, thinned to POINTS points."""
     folder = folder_of(study)
     found: dict[str, tuple[list[float], list[float]]] = {}
     for row in read_metrics(folder / "metrics.jsonl") if folder else []:
@@ -198,7 +200,7 @@ def _grid(result: Result) -> dict[str, Any]:
 
 
 def _token(study: Access, id: int) -> dict[str, Any]:
-    """A token as the page shows it; bytes that are no text by themselves as their numbers."""
+    """A token as shown on the page; bytes that are not valid UTF-8 by themselves are shown in hex."""
     text, tokenizer = study.token(id), views.tokenizer_of(study)
     if "\ufffd" in text and tokenizer is not None:
         text = f"<{tokenizer.pieces[id].hex(' ').upper()}>"
@@ -206,7 +208,7 @@ def _token(study: Access, id: int) -> dict[str, Any]:
 
 
 def _mentioned(data: dict[str, Any]) -> set[int]:
-    """Every token id that a view names."""
+    """All token ids that appear in a view."""
     packs = [data["next"]["ids"], *(kind["ids"] for kind in data["lens"]["kinds"].values())]
     packs += [data["loss"]["ids"]] if "loss" in data else []
     lists = [data["dla"]["answer"], data["dla"]["versus"], *(kind["target"] for kind in data["lens"]["kinds"].values())]
@@ -214,6 +216,6 @@ def _mentioned(data: dict[str, Any]) -> set[int]:
 
 
 def folder_of(study: Access) -> Path | None:
-    """The run that the study's checkpoint is one of; None for a model that is of none."""
+    """Run folder of the study's checkpoint; None if the model has no run."""
     path = None if study.run is None else study.run.path
     return path.parent.parent if path is not None and path.parent.name == "checkpoints" else None

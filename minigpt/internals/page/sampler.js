@@ -1,12 +1,12 @@
-// The sampler's processors once more (minigpt/sampling), so that the page can compute what its sliders ask for.
+// The sampling processors (minigpt/sampling) reimplemented in JavaScript, so that the page can react to its sliders.
 //
-// A distribution is a list of logits z, and how many tokens n each of them stands for: 1, but for the groups that hold
-// the unlikely rest of a large vocabulary. Tokens stand in the order of their ids, as of equals the first one counts.
-// A step is (z, n, params, context) -> z; what it forbids gets -Infinity. In double precision, as the definitions are.
+// A distribution is a list of logits z and counts n: the number of tokens that each entry represents. n is 1, except for
+// groups of unlikely tokens of a large vocabulary. Tokens are sorted by id, because ties are broken by the lowest id.
+// A step is (z, n, params, context) -> z; removed tokens get -Infinity. All in double precision, as in Python.
 
 const NEVER = -Infinity;
 
-function softmax(z, n) { // -> p: of one token of each entry; mass: of all of an entry's
+function softmax(z, n) { // -> p: probability of one token of each entry; mass: of all its tokens
   const top = Math.max(...z);
   const p = z.map((v) => Math.exp(v - top));
   const total = p.reduce((sum, v, i) => sum + v * n[i], 0);
@@ -21,7 +21,7 @@ function entropyOf(z, n) {
 const cut = (z, values, border) => z.map((v, i) => (values[i] < border ? NEVER : v));
 const ranking = (keys) => keys.map((_, i) => i).sort((a, b) => (keys[a] === keys[b] ? a - b : keys[b] > keys[a] ? 1 : -1));
 
-// Keep entries in falling order of a key while `goes` is false; from the first one on for which it is true, none.
+// Keep entries in descending order of a key, up to the first one for which `goes` is true (exclusive).
 function keepFirst(z, keys, goes) {
   const result = z.map(() => NEVER);
   for (const i of ranking(keys)) {
@@ -31,7 +31,7 @@ function keepFirst(z, keys, goes) {
   return result;
 }
 
-function withSeen(z, context, change) { // change(logit, how often it was seen) for the tokens of the text
+function withSeen(z, context, change) { // applies change(logit, count) to the tokens that occur in the text
   return z.map((v, i) => (context.counts[i] ? change(v, context.counts[i]) : v));
 }
 
@@ -93,7 +93,7 @@ const STEPS = {
     const all = bends.reduce((sum, v) => sum + v, 0);
     const result = z.map(() => NEVER);
     let spent = 0;
-    order.forEach((i, place) => { // the first bend speaks for the first two tokens, the last one for the last two
+    order.forEach((i, place) => { // the first bend applies to the first two tokens, the last one to the last two
       if (place >= 1 && place <= bends.length) spent += bends[place - 1];
       if (place === 0 || !(Math.max(spent, bends[0] ?? 0) > tail_free * all)) result[i] = z[i];
     });
@@ -124,15 +124,15 @@ const STEPS = {
     return cut(z, p, Math.min(p.reduce((sum, v, i) => sum + v * mass[i], 0), Math.max(...p)));
   },
 };
-const PENALTIES = ["repetition_penalty", "presence_penalty", "frequency_penalty"]; // the greedy choice obeys these alone
+const PENALTIES = ["repetition_penalty", "presence_penalty", "frequency_penalty"]; // the only processors that affect greedy decoding
 
 function isOn(name, params, off) {
   if (name === "temperature") return params.temperature !== 1 || params.dynatemp_range > 0;
   return params[name] !== off[name];
 }
 
-// The model's distribution, then what each step that is on makes of it:
-// [{name, z, p, mass, possible, removed, lost, entropy, kl}], entropy and kl (from the model's) in nats, lost the share.
+// The model's distribution and the distribution after each active step:
+// [{name, z, p, mass, possible, removed, lost, entropy, kl}]; entropy and kl (to the model's) in nats, lost: removed mass.
 function stagesOf(start, params, order, off, context) {
   const { z: model, n } = start, greedy = params.temperature === 0;
   const made = [{ name: "model", z: model }];

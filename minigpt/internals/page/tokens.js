@@ -1,12 +1,12 @@
-// The text with what each token cost, and what was expected in its place.
+// The text with the loss of each token and the top predictions for it.
 
 function tokensView(loss) {
   const nats = loss ? Array.from(loss.nats) : [];
   const total = nats.reduce((sum, v) => sum + v, 0), mean = total / Math.max(1, nats.length);
   const scale = Math.max(4, ...nats);
   const sentence = loss
-    ? `Each token is shaded by its surprise: the nats that it cost after what stands before it, ${fixed(mean)} on average (${fixed(mean / Math.LN2)} bits).`
-    : "One token: nothing was predicted yet.";
+    ? `Each token is shaded by its loss (surprisal); the mean is ${fixed(mean)} nats (${fixed(mean / Math.LN2)} bits) per token.`
+    : "One token only, so there are no predictions.";
   const body = view("text", "Text", sentence, () => ({ tokens: DATA.tokens, loss }));
   const flow = el("div", { class: "flow", role: "listbox", "aria-label": "tokens" });
   const spans = DATA.tokens.map(({ s }, t) => el("span", {
@@ -22,15 +22,15 @@ function tokensView(loss) {
   function show() {
     for (const line of [spans, strip]) line.forEach((node, t) => node.classList.toggle("on", t === state.tok));
     const t = state.tok, head = el("h3", {}, token(tokenAt(t)), el("small", {}, `token ${t}, id ${DATA.tokens[t].id}`));
-    if (!t || !loss) return fill(panel, head, el("p", { class: "note" }, "Nothing stands before it, so nothing was expected."));
+    if (!t || !loss) return fill(panel, head, el("p", { class: "note" }, "The first token is not predicted."));
     const i = t - 1, k = loss.ids.shape[1], at = i * k, id = DATA.tokens[t].id;
     const rows = Array.from({ length: k }, (_, j) => [piece(loss.ids[at + j]), loss.p[at + j], loss.ids[at + j] === id]);
     let before = 0;
     for (let j = 0; j <= i; j++) before += nats[j];
     fill(panel, head, el("dl", { class: "facts" },
-      fact("surprise", `${fixed(nats[i])} nats`), fact("probability", percent(Math.exp(-nats[i]))), fact("rank", grouped(loss.rank[i])),
+      fact("loss", `${fixed(nats[i])} nats`), fact("probability", percent(Math.exp(-nats[i]))), fact("rank", grouped(loss.rank[i])),
       fact("entropy", `${fixed(loss.entropy[i])} nats`), fact("mean so far", `${fixed(before / t)} nats`)),
-      el("h4", {}, "Expected here"), bars(rows));
+      el("h4", {}, "Top predictions"), bars(rows));
   }
   watchers.push(show);
   show();

@@ -1,6 +1,6 @@
 """The data of each view of the report: one function and one dict per view (see docs/study/page.md).
 
-All but the scores of heads come from one watched run of the text. Position t of a text predicts token t + 1.
+All data except the head scores comes from one forward pass over the text. Position t predicts token t + 1.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from minigpt.sampling.settings.orders import ORDERS, resolve
 if TYPE_CHECKING:
     from minigpt.tokenizer.base import Tokenizer
 
-TOP = 10  # tokens that are listed for a prediction
-ONE_BY_ONE = 1024  # logits that the sampler's view holds each; the others, far below, in groups
+TOP = 10  # tokens listed for a prediction
+ONE_BY_ONE = 1024  # largest logits stored individually for the sampler view; the others are grouped
 GROUPS = 64
 
-# What the sampler's view recomputes: the fields of `SamplingConfig`, and the fixed settings that it presumes.
+# Fields of `SamplingConfig` that the sampler view can change, and settings that it assumes to be fixed.
 SHOWN = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "smoothing_factor", "smoothing_curve"),
     *("temperature", "dynatemp_range", "dynatemp_exponent", "top_h", "top_k", "top_p", "min_p", "typical_p"),
@@ -39,7 +39,7 @@ PRESUMED = {"repetition_scope": "both", "repetition_normalised": False, "penalty
 
 
 def loss(logits: Tensor, ids: Tensor) -> dict[str, Any]:
-    """What each token but the first cost, and what was expected in its place: logits (T, V), ids (T)."""
+    """Loss of each token except the first, and the top predictions for it, from logits (T, V) and ids (T)."""
     log_p = widen(logits[:-1]).log_softmax(-1)
     best = log_p.topk(min(TOP, log_p.shape[-1]), dim=-1)
     return {
@@ -52,7 +52,7 @@ def loss(logits: Tensor, ids: Tensor) -> dict[str, Any]:
 
 
 def attention(patterns: Tensor) -> dict[str, Any]:
-    """Attention weights (L, H, T, T): of each head the lower triangle, row after row."""
+    """Attention weights (L, H, T, T): the lower triangle of each head, row by row."""
     layers, heads, length, _ = patterns.shape
     rows, columns = torch.tril_indices(length, length)
     triangle = patterns[:, :, rows, columns].clamp(0, 1)
@@ -60,7 +60,7 @@ def attention(patterns: Tensor) -> dict[str, Any]:
 
 
 def lens(study: Access, ids: Tensor, reader: Reader | None = None) -> dict[str, Any]:
-    """What the stream says after every component, for ids (T); see `minigpt.internals.attribution.lens`."""
+    """Lens predictions after every component, for ids (T); see `minigpt.internals.attribution.lens`."""
     where = points(study.config)
     [(_, logits)] = lens_logits(study, ids, where[-1:])
     output = widen(logits[0]).log_softmax(-1)  # (T, V)
@@ -86,8 +86,9 @@ def lens(study: Access, ids: Tensor, reader: Reader | None = None) -> dict[str, 
 
 
 def attribution(study: Access, cache: Activations, logits: Tensor, ids: Tensor) -> dict[str, Any]:
-    """What each term of the stream adds to the logit of the next token, and of its strongest rival, at every position:
-    `attribute_logit` of them all at once, from a run that is there.
+    """Direct logit attribution of the next token and of its strongest rival, at every position.
+
+    Equals `attribute_logit` at every position, but reuses one forward pass.
     """
     norm, unembed = study.model.trunk.norm, study.model.unembed
     answer = torch.cat((ids[1:], logits[-1:].argmax(-1)))
@@ -97,7 +98,7 @@ def attribution(study: Access, cache: Activations, logits: Tensor, ids: Tensor) 
     weight = 1.0 if norm.weight is None else precise(norm.weight)
     towards = precise(unembed.weight[tokens])  # (2, T, C)
     through = towards * weight
-    if isinstance(norm, LayerNorm):  # (c - mean c) . d is c . (d - mean d)
+    if isinstance(norm, LayerNorm):  # (c - mean c) . d = c . (d - mean d)
         through = through - through.mean(-1, keepdim=True)
     parts = parts_of(study, cache, "head", _end(study))
     labels = [label for part in parts for label in part.labels]
@@ -114,7 +115,7 @@ def attribution(study: Access, cache: Activations, logits: Tensor, ids: Tensor) 
         "rows": labels,
         "answer": answer.tolist(),
         "versus": rival.tolist(),
-        "values": packed(values, "f32"),  # (2, T, rows): of the answer, of the rival
+        "values": packed(values, "f32"),  # (2, T, rows): for the answer and the rival
         "logit": packed(uncapped, "f32"),
         "residual": packed(uncapped - values.sum(-1), "f32"),
         "scale": packed(scale[:, 0], "f32"),
@@ -128,7 +129,7 @@ def _end(study: Access) -> Point:
 
 
 def next_token(study: Access, logits: Tensor, ids: Tensor) -> dict[str, Any]:
-    """The last logits (V), and the run's own settings of the sampler, for a page that computes the rest itself."""
+    """The logits (V) after the last token and the run's sampling settings; the page computes the rest."""
     config = SamplingConfig() if study.run is None else SamplingConfig.from_dict(study.run.sampling)
     tokenizer = tokenizer_of(study)
     size = logits.shape[-1] if tokenizer is None else min(logits.shape[-1], tokenizer.vocab_size)
@@ -154,7 +155,7 @@ def next_token(study: Access, logits: Tensor, ids: Tensor) -> dict[str, Any]:
 
 
 def tokenizer_of(study: Access) -> Tokenizer | None:
-    """The study's tokenizer; None where it was made without one."""
+    """The study's tokenizer, or None if it has none."""
     try:
         return study.tokenizer
     except ConfigError:
@@ -162,7 +163,7 @@ def tokenizer_of(study: Access) -> Tokenizer | None:
 
 
 def _grouped(falling: Tensor) -> list[list[float]]:
-    """Logits as [how many, one that stands for them] by equal steps: together as likely as they are."""
+    """Group sorted logits into GROUPS equal intervals, as [count, logit] with the same total probability."""
     if not len(falling):
         return []
     high, low = float(falling[0]), float(falling[-1])
@@ -176,13 +177,13 @@ def _grouped(falling: Tensor) -> list[list[float]]:
 
 
 def run_of(study: Access, ids: Tensor) -> tuple[Tensor, Activations]:
-    """One watched run of ids (T): its logits (T, V), and the activations that the views need.
+    """Run one forward pass over ids (T); return the logits (T, V) and the activations that the views need.
 
-    Raises DataError where the model's logits are no numbers.
+    Raises DataError if the logits are not finite.
     """
     end = _end(study)
     names = [*writers(study.config, "head", end), end.name, "pattern"]
     logits, cache = study.run_with_cache(ids[None], [*names, "ln_final.hook_scale", "ln_final.hook_normalized"])
     if not torch.isfinite(logits).all():
-        raise DataError("the model's logits are not finite, so that there is nothing to show; use another checkpoint")
+        raise DataError("model: its logits are not finite, so there is nothing to show; use another checkpoint")
     return logits[0], cache

@@ -197,8 +197,8 @@ def test_only_the_largest_neurons_have_rows_and_the_rest_is_summed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"by": "haed"}, ConfigError, "none of layer, component, head, neuron"),
-        ({"position": 9}, ConfigError, "none of the text's 9"),
+        ({"by": "haed"}, ConfigError, "not one of layer, component, head, neuron"),
+        ({"position": 9}, ConfigError, "9 is outside the text; expected -9 .. 8"),
         ({"top": 0}, ConfigError, "expected a positive number"),
         ({"answer": 61}, DataError, "0 .. 60"),
         ({"text": random_ids(2, 4)}, DataError, "2 texts"),
@@ -212,9 +212,9 @@ def test_what_cannot_be_attributed_is_refused(arguments: dict[str, Any], error: 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda study: components(study, IDS, at="mlp_out"), "one place in the stream"),
-        (lambda study: components(study, IDS, at="resid_post"), "one place in the stream"),
-        (lambda study: components(study, IDS, read="lenght"), "none of vector, norm, share"),
+        (lambda study: components(study, IDS, at="mlp_out"), "one point of the residual stream"),
+        (lambda study: components(study, IDS, at="resid_post"), "one point of the residual stream"),
+        (lambda study: components(study, IDS, read="lenght"), "not one of vector, norm, share"),
         (lambda study: accumulated(study, IDS, "mlp_out"), "expected some of resid_pre"),
         (lambda study: accumulated(study, IDS, ()), "nothing"),
     ],

@@ -256,7 +256,7 @@ def test_a_saved_lens_reads_as_it_did_and_only_for_its_own_model(tmp_path: Path)
         "jacobian_lens.safetensors",
         "tuned_lens.safetensors",
     ]
-    with pytest.raises(CheckpointError, match="other weights"):
+    with pytest.raises(CheckpointError, match="weights other than"):
         tuned_lens(in_a_run(tmp_path, seed=1), "ABC")
     (tmp_path / "run/tuned_lens.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -310,14 +310,14 @@ def test_a_centred_jacobian_lens_reads_the_mean_stream_as_the_mean_of_the_last(p
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda study: logit_lens(study, IDS, stat="best"), ConfigError, "none of top, probability"),
+        (lambda study: logit_lens(study, IDS, stat="best"), ConfigError, "not one of top, probability"),
         (lambda study: logit_lens(study, IDS, "attn_out"), ConfigError, "expected some of resid_pre"),
         (lambda study: logit_lens(study, random_ids(2, 3)), DataError, "2 texts"),
         (lambda study: logit_lens(study, IDS, answer=70), DataError, "0 .. 60"),
-        (lambda study: tuned_lens(study, IDS), ConfigError, "is of no run"),
-        (lambda study: train_tuned_lens(study, TEXT), ConfigError, "is of no run"),
+        (lambda study: tuned_lens(study, IDS), ConfigError, "has no run folder"),
+        (lambda study: train_tuned_lens(study, TEXT), ConfigError, "has no run folder"),
         (lambda study: train_tuned_lens(study, TEXT, steps=0, save=False), ConfigError, "steps: 0"),
-        (lambda study: train_tuned_lens(study, save=False), ConfigError, "no corpus of its own"),
+        (lambda study: train_tuned_lens(study, save=False), ConfigError, "has no corpus"),
         (lambda study: fit_jacobian_lens(study, TEXT, tokens=0, save=False), ConfigError, "tokens: 0"),
     ],
 )
@@ -327,5 +327,5 @@ def test_what_cannot_be_read_is_refused(call: Any, error: type, message: str) ->
 
 
 def test_a_run_without_a_lens_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none yet; make it with minigpt lens .*run --kind jacobian --train"):
+    with pytest.raises(CheckpointError, match=r"no such file; fit the lens with minigpt lens .*run --kind jacobian --train"):
         jacobian_lens(in_a_run(tmp_path), "ABC")

@@ -138,8 +138,8 @@ def test_n_gram_embeddings_count_for_the_token_they_end_in() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"method": "grad"}, ConfigError, "none of gradient, gradient_x_input"),
-        ({"position": 9}, ConfigError, "none of the text's 9"),
+        ({"method": "grad"}, ConfigError, "not one of gradient, gradient_x_input"),
+        ({"position": 9}, ConfigError, "9 is outside the text; expected -9 .. 8"),
         ({"answer": 99}, DataError, "0 .. 60"),
         ({"baseline": random_ids(1, 4)}, DataError, "4 tokens, but the text has 9"),
         ({"text": random_ids(2, 4)}, DataError, "2 texts"),

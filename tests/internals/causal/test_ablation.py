@@ -100,7 +100,7 @@ def test_what_cannot_be_taken_away_is_refused() -> None:
         ablate(study, ids, "median")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="parts: 'heads'"):
         ablate(study, ids, parts="heads")  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="one row has no other"):
+    with pytest.raises(DataError, match="resample needs at least two rows"):
         ablate(study, ids[:1], "resample")
     with pytest.raises(DataError, match="sample: 4 tokens"):
         ablate(study, ids, "resample", sample=ids[:, :4])

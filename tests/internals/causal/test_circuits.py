@@ -128,7 +128,7 @@ def test_texts_and_shares_without_a_circuit_are_refused() -> None:
     for arguments, options, error, message in (
         ((ids, random_ids(1, 4), difference), {}, DataError, "expected equal shapes"),
         ((ids, ids, difference), {}, DataError, "on both texts"),
-        ((ids, ids + 1, difference), {"faithfulness": 0.0}, ConfigError, "expected shares"),
+        ((ids, ids + 1, difference), {"faithfulness": 0.0}, ConfigError, "expected numbers from 0 to 1"),
         ((ids, ids, "loss"), {}, ConfigError, "metric"),
     ):
         with pytest.raises(error, match=message):

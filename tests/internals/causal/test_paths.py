@@ -148,5 +148,5 @@ def test_a_sender_that_is_none_is_refused(name: str) -> None:
 def test_a_receiver_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"receiver '{name}'"):
         patch_paths(study_of("llama"), CLEAN, CORRUPTED, ANSWER, ["embed"], [name])
-    with pytest.raises(DataError, match="expected as many"):
+    with pytest.raises(DataError, match="expected equal numbers"):
         patch_paths(study_of("llama"), CLEAN, CORRUPTED[:, :3], ANSWER)

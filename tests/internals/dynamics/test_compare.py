@@ -65,5 +65,5 @@ def test_models_of_other_shapes_are_compared_layer_by_layer() -> None:
 def test_models_of_other_tokenizers_are_not_compared() -> None:
     model = random_model(tiny_config("gpt2"))
     one, other = (Study.of(model, CharTokenizer([chr(first + i) for i in range(61)])) for first in (48, 47))
-    with pytest.raises(DataError, match="read it as different tokens"):
+    with pytest.raises(DataError, match="encode it as different tokens"):
         one.compare(other, "ABC")

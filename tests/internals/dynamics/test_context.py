@@ -136,5 +136,5 @@ def test_windows_are_spread_evenly_over_the_held_out_tokens() -> None:
     assert held_out_windows(corpus, 10, 10_000).shape == (10, 10)  # type: ignore[arg-type]
     assert held_out_windows(corpus, 60, 120)[:, 0].tolist() == [0]  # type: ignore[arg-type]
     assert held_out_windows(corpus, 200, 400)[:, 0].tolist() == [0, 800]  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="has no text of its own"):
+    with pytest.raises(ConfigError, match="has no run and thus no corpus"):
         loss_by_position(study_of("gpt2"))

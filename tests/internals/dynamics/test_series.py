@@ -44,7 +44,7 @@ def test_lines_draw_each_kind_on_a_scale_of_its_own() -> None:
 
 
 def many(labels: int) -> Result:
-    """Label i climbs from 0 to i, and one is never finite."""
+    """Label i climbs from 0 to i, and one is no finite values."""
     values = np.outer([0.0, 0.5, 1.0], np.arange(labels, dtype=float))
     values[:, 2] = np.nan
     names = [f"L0H{i}" for i in range(labels)]
@@ -54,12 +54,12 @@ def many(labels: int) -> Result:
 def test_the_lines_that_change_most_are_shown() -> None:
     assert moving_most(many(20), 3) == [17, 18, 19]
     text = lines({"x": many(20)})
-    assert "L0H19 " in text and "L0H7 " not in text and "... and 8 that change less" in text
+    assert "L0H19 " in text and "L0H7 " not in text and "... and 8 more that change less" in text
     svg = chart(many(20))
     assert svg.count('<path class="line rest"') == 11 and svg.count('class="name') == 8
     assert "grey: 12 more" in svg
     nothing = Result("x", np.full((2, 1), np.nan), (("step", ["0", "1"]), ("head", ["L0H0"])))  # type: ignore[arg-type]
-    assert "never finite" in chart(nothing) and "never finite" in lines({"x": nothing})
+    assert "no finite values" in chart(nothing) and "no finite values" in lines({"x": nothing})
 
 
 def test_a_chart_puts_values_where_its_numbers_say() -> None:
@@ -135,11 +135,11 @@ def test_a_run_that_has_nothing_to_show_says_what_to_do(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.0}\n')
-    with pytest.raises(DataError, match=r"wrote no snapshots .* --internals\.every log, .* --checkpoints"):
+    with pytest.raises(DataError, match=r"has no snapshots .* --internals\.every log, .* --checkpoints"):
         of_run(tmp_path)
     with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
         list(of_checkpoints(tmp_path))
     assert main(["dynamics", str(tmp_path / "nothing")]) == CheckpointError.exit_code
-    assert "holds no metrics.jsonl; give the folder of a run" in capsys.readouterr().err
+    assert "contains no metrics.jsonl; give the folder of a run" in capsys.readouterr().err
     assert main(["dynamics", str(run), "-o", "curves.png"]) == 2
     assert "curves.png: expected a name that ends in .html" in capsys.readouterr().err

@@ -248,13 +248,13 @@ def test_features_show_their_contexts_and_what_they_say() -> None:
     norm = study.model.trunk.norm
     expected = ((one - one.mean()) * norm.weight) @ study.model.unembed.weight.T
     torch.testing.assert_close(torch.from_numpy(said).float(), expected.detach(), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ConfigError, match="not of the stream"):
+    with pytest.raises(ConfigError, match="not part of the residual stream"):
         study.feature_effect(identity("blocks.1.attn.hook_z", "blocks.1.attn.hook_z", 32), 0)
 
 
 def test_numbers_and_files_that_make_no_autoencoder_are_refused(tmp_path: Path) -> None:
     for settings, message in (
-        ({"kind": "relu"}, "none of topk"),
+        ({"kind": "relu"}, "not one of topk"),
         ({"k": 0}, "k: 0 is no whole number"),
         ({"k": 9, "d_sae": 8}, "more than there are features"),
         ({"learning_rate": -1.0}, "not a positive number"),

@@ -91,7 +91,7 @@ def test_units_may_be_anything_made_of_an_activation() -> None:
 def test_questions_without_an_answer_are_refused() -> None:
     study = study_of("gpt2")
     for call, error, message in (
-        (lambda: study.top_contexts(("post", 0)), ConfigError, "was not trained here"),
+        (lambda: study.top_contexts(("post", 0)), ConfigError, "was not trained with minigpt"),
         (lambda: study.top_contexts(("post", 0), text="A"), DataError, "holds 1 tokens"),
         (lambda: study.top_contexts(("post", 0), text=[1, 99]), DataError, "the model's are 0 .. 60"),
         (lambda: study.top_contexts(("pattern", 0), text="ABC"), ConfigError, "begins with batch, pos"),

@@ -89,7 +89,7 @@ def test_a_number_that_is_linear_in_the_mean_embedding_is_read_exactly() -> None
 def test_labels_that_cannot_be_learned_from_are_refused() -> None:
     study, texts = Study.of(random_model(tiny_config("gpt2"))), random_ids(8, 3).tolist()
     for labels, options, error, message in (
-        (["a"] * 7, {}, DataError, "7 for 8 texts"),
+        (["a"] * 7, {}, DataError, "7 labels for 8 texts"),
         (["a"] * 8, {}, DataError, "with 1 different values"),
         (["a", "b"] * 4, {"held_out": 1.0}, ConfigError, "not between 0 and 1"),
         (["a", "b"] * 4, {"at": "pattern"}, ConfigError, "expected one that begins with batch, pos"),

@@ -111,7 +111,7 @@ def test_a_file_or_a_flag_that_does_not_fit_is_told_in_one_line(
     Steering("blocks.7.hook_resid_post", torch.zeros(32)).save(tmp_path / "deep.safetensors")
     for name, code, told in (
         ("missing", 5, "no such file"),
-        ("other", 5, "is no steering vector"),
+        ("other", 5, "not a steering vector"),
         ("nan", 5, "finite numbers"),
         ("torn", 5, "cannot be read"),
         ("narrow", 2, "is (31,), but blocks.0.hook_resid_post of this model is (32,)"),
@@ -127,8 +127,8 @@ def test_a_file_or_a_flag_that_does_not_fit_is_told_in_one_line(
 def test_texts_and_places_that_make_no_vector_are_refused() -> None:
     study = study_of("llama")
     for arguments, error, message in (
-        ((GOOD, BAD, "resid_post"), ConfigError, "is 2 of the model's"),
-        ((GOOD, BAD, ("pattern", 0)), ConfigError, "expected one that begins with batch, pos"),
+        ((GOOD, BAD, "resid_post"), ConfigError, "matches 2 activations"),
+        ((GOOD, BAD, ("pattern", 0)), ConfigError, "expected one whose axes start with batch, pos"),
         (([], BAD, ("resid_post", 0)), DataError, "at least one text"),
         (("AAB", BAD, ("resid_post", 0)), DataError, "at least one text"),
     ):

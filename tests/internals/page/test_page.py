@@ -130,7 +130,7 @@ def test_only_what_fits_is_shown_and_told(capsys: pytest.CaptureFixture[str]) ->
     assert len(report(study, TEXT, most=3).data["tokens"]) == 3
     assert "loss" not in report(study, "A").data
     assert re.fullmatch(r"<?\d+>?", report(Study.of(study.model), random_ids(1, 2)).data["tokens"][0]["s"])
-    with pytest.raises(DataError, match="holds no tokens"):
+    with pytest.raises(DataError, match="has no tokens"):
         report(study, "")
     with pytest.raises(ConfigError, match="2 texts"):
         report(study, random_ids(2, 4))
@@ -157,7 +157,7 @@ def test_a_lens_made_for_the_model_is_shown_and_another_models_is_not(
     assert not np.allclose(found[0], plain[0], rtol=0.01)
     Translators("tuned", ahead, shift, "another").save(saved_lens(study, "tuned"))
     assert list(study.report(TEXT).data["lens"]["kinds"]) == ["logit"]
-    assert "the tuned lens is left out" in capsys.readouterr().err
+    assert "tuned lens skipped" in capsys.readouterr().err
 
 
 def test_the_docs_name_every_key_of_the_data(run: Path) -> None:
@@ -445,7 +445,7 @@ def test_hovering_a_token_tells_what_was_expected_there(page: Page, run: Path) -
     assert f"{losses[3]:.2f} nats" in text_of(page, "#text .panel")
     assert page.value("document.querySelectorAll('#text .panel .bars li').length") == 10
     page.hover("#text .t:nth-child(1)")
-    assert "Nothing stands before it" in text_of(page, "#text .panel")
+    assert "The first token is not predicted" in text_of(page, "#text .panel")
 
 
 @needs_chromium
@@ -513,7 +513,7 @@ def test_the_bars_add_up_to_the_logit_that_is_told(browser: Browser, tmp_path: P
         )
         total = float(text_of(page, ".sum b").replace("\u2212", "-"))
         assert sum(map(float, shown)) == pytest.approx(total, abs=0.005 * len(shown) + 0.001)
-    assert "unexplained" in text_of(page, ".sum")
+    assert "remainder" in text_of(page, ".sum")
 
 
 @needs_chromium
