@@ -113,7 +113,7 @@ class Sampler:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, show_work: int = 0, **overrides: Any
     ) -> list[list[Completion]]:
-        """Continue one prompt or several: result[prompt][sample], or, best first, result[prompt][beam].
+        """Continue one prompt or several: result[prompt][sample], for beam search in descending order of score.
 
         Takes the arguments of `stream` and collects its events, or runs a beam search if num_beams is above 1.
         """
@@ -148,8 +148,8 @@ class Sampler:
         common, configs = self._configs(len(ids), overrides)
         if common.num_beams > 1:
             raise ConfigError(
-                f"sampling: num_beams is {common.num_beams}, but beam search has no result before its end and cannot be "
-                "streamed; use generate, or num_beams 1"
+                f"sampling: num_beams is {common.num_beams}, but beam search cannot be streamed, as it has no result "
+                "before its end; use generate, or num_beams 1"
             )
         return self._stream(ids, common, configs, show=show_work)
 

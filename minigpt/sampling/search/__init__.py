@@ -1,1 +1,1 @@
-"""Beams of every kind."""
+"""Beam search: standard, sampled, stochastic, diverse and constrained."""
