@@ -83,7 +83,7 @@ def test_a_resumed_run_keeps_the_steps_that_its_minutes_gave(
     assert rows[-1]["step"] == steps
     said = capsys.readouterr().err
     assert "0.5 minutes: 16 steps of 1 s (probe 0 s, start 10.0 s, 1 validation of 2 s, 1 save of 1 s)" in said
-    assert "planned for 0.5 minutes, probe and start included: 16 steps took" in said
+    assert "planned for 0.5 minutes, including probe and start: 16 steps took" in said
 
     monkeypatch.setattr(budget, "measure", lambda *arguments, **options: pytest.fail("measured again"))
     shutil.rmtree(run / "checkpoints/step-00000016")
@@ -109,7 +109,7 @@ def test_minutes_too_few_for_a_step_say_how_many_would_do(tmp_path: Path, monkey
     timing = Timing(step=1.0, start=10.0, cold_start=10.0, validation=2.0, save=1.0, sample=0.0)
     monkeypatch.setattr(budget, "measure", lambda *arguments, **options: timing)
     slow_clock(monkeypatch)
-    with pytest.raises(ConfigError, match=r"minutes: 0.1 leave no time for a step: .* give at least 0.3"):
+    with pytest.raises(ConfigError, match=r"minutes: 0.1 is too short for one step: .* give at least 0.3"):
         train(tiny_run(tmp_path, minutes=0.1))
     run, _ = run_and_read(tiny_run(tmp_path, minutes=0.3))  # the run was not begun: it can be given more
     assert yaml.safe_load((run / "config.yaml").read_text())["minutes"] == 0.3
@@ -168,7 +168,7 @@ def test_a_long_run_is_compiled_where_a_probe_says_that_it_pays(
         monkeypatch.setattr(budget, "peak_flops", lambda device, precision, share=share: 1e9 * share)
         long = replace(job, config=replace(job.config, trainer=replace(job.config.trainer, max_steps=steps)))
         assert budget.decide_compilation(long, lambda job: None).trainer.compile is expected
-    assert "compiled: a step takes 0.1 s compiled and 0.2 s as it is, compiling 40 s" in capsys.readouterr().err
+    assert "compiled: a step takes 0.1 s compiled and 0.2 s uncompiled, compiling 40 s" in capsys.readouterr().err
 
 
 def test_on_a_gpu_the_cost_of_compiling_decides_too(
@@ -215,4 +215,4 @@ def test_what_does_not_train_compiled_is_trained_uncompiled(
     monkeypatch.setattr(budget, "measure", measured)
     monkeypatch.setattr(budget, "peak_flops", lambda device, precision: 1.0)
     assert budget.decide_compilation(job, lambda job: None).trainer.compile is False
-    assert "not compiled: compiled, it does not train (the compiled step" in capsys.readouterr().err
+    assert "not compiled: the compiled step does not train (the compiled step" in capsys.readouterr().err

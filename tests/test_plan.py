@@ -182,7 +182,7 @@ def test_a_measurement_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(1), expected)
     figures = make_plan(config)
     assert figures["devices"][0]["how"] == "measured"
-    with pytest.raises(ConfigError, match="--utilisation 0: expected a share"):
+    with pytest.raises(ConfigError, match="--utilisation 0: expected a fraction"):
         make_plan(config, utilisation=0)
 
 

@@ -290,7 +290,7 @@ def test_rows_past_the_checkpoint_move_aside(tmp_path: Path, monkeypatch: pytest
         ({"optimizer__beta2": 1.0}, r"optimizer\.beta2: 1\.0 is not in \[0, 1\)"),
         ({"name": "../escape"}, r"run_name: '\.\./escape' is not a plain folder name"),
         ({"model__vocab_size": 100}, r"model\.vocab_size: 100 is less than the tokenizer's 257"),
-        ({"trainer__num_nodes": 2}, r"trainer\.num_nodes: 2 machines are started by torchrun"),
+        ({"trainer__num_nodes": 2}, r"trainer\.num_nodes: 2 machines need torchrun"),
     ],
 )
 def test_settings_that_cannot_be_trained_with_are_named(changes: dict, message: str, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Training through Lightning: the only package that imports lightning or wandb."""
+"""Training with Lightning; no other package imports lightning or wandb."""

@@ -1,8 +1,8 @@
-"""A run that ends with its minutes: a probe times the job in small, and the number of steps follows, once.
+"""Time budgets: a short probe of the job measures its speed, and `minutes` sets the number of steps from it, once.
 
-The probe is the run itself: the same job, by the same way into the same number of processes, in a folder that is
-thrown away. It runs twice. The first time fills the compiler's cache and tells roughly what a step takes; the second
-finds what the real run will find, so what happens once (processes, model, compilation from the cache) costs the same.
+A probe is a short run of the same job with the same number of processes, in a temporary folder. It runs twice. The
+first probe fills the compiler's cache and gives a rough step time. The second finds the same conditions as the real
+run, so its one-time costs (starting processes, building the model, compiling from the cache) are those of the real run.
 """
 
 from __future__ import annotations
@@ -28,45 +28,46 @@ from minigpt.training.run.metrics import read_metrics
 from minigpt.training.run.settle import Job
 from minigpt.training.run.standing import Standing
 
-FIRST_STEPS = 3  # of the first probe: one that compiles, and two to learn from
-MOST_STEPS = 400  # of the second
-ALLOWANCE = 20.0  # seconds for the second probe, or SHARE of the budget where that is less
+FIRST_STEPS = 3  # steps of the first probe: one that compiles, two that are timed
+MOST_STEPS = 400  # maximum number of steps of the second probe
+ALLOWANCE = 20.0  # seconds for the second probe, or SHARE of the budget if that is less
 SHARE = 0.05
-# Seconds: compiling takes a minute or more on a CPU, a quarter of one on a GPU, and a run must last five times as long.
+# Seconds. Shorter runs are not compiled: compiling takes a minute or more on a CPU, a quarter of a minute on a GPU, and
+# a run must last about five times as long.
 SHORT, SHORT_ON_GPU = 300.0, 60.0
-LEAST_UTILISATION = 0.3  # of the peak of matrix products, that training on a CPU reaches
-COMPARED, COMPARED_ON_GPU = 5.0, 1.0  # seconds for each of the two probes that compare
-WORTH = 5.0  # times the cost of compiling that a run must last to be compiled
+LEAST_UTILISATION = 0.3  # lower bound of the fraction of peak FLOP/s that training on a CPU reaches
+COMPARED, COMPARED_ON_GPU = 5.0, 1.0  # seconds for each of the two probes that compare compiled and uncompiled steps
+WORTH = 5.0  # a run is compiled only if it lasts this many times the cost of compiling
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a job's parts, as a probe found them."""
+    """Measured times of the parts of a job, in seconds."""
 
     step: float
-    """One step."""
+    """Time of one step."""
     start: float
-    """All that happens once, with compilation from the cache."""
+    """All one-time costs, with compilation from the cache."""
     cold_start: float
-    """All that happens once, with compilation where nothing is cached."""
+    """All one-time costs, with compilation and an empty cache."""
     validation: float
-    """One validation."""
+    """Time of one validation."""
     save: float
-    """One checkpoint."""
+    """Time to save one checkpoint."""
     sample: float
-    """One sample."""
+    """Time of one sample."""
 
 
 def measure(
     job: Job, probe: Callable[[Job], None], *, compile: bool | None = None, allowance: float = ALLOWANCE
 ) -> Timing:
-    """Time a job in small.
+    """Measure the times of a job's parts with two short probes.
 
     Args:
-        job: what is to be trained; its folder must be there.
-        probe: trains a job to its end, in as many processes as the real one.
-        compile: whether the step is compiled; None: as the config says.
-        allowance: about how many seconds the second probe may take, beside what happens once.
+        job: the job to measure; its folder must exist.
+        probe: trains a job to its end, in the same number of processes as the real run.
+        compile: whether the step is compiled; None: the config's value.
+        allowance: approximate limit of the second probe in seconds, without one-time costs.
     """
     config = job.config
     if compile is not None:
@@ -82,7 +83,7 @@ def measure(
     steps = max(FIRST_STEPS, min(MOST_STEPS, int(allowance / 2 / step)))
     tokens, part = 1, 1.0
     if windows is not None:
-        forward = step / 3 * windows.tokens / config.batch.tokens  # seconds, about
+        forward = step / 3 * windows.tokens / config.batch.tokens  # estimated seconds of a full validation
         tokens = max(config.model.block_size, int(windows.tokens * min(1.0, allowance / 4 / forward)))
         part = validation_windows(corpus.val, config.model.block_size, tokens).tokens / windows.tokens
     rows = max(1, min(config.trainer.log_every_n_steps, steps // 8))
@@ -94,7 +95,11 @@ def measure(
 def _probe(
     job: Job, probe: Callable[[Job], None], config: TrainConfig, steps: int, rows: int, tokens: int
 ) -> tuple[float, float, dict[str, float]]:
-    """Train a few steps, validate, save and sample once: seconds of what happens once, of a step, of each of those."""
+    """Train a few steps, then validate, save and sample once.
+
+    Returns:
+        Seconds of the one-time costs, of a step, and of each of "validation", "save" and "sample".
+    """
     folder = job.run / ".probe"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -121,9 +126,9 @@ def _probe(
 
 
 def times_due(steps: int, *every: int) -> int:
-    """At how many of the steps 1 to `steps` something happens that is due at the last and at multiples of any `every`.
+    """Count the steps from 1 to `steps` that are the last one or a multiple of any `every`.
 
-    A 0 among `every` has no multiples; see each_step.due.
+    A 0 in `every` is ignored; see each_step.due.
     """
     intervals = [interval for interval in every if interval > 0]
     if not intervals or not steps:
@@ -134,40 +139,40 @@ def times_due(steps: int, *every: int) -> int:
 
 
 def seconds_of(config: TrainConfig, timing: Timing, steps: int) -> float:
-    """How long a run of so many steps takes from its start to its end."""
+    """Estimated total time of a run with this many steps, in seconds."""
     return (
         timing.start
         + steps * timing.step
         + times_due(steps, config.eval.every) * timing.validation
-        + times_due(steps, config.checkpoint.every, config.eval.every) * timing.save  # each may be the best so far
+        + times_due(steps, config.checkpoint.every, config.eval.every) * timing.save  # any validation may be the best
         + times_due(steps, config.sample.every) * timing.sample
     )
 
 
 def steps_within(config: TrainConfig, timing: Timing, seconds: float) -> int:
-    """The most steps whose run ends within so many seconds; 0 where not even one does."""
+    """The largest number of steps whose run fits into this many seconds; 0 if not even one does."""
     most = max(0, int(seconds / timing.step)) + 1
     return bisect_right(range(1, most + 1), seconds, key=lambda steps: seconds_of(config, timing, steps))
 
 
 def compilation_pays(plain: Timing, compiled: Timing, steps: int) -> bool:
-    """Whether a run of so many steps should be compiled: it gets shorter, and lasts five times what compiling costs.
+    """Whether to compile a run: it gets shorter, and uncompiled it lasts more than five times the cost of compiling.
 
     Args:
         plain: measure(..., compile=False).
         compiled: measure(..., compile=True).
-        steps: of the run.
+        steps: number of steps of the run.
     """
     cost = max(0.0, compiled.cold_start - plain.cold_start)
     return steps * (plain.step - compiled.step) > cost and steps * plain.step > WORTH * cost
 
 
 def decide_compilation(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
-    """The job's config with trainer.compile decided; says why.
+    """Resolve trainer.compile and report the reason. Returns the new config.
 
-    A run that is too short for it is not compiled, without asking further; of a longer one a probe measures what
-    compiling costs and saves. How long a run takes follows from its FLOPs on a CPU. On a GPU, where launching a small
-    model's kernels takes longer than computing them, a short probe tells.
+    A short run is not compiled. For a longer run, probes measure what compiling costs and saves. The length of a run is
+    estimated from its FLOPs on a CPU. On a GPU a short probe measures it, since launching a small model's kernels takes
+    longer than computing them.
     """
     config = job.config
     trainer = config.trainer
@@ -188,21 +193,21 @@ def decide_compilation(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
         plain = plain or measure(job, probe, compile=False, allowance=allowance)
         try:
             quick = measure(job, probe, compile=True, allowance=allowance)
-        except MinigptError as error:  # what works uncompiled is trained uncompiled
+        except MinigptError as error:  # a run that only works uncompiled is trained uncompiled
             if error.exit_code not in (NotLearning.exit_code, MemoryExceeded.exit_code):
                 raise
-            compiled, why = False, f"compiled, it does not train ({error})"
+            compiled, why = False, f"the compiled step does not train ({error})"
         else:
             steps = int(most / plain.step) if config.minutes is not None else trainer.max_steps
             compiled = compilation_pays(plain, quick, steps)
             cold = max(0.0, quick.cold_start - plain.cold_start)
-            why = f"a step takes {quick.step:.3g} s compiled and {plain.step:.3g} s as it is, compiling {cold:.0f} s"
+            why = f"a step takes {quick.step:.3g} s compiled and {plain.step:.3g} s uncompiled, compiling {cold:.0f} s"
     notice(f"{'compiled' if compiled else 'not compiled'}: {why}")
     return replace(config, trainer=replace(trainer, compile=compiled))
 
 
 def plan(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
-    """The config of a new job with what only a probe can tell: trainer.compile, and the steps that fill its minutes."""
+    """Resolve, for a new job, the settings that need a probe: trainer.compile, and trainer.max_steps from `minutes`."""
     began = time.monotonic()
     config = job.config
     if config.trainer.compile is None:
@@ -213,15 +218,15 @@ def plan(job: Job, probe: Callable[[Job], None]) -> TrainConfig:
 
 
 def plan_steps(job: Job, probe: Callable[[Job], None], spent_before: float = 0.0) -> TrainConfig:
-    """The job's config with the max_steps that fill its minutes, the probe's own time included; says how it came about.
+    """Set trainer.max_steps so that the run, including the probes, takes `minutes`; report the calculation.
 
     Args:
-        job: whose minutes.
+        job: the job, whose config has `minutes`.
         probe: as in measure.
-        spent_before: seconds of the budget that are gone.
+        spent_before: seconds of the budget that are already used.
 
     Raises:
-        ConfigError: the minutes do not suffice for one step.
+        ConfigError: the time is too short for one step.
     """
     config, began = job.config, time.monotonic() - spent_before
     assert config.minutes is not None
@@ -232,8 +237,8 @@ def plan_steps(job: Job, probe: Callable[[Job], None], spent_before: float = 0.0
     if not steps:
         needed = spent + seconds_of(config, timing, 1)
         raise ConfigError(
-            f"minutes: {config.minutes:g} leave no time for a step: the probe took {spent:.0f} s, start, one step and "
-            f"what is due at the end take {needed - spent:.0f} s; give at least {math.ceil(needed / 6) / 10:g}"
+            f"minutes: {config.minutes:g} is too short for one step: the probe took {spent:.0f} s; start-up, one step "
+            f"and the end of the run take {needed - spent:.0f} s; give at least {math.ceil(needed / 6) / 10:g}"
         )
     parts = [f"probe {spent:.0f} s", f"start {timing.start:.1f} s"]
     for count, what in (
@@ -248,7 +253,7 @@ def plan_steps(job: Job, probe: Callable[[Job], None], spent_before: float = 0.0
 
 
 def report(job: Job) -> None:
-    """At the end of a run that was given minutes: what was planned, and what it took."""
+    """At the end of a run with `minutes`, print the planned and the actual time."""
     rows = read_metrics(job.run / "metrics.jsonl")
     if job.config.minutes is None or not rows:
         return
@@ -256,6 +261,6 @@ def report(job: Job) -> None:
     spent = {what: sum(row[f"time/{what}"] for row in ends) for what in ("validation", "save", "sample")}
     apart = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds)
     notice(
-        f"planned for {job.config.minutes:g} minutes, probe and start included: {rows[-1]['step']:,} steps took "
+        f"planned for {job.config.minutes:g} minutes, including probe and start: {rows[-1]['step']:,} steps took "
         f"{max(row['seconds'] for row in rows) / 60:.2f} minutes{f' ({apart})' if apart else ''}"
     )

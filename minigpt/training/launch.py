@@ -1,4 +1,4 @@
-"""From a config to a running job: settle what all processes must agree on, then train in one process or in several."""
+"""Start training from a config: resolve the job that all processes share, then train in one or several processes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from minigpt.training.run.settle import Job, settle
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as the config says; continue the run where it was if there is one.
+    """Train according to the config; resume the run if it already exists.
 
     Returns:
-        The run's folder: config.yaml, metrics.jsonl, samples/ and checkpoints/.
+        The run's folder, with config.yaml, metrics.jsonl, samples/ and checkpoints/.
 
     Raises:
-        MinigptError: see its subclasses in errors.py; whatever was saved stays.
+        MinigptError: see its subclasses in errors.py; saved checkpoints are kept.
     """
     if all(name in os.environ for name in STARTED_BY_TORCHRUN):
         return _train_as_one_of_many(config)
     if config.trainer.num_nodes > 1:
         raise ConfigError(
-            f"trainer.num_nodes: {config.trainer.num_nodes} machines are started by torchrun or the like, "
-            f"on each: torchrun --nnodes {config.trainer.num_nodes} --nproc_per_node {config.trainer.devices} "
+            f"trainer.num_nodes: {config.trainer.num_nodes} machines need torchrun or a similar launcher; run on each: "
+            f"torchrun --nnodes {config.trainer.num_nodes} --nproc_per_node {config.trainer.devices} "
             f"--rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ..."
         )
     run_job = fit if config.processes == 1 else _launch
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _launch(job: Job) -> None:
-    """Run the job in several processes of this machine."""
+    """Run the job in several processes on this machine."""
     name = f"{job.config.run_name}-{time.time_ns()}"
     command = [sys.executable, "-m", "minigpt.training.worker", json.dumps(job.to_dict())]
     resume = job.how_to_resume
@@ -65,11 +65,11 @@ def _launch(job: Job) -> None:
 
 
 def _train_as_one_of_many(config: TrainConfig) -> Path:
-    """Under torchrun: the first process settles the job and tells the others."""
+    """Train as one process of torchrun: process 0 resolves the job and sends it to the others."""
     if int(os.environ["WORLD_SIZE"]) != config.processes:
         raise ConfigError(
-            f"trainer.devices: {config.trainer.devices} x trainer.num_nodes {config.trainer.num_nodes} is not the "
-            f"{os.environ['WORLD_SIZE']} processes that were started; make them agree"
+            f"trainer.devices: {config.trainer.devices} x trainer.num_nodes {config.trainer.num_nodes} does not equal "
+            f"the {os.environ['WORLD_SIZE']} processes that torchrun started; change one of them"
         )
     import torch.distributed as dist
 
@@ -93,7 +93,7 @@ def _train_as_one_of_many(config: TrainConfig) -> Path:
                 told = say({"refused": str(error), "exit_code": error.exit_code})
         else:
             while "probe" in (told := say(None)):
-                with suppress(MinigptError):  # the first process hears of it and says so
+                with suppress(MinigptError):  # process 0 gets the same error and reports it
                     _probe_as_one_of_many(Job.from_dict(told["probe"]), told["name"])
         if "refused" in told:
             refused = MinigptError(told["refused"])
@@ -108,15 +108,15 @@ def _train_as_one_of_many(config: TrainConfig) -> Path:
 
 
 def _probe_as_one_of_many(job: Job, name: str) -> None:
-    """Run a probe in a process of its own beside each of those that torchrun started; they meet at the same store."""
+    """Run a probe as a child of each process that torchrun started; the children meet at the same store."""
     settings = {
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # there is one: nobody opens another
-        "TORCHELASTIC_RESTART_COUNT": name,  # a part of the store of its own
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # use the existing store, do not open another
+        "TORCHELASTIC_RESTART_COUNT": name,  # a separate namespace in the store
         **search_path(),
     }
     command = [sys.executable, "-m", "minigpt.training.worker", json.dumps(job.to_dict())]
     ended = subprocess.run(command, env={**os.environ, **settings}, check=False)
     if ended.returncode:
-        failed = DistributedError(f"the probe that minutes need failed (exit code {ended.returncode}); see above")
+        failed = DistributedError(f"minutes: the timing probe failed (exit code {ended.returncode}); see above")
         failed.exit_code = ended.returncode if ended.returncode > 0 else failed.exit_code
         raise failed

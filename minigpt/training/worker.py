@@ -1,4 +1,4 @@
-"""One of several processes: `python -m minigpt.training.worker JOB`, started by launch.py."""
+"""A worker process of multi-process training: `python -m minigpt.training.worker JOB`, started by launch.py."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from minigpt.training.run.settle import Job
 
 
 def main(job: str) -> int:
-    """Train the settled job (JSON). Returns the exit code; says why it is not 0."""
+    """Train the job given as JSON. Returns the exit code and prints the error if it is not 0."""
     try:
         fit(Job.from_dict(json.loads(job)))
     except Interrupted as error:
-        return error.exit_code  # the launcher says it, once for all
+        return error.exit_code  # the launcher prints the message once
     except MinigptError as error:
         notice(f"process {os.environ.get('RANK')}: {error}")
         return error.exit_code

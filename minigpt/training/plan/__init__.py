@@ -1,1 +1,1 @@
-"""What a run will cost."""
+"""Estimate the memory and time of a run."""

@@ -1,4 +1,4 @@
-"""What the machine decides: the number format, measured or known, settled once and said with the reason."""
+"""Resolve trainer.precision "auto" for this device, and report the choice with its reason."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
 
-WORTH = 1.5  # times faster that bfloat16 products must be, as converting to it takes time too
+WORTH = 1.5  # minimum speedup of bfloat16 matrix products, since converting to bfloat16 takes time too
 
 
 def choose(config: TrainConfig) -> TrainConfig:
-    """The config with trainer.precision decided."""
+    """Return the config with trainer.precision resolved."""
     trainer = config.trainer
     if trainer.precision == "auto":
         precision, why = pick_precision(config)
@@ -21,7 +21,7 @@ def choose(config: TrainConfig) -> TrainConfig:
 
 
 def pick_precision(config: TrainConfig) -> tuple[str, str]:
-    """bf16-mixed where its matrix products are faster, 32-true elsewhere, and why."""
+    """Choose bf16-mixed if its matrix products are faster, else 32-true. Returns the precision and the reason."""
     import torch
 
     from minigpt.training.plan.hardware import bfloat16_gain
@@ -33,7 +33,7 @@ def pick_precision(config: TrainConfig) -> tuple[str, str]:
     if config.trainer.accelerator == "mps" or (
         config.trainer.accelerator == "auto" and torch.backends.mps.is_available()
     ):
-        return "32-true", "the steadier one on mps"
+        return "32-true", "the more stable choice on mps"
     threads = config.trainer.threads or torch.get_num_threads()
     ratio = bfloat16_gain(threads)
     faster = "bf16-mixed" if ratio > WORTH else "32-true"

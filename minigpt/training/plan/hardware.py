@@ -1,4 +1,4 @@
-"""What a machine can do: the peak rate of its matrix products, its memory, and how much of that a process has used."""
+"""Hardware properties: peak FLOP/s of matrix products, memory size, and a process's peak memory use."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import torch
 
 T = 1e12
 GIB = 2**30
-GROW_UNTIL = 0.01  # seconds that one product may take before no larger one is tried
+GROW_UNTIL = 0.01  # seconds; if one product takes longer, no larger size is tried
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device from its vendor's data sheet. Rates are dense (no sparsity), in FLOPs a second."""
+    """A device with figures from its vendor's data sheet. Rates are dense (no sparsity), in FLOP/s."""
 
     name: str
     pattern: str
-    """Finds it in the name that torch gives a device."""
+    """Regular expression that matches torch's name of the device."""
     bf16: float | None
-    """bfloat16 matrix units with float32 sums; None where there are none."""
+    """FLOP/s of the bfloat16 matrix units with float32 accumulation; None if there are none."""
     fp32: float
-    """float32 outside the matrix units, which is what 32-true computes in."""
+    """FLOP/s in float32 outside the matrix units, which 32-true uses."""
     memory: float
-    """Bytes. Where a device comes in several sizes, the largest."""
+    """Bytes; the largest size if there are several."""
 
     def peak(self, precision: str) -> float | None:
-        """FLOPs a second in a trainer.precision; None where the device has no such units."""
+        """Peak FLOP/s for a trainer.precision; None if the device has no such units."""
         return self.bf16 if precision == "bf16-mixed" else self.fp32
 
 
@@ -55,15 +55,15 @@ ACCELERATORS = (
 
 
 def accelerator_named(device_name: str) -> Accelerator | None:
-    """The entry for what torch.cuda.get_device_name says; None for a device that the table lacks."""
+    """The entry for a name from torch.cuda.get_device_name; None if the table does not list the device."""
     return next((entry for entry in ACCELERATORS if re.search(entry.pattern, device_name)), None)
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOPs a second that matrix products reach at best: measured on a CPU, from the table on a GPU, nan if unknown.
+    """Peak FLOP/s of matrix products: measured on a CPU, from the table on a GPU, NaN if unknown.
 
     Args:
-        device: where training happens.
+        device: the training device.
         precision: trainer.precision, "32-true" or "bf16-mixed".
     """
     if device.type == "cpu":
@@ -76,13 +76,13 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 @cache
 def measured_peak(dtype: torch.dtype, threads: int) -> float:
-    """FLOPs a second of the fastest of a few square matrix products on this CPU; takes about a tenth of a second.
+    """FLOP/s of the fastest of several square matrix products on this CPU; takes about 0.1 s.
 
-    The sizes grow while a product takes no time worth speaking of: without units for a dtype, large ones take seconds.
+    Larger sizes are tried only while a product is quick, since without hardware support for a dtype they take seconds.
 
     Args:
-        dtype: of both factors.
-        threads: as many as torch uses now; measured once for each number.
+        dtype: dtype of both factors.
+        threads: the number of threads that torch uses now; part of the cache key only.
     """
     best = 0.0
     for size in (64, 128, 256, 512, 1024):
@@ -95,12 +95,12 @@ def measured_peak(dtype: torch.dtype, threads: int) -> float:
 
 @cache
 def bfloat16_gain(threads: int) -> float:
-    """How many times as fast as in float32 a matrix product is in bfloat16 on this CPU.
+    """Speedup of a bfloat16 matrix product over float32 on this CPU.
 
-    Both take turns, and the fastest of each counts: what else the machine does for a moment must not decide.
+    The two alternate and the fastest time of each counts, so that brief load on the machine does not matter.
 
     Args:
-        threads: as many as torch uses now; measured once for each number.
+        threads: the number of threads that torch uses now; part of the cache key only.
     """
     rounds = [(_product(torch.float32, 256), _product(torch.bfloat16, 256)) for _ in range(8)]
     wide, narrow = (min(seconds) for seconds in zip(*rounds, strict=True))
@@ -108,7 +108,7 @@ def bfloat16_gain(threads: int) -> float:
 
 
 def _product(dtype: torch.dtype, size: int) -> float:
-    """Seconds of one square matrix product."""
+    """Time of one square matrix product in seconds."""
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     out = torch.ones(size, size, dtype=dtype)
     began = time.perf_counter()
@@ -117,7 +117,7 @@ def _product(dtype: torch.dtype, size: int) -> float:
 
 
 def machine_memory() -> int | None:
-    """Bytes of memory this machine has for programs, or fewer where a container is given fewer; None if unknown."""
+    """Memory of this machine in bytes, or the container's limit if it is lower; None if unknown."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -125,16 +125,16 @@ def machine_memory() -> int | None:
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             total = min(total, int(Path(path).read_text(encoding="ascii")))
-        except (OSError, ValueError):  # no such limit, or the word "max"
+        except (OSError, ValueError):  # no such file, or the value "max"
             continue
     return total
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes, at most so far: of tensors on this GPU, or of this process in the machine's memory; None if unknown."""
+    """Peak memory so far in bytes: of tensors on this GPU, or resident memory of this process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # getrusage would also count the process that started this one
+    try:  # not getrusage, which also counts the parent process
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, ValueError, IndexError):

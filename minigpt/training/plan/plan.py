@@ -1,4 +1,4 @@
-"""What a run costs, told before any time is spent: parameters, memory, operations, tokens, time here and on GPUs."""
+"""Estimate a run before training: parameters, memory, FLOPs, tokens, and time on this machine and on GPUs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from minigpt.training.plan.hardware import ACCELERATORS, machine_memory, peak_fl
 from minigpt.training.recipe.loss import CPU_LOGITS, GPU_LOGITS, next_token_loss
 from minigpt.training.recipe.optimizer import make_optimizer
 
-OPTIMAL_TOKENS = 20  # a parameter, for the least loss of so many FLOPs (Hoffmann et al. 2022, arXiv 2203.15556)
-MOST_EPOCHS = 4  # as good as new text, about (Muennighoff et al. 2023, arXiv 2305.16264)
-QUICK = 5.0  # seconds that a measurement may be expected to take where nobody asked for one
+OPTIMAL_TOKENS = 20  # tokens per parameter with the lowest loss for a FLOPs budget (Hoffmann et al. 2022, 2203.15556)
+MOST_EPOCHS = 4  # up to here, repeated text is about as good as new text (Muennighoff et al. 2023, arXiv 2305.16264)
+QUICK = 5.0  # seconds; a measurement expected to take longer is only done on request
 VOCABULARIES = {"byte": 257, "gpt2": 50257, "cl100k": 100277, "o200k": 200019, "char": 128}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one process needs to train."""
+    """Training memory of one process, in bytes."""
 
     weights: float
     gradients: float
@@ -40,20 +40,21 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.logits
 
 
 def memory_of(config: TrainConfig, half: bool, on_gpu: bool) -> Memory:
-    """What one of the run's processes holds at its fullest, without what torch itself takes.
+    """Peak training memory of one process, without the memory of torch itself.
 
-    Under fsdp each holds its part of the weights, gradients, moments and averages, under ddp all of them. Activations
-    are those of one micro-batch; logits those that exist at once, with their gradient and what the loss makes of them.
+    With fsdp, each process holds a shard of the weights, gradients, optimizer state and weight average; with ddp, a
+    full copy. Activations are those of one micro-batch. Logits are those of one chunk of the loss, with their gradient
+    and the loss's intermediate tensors.
 
     Args:
         config: model.vocab_size must be known.
         half: whether matrix products are in bfloat16.
-        on_gpu: where it trains; more logits are worked on at once there.
+        on_gpu: whether the run trains on a GPU, where the loss uses larger chunks of logits.
     """
     cost, kept = cost_of(config.model), activations_of(config.model, half, on_gpu)
     share = 1 / config.processes if config.trainer.strategy == "fsdp" else 1.0
@@ -72,7 +73,7 @@ def memory_of(config: TrainConfig, half: bool, on_gpu: bool) -> Memory:
 
 
 def corpus_tokens(config: TrainConfig, corpus: Corpus | None) -> int | None:
-    """Training tokens of the corpus, exact where it is prepared; else about, where bytes tell it; None if unknown."""
+    """Training tokens of the corpus: exact if it is prepared, else estimated from its bytes; None if unknown."""
     if corpus is not None:
         return len(corpus.train)
     if config.tokenizer.kind not in ("byte", "char") or config.data.source == "-":
@@ -82,7 +83,10 @@ def corpus_tokens(config: TrainConfig, corpus: Corpus | None) -> int | None:
 
 
 def measured_step(config: TrainConfig, device: torch.device) -> float:
-    """Seconds of one optimizer step on this machine, over all its micro-batches: a few are tried, on random tokens."""
+    """Time of one optimizer step on this machine in seconds, including gradient accumulation.
+
+    It is extrapolated from a few micro-batches of random tokens.
+    """
     half = config.trainer.precision == "bf16-mixed"
     with torch.random.fork_rng(devices=[]):
         model = GPT(config.model).to(device).train()
@@ -94,27 +98,30 @@ def measured_step(config: TrainConfig, device: torch.device) -> float:
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 loss = next_token_loss(model, ids, ids)
             loss.backward()
-            loss.item()  # a GPU has then done it
+            loss.item()  # wait for the GPU
             forwards.append(time.perf_counter() - began)
             optimizer.step()
             optimizer.zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             updates.append(time.perf_counter() - began - forwards[-1])
-    shared = config.processes if device.type == "cpu" else 1  # processes on one machine's cores take turns
+    shared = config.processes if device.type == "cpu" else 1  # on a CPU, the processes share the cores
     return config.accumulation * shared * statistics.median(forwards[1:]) + statistics.median(updates[1:])
 
 
 def make_plan(config: TrainConfig, utilisation: float = 0.4, measure: bool | None = None) -> dict[str, Any]:
-    """The figures of a run, as plain values.
+    """Estimate a run. Returns its figures as a dict of plain values.
 
     Args:
         config: as for training; nothing is prepared, downloaded or written.
-        utilisation: the share of a device's peak that training is assumed to reach where it is not measured.
-        measure: time a few forward and backward passes here; None: where that is expected to be quick.
+        utilisation: assumed fraction of a device's peak FLOP/s, where the step is not measured.
+        measure: whether to time a few forward and backward passes here; None: if that is expected to be quick.
+
+    Raises:
+        ConfigError: a value is invalid, or the vocabulary size cannot be known before the corpus is prepared.
     """
     if not 0 < utilisation <= 1:
-        raise ConfigError(f"--utilisation {utilisation}: expected a share of the peak, above 0 and at most 1")
+        raise ConfigError(f"--utilisation {utilisation}: expected a fraction of the peak, above 0 and at most 1")
     config.check()
     corpus = find_prepared(config.data, config.tokenizer) if config.data.source != "-" else None
     config, notes = _settled(config, corpus)
@@ -129,7 +136,7 @@ def make_plan(config: TrainConfig, utilisation: float = 0.4, measure: bool | Non
 
     peak = peak_flops(device, trainer.precision)
     step_flops = cost.training_flops * config.batch.tokens
-    assumed = step_flops / (peak * utilisation * (config.processes if on_gpu else 1))  # nan where the peak is unknown
+    assumed = step_flops / (peak * utilisation * (config.processes if on_gpu else 1))  # nan if the peak is unknown
     if measure or (measure is None and fits and 4 * assumed / config.accumulation < QUICK):
         step, how = measured_step(config, device), "measured"
     else:
@@ -137,7 +144,7 @@ def make_plan(config: TrainConfig, utilisation: float = 0.4, measure: bool | Non
     steps = trainer.max_steps
     if config.minutes is not None and step > 0:
         steps = max(1, int(60 * config.minutes / step))
-        notes.append(f"{config.minutes:g} minutes give about {steps:,} steps; training measures it, once")
+        notes.append(f"{config.minutes:g} minutes allow about {steps:,} steps; training measures this when it starts")
     tokens, optimal = steps * config.batch.tokens, OPTIMAL_TOKENS * cost.parameters
     text = corpus_tokens(config, corpus)
     devices = [{"device": f"this {'GPU' if on_gpu else 'CPU'}", "seconds": steps * step, "how": how, "fits": fits}]
@@ -181,7 +188,7 @@ def make_plan(config: TrainConfig, utilisation: float = 0.4, measure: bool | Non
 
 
 def _settled(config: TrainConfig, corpus: Corpus | None) -> tuple[TrainConfig, list[str]]:
-    """The config with vocabulary and precision known or assumed, and what was assumed."""
+    """Resolve vocabulary size and precision. Returns the config and notes on what was assumed."""
     notes = []
     vocab_size = config.model.vocab_size
     if vocab_size is None and corpus is not None:
@@ -190,9 +197,9 @@ def _settled(config: TrainConfig, corpus: Corpus | None) -> tuple[TrainConfig, l
         kind = config.tokenizer.kind
         vocab_size = config.tokenizer.vocab_size if kind == "bpe" else VOCABULARIES.get(kind)
         if vocab_size is None:
-            raise ConfigError("model.vocab_size: follows from the tokenizer; give it, or prepare the corpus first")
+            raise ConfigError("model.vocab_size: not known before tokenization; set it, or prepare the corpus first")
         if kind == "char":
-            notes.append(f"a vocabulary of {vocab_size} characters is assumed; after minigpt prepare it is known")
+            notes.append(f"assumes a vocabulary of {vocab_size} characters; run minigpt prepare for the exact number")
     precision = config.trainer.precision
     if precision == "auto":
         precision = pick_precision(config)[0]  # type: ignore[assignment]
@@ -210,7 +217,7 @@ def _verdicts(
         if needed > room:
             said[-1] += "; lower batch.micro_batch_size, or give --trainer.activation_checkpointing true"
     if tokens < optimal / 2:
-        said.append(f"{tokens / optimal:.2g} times the compute-optimal tokens: train longer, or a smaller model")
+        said.append(f"{tokens / optimal:.2g} times the compute-optimal tokens: train longer, or use a smaller model")
     elif tokens > 2 * optimal:
         said.append(f"{tokens / optimal:.2g} times the compute-optimal tokens: a larger model would reach a lower loss")
     if text and tokens > MOST_EPOCHS * text:
@@ -222,9 +229,9 @@ def _verdicts(
 
 
 def show(plan: dict[str, Any]) -> str:
-    """The plan as a table to read."""
+    """Format a plan as a table."""
     parts, memory, tokens = plan["parameters"], plan["memory"], plan["tokens"]
-    processes = f", each of {plan['processes']} processes" if plan["processes"] > 1 else ""
+    processes = f" in each of {plan['processes']} processes" if plan["processes"] > 1 else ""
     epochs = f"; the corpus has {readable(tokens['corpus'])}: {tokens['epochs']:.3g} epochs" if tokens["epochs"] else ""
     sizes = ("preset", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "vocab_size", "dropout")
     lines = [
@@ -238,8 +245,8 @@ def show(plan: dict[str, Any]) -> str:
         f"trainer.activation_checkpointing",
         f"tokens       {readable(tokens['run'])} in {plan['steps']:,} steps; compute-optimal "
         f"{readable(tokens['compute_optimal'])}{epochs}",
-        f"FLOPs        {readable(plan['flops']['token'])} a token, {readable(plan['flops']['run'])} in all",
-        f"cache        {readable(plan['cache_bytes_per_token'])}B a token of context when it samples",
+        f"FLOPs        {readable(plan['flops']['token'])} per token, {readable(plan['flops']['run'])} in total",
+        f"KV cache     {readable(plan['cache_bytes_per_token'])}B per token of context when sampling",
         "",
         f"expected time, on GPUs at {plan['utilisation']:.0%} of their peak (a small model reaches less)",
     ]

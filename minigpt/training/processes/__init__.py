@@ -1,1 +1,1 @@
-"""Several processes as one."""
+"""Multi-process training: launching, joining and watching processes."""

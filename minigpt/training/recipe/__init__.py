@@ -1,1 +1,1 @@
-"""What a step computes, on one process or many."""
+"""The computation of a training step, on one or several processes: loss, optimizer, schedule, sharding."""

@@ -1,4 +1,4 @@
-"""A running average of the weights: what is validated, saved and sampled, while the raw weights train on."""
+"""An exponential moving average of the weights (EMA), used to validate, save and sample while the raw weights train."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from minigpt.training.recipe.sharding import like, local
 class Average:
     """An exponential moving average (Polyak & Juditsky 1992) of a model's parameters.
 
-    After update n (from 1) the decay is min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
+    At update n (from 1) the decay is min(decay, (1 + n) / (10 + n)), so that the initial weights are quickly forgotten.
 
     Args:
-        model: whose parameters; the average begins as a copy of them.
-        decay: the part of the average that stays at each update.
+        model: the model to average; the average starts as a copy of its parameters.
+        decay: decay per update.
 
     Attributes:
-        updates: how many there were.
+        updates: number of updates so far.
         tensors: the average by parameter name, or the raw weights while `swapped`.
     """
 
@@ -31,7 +31,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the model's weights in."""
+        """Update the average with the model's current weights."""
         self.updates += 1
         part = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = [local(parameter.detach()) for parameter in self.model.parameters()]
@@ -39,14 +39,14 @@ class Average:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Go on from averaged weights that were saved, by parameter name, after this many updates."""
+        """Restore a saved average, by parameter name, and its number of updates."""
         for name, tensor in self.tensors.items():
             tensor.copy_(like(tensors[name], tensor))
         self.updates = updates
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Put the average into the model and the model's weights here; once more puts both back, to the bit."""
+        """Swap the model's weights with the average; a second call swaps them back exactly."""
         for name, parameter in self.model.named_parameters():
             kept = parameter.detach().clone()
             parameter.copy_(self.tensors[name])
@@ -54,7 +54,7 @@ class Average:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """For the length of a `with` block the model has the averaged weights, and `tensors` the raw ones."""
+        """Context manager: the model has the averaged weights, and `tensors` the raw ones."""
         self.exchange()
         try:
             yield

@@ -1,4 +1,4 @@
-"""The training loss: next-token cross-entropy, whole or in chunks, plain or compiled."""
+"""The training loss: next-token cross-entropy, over all logits at once or in chunks, eager or compiled."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from minigpt.model.gpt import GPT
 from minigpt.model.layers import widen
 from minigpt.terminal import notice
 
-# Logits worked on at once. On a CPU chunks this small take about the time of the whole and 0.6 of its memory (at
-# V = 50,304: benchmarks/long_vocabulary.py). A GPU needs more rows of them, as each chunk's gradient of the matrix is
-# added to a sum of that size: on an H100 this takes as long as a chunk's products at 600 rows, a quarter at 2,668 (by
-# arithmetic).
+# Number of logits per chunk. On a CPU, chunks of this size take about as long as all logits at once, with 0.6 of the
+# memory (at V = 50,304: benchmarks/long_vocabulary.py). A GPU needs more rows per chunk, because each chunk's weight
+# gradient is added to a sum as large as the matrix: on an H100 this takes as long as the chunk's matrix products at 600
+# rows, and a quarter of that at 2,668 rows (calculated).
 CPU_LOGITS, GPU_LOGITS = 2**24, 2**27
 
 
 def next_token_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of targets (B, T) given ids (B, T); IGNORED targets count nothing.
+    """Mean cross-entropy in nats of targets (B, T) given ids (B, T); IGNORED targets do not count.
 
-    Logits that are more than are worked on at once never exist all together; see chunked_loss.
+    If there are more logits than fit into one chunk, they are computed chunk by chunk; see chunked_loss.
     """
     at_once = CPU_LOGITS if ids.device.type == "cpu" else GPU_LOGITS
     if ids.numel() * model.vocab_size > at_once:
@@ -34,15 +34,15 @@ def next_token_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
-    """As next_token_loss, by all logits at once."""
+    """Mean cross-entropy as in next_token_loss, computed from all logits at once."""
     logits = model.unembed(model.trunk(ids))  # (B, T, V)
     return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def chunked_loss(model: GPT, ids: Tensor, targets: Tensor, rows: int) -> Tensor:
-    """As next_token_loss, with the logits of `rows` tokens at a time.
+    """Mean cross-entropy as in next_token_loss, computed from the logits of `rows` tokens at a time.
 
-    Torch's own linear_cross_entropy does the same from version 2.13 on, but knows neither a softcap nor autocast.
+    torch.nn.functional.linear_cross_entropy (torch 2.13) is similar but supports neither a softcap nor autocast.
     """
     hidden, targets = model.trunk(ids).flatten(0, 1), targets.flatten()  # (B T, C), (B T)
     device = hidden.device.type
@@ -53,13 +53,13 @@ def chunked_loss(model: GPT, ids: Tensor, targets: Tensor, rows: int) -> Tensor:
 
 
 class _ChunkedNats(torch.autograd.Function):
-    """The sum of all cross-entropies of an unembedding.
+    """The summed cross-entropy of an unembedding, in chunks.
 
-    A chunk's logits z give, while they exist, its part of both gradients, dL/dz = softmax(z) - onehot(target), so that
-    nothing of them is kept and nothing computed again: three matrix products, as in the whole.
+    The forward pass computes a chunk's logits z and, from dL/dz = softmax(z) - onehot(target), its part of both
+    gradients. So no logits are stored or recomputed: three matrix products in total, as without chunks.
 
-    The sum that is returned, and what was saved, are not changed in place: torch 2.11 compiled that to gradients of
-    zero (https://github.com/pytorch/pytorch/issues/180642).
+    The returned sum and the saved tensors must not be changed in place: torch 2.11 compiled that to gradients of zero
+    (https://github.com/pytorch/pytorch/issues/180642).
     """
 
     @staticmethod
@@ -99,7 +99,7 @@ class _ChunkedNats(torch.autograd.Function):
 
 
 def compiled_loss() -> Callable[[GPT, Tensor, Tensor], Tensor]:
-    """The loss compiled by torch.compile, or as it is with one line of notice where no compiler works here."""
+    """Compile next_token_loss with torch.compile; fall back to eager, with a notice, if that does not work."""
     compiled = torch.compile(next_token_loss, dynamic=False)
     broken = False
 
@@ -108,11 +108,11 @@ def compiled_loss() -> Callable[[GPT, Tensor, Tensor], Tensor]:
         if not broken:
             try:
                 return compiled(model, ids, targets)
-            except Exception as error:  # no compiler, or a kernel that does not compile: both come as many types
+            except Exception as error:  # a missing compiler or a failing kernel: many exception types
                 if "dynamo" not in type(error).__module__ and "inductor" not in type(error).__module__:
                     raise
                 broken = True
-                notice(f"torch.compile does not work here ({type(error).__name__}); training goes on uncompiled")
+                notice(f"torch.compile does not work here ({type(error).__name__}); training continues uncompiled")
         return next_token_loss(model, ids, targets)
 
     return compute

@@ -1,6 +1,6 @@
-"""Muon: momentum whose updates are made orthogonal, for the matrices inside blocks, with AdamW for everything else.
+"""Muon, momentum with orthogonalised updates, for the matrices inside blocks, and AdamW for all other parameters.
 
-One optimizer holds both, so that a training step has one `step()`, one state and one learning-rate schedule.
+One optimizer contains both, so that there is one `step()`, one state and one learning-rate schedule.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from torch.optim.adamw import adamw
 
 from minigpt.training.recipe.sharding import by_whole_matrices, local
 
-# The quintic whose repeated use drives singular values towards 1 (Jordan 2024, kellerjordan.github.io/posts/muon).
+# Coefficients of the quintic iteration that moves singular values towards 1 (Jordan 2024,
+# kellerjordan.github.io/posts/muon).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Newton-Schulz iterations: about the nearest matrix with orthonormal rows or columns, for each of a stack.
+    """Newton-Schulz iterations: approximate the nearest matrix with orthonormal rows or columns, for a stack of them.
 
     Args:
         matrices: (N, rows, columns).
-        steps: iterations; five bring the singular values into about 0.7 to 1.2.
-        dtype: what is computed in.
+        steps: number of iterations; five bring the singular values to between about 0.7 and 1.2.
+        dtype: dtype of the computation.
 
     Returns:
         (N, rows, columns) in `dtype`.
@@ -44,15 +45,15 @@ def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups with "splits" are updated by Muon, the others by fused AdamW.
+    """Updates parameter groups with "splits" by Muon, and all others by fused AdamW.
 
-    A Muon group's "splits" has one tuple for each of its parameters: the rows of the matrices that it holds one above
-    the other (queries, keys and values in one), each of which is made orthogonal by itself. It equals torch.optim.Muon
-    (adjust_lr_fn="original") on the split matrices.
+    A Muon group's "splits" has one tuple per parameter: the row counts of the matrices stacked in it (such as query,
+    key and value weights). Each of these is orthogonalised separately. The result equals torch.optim.Muon
+    (adjust_lr_fn="original") on the separate matrices.
 
     Args:
-        groups: parameter groups with lr, weight_decay and, for AdamW, betas and eps; for Muon momentum and steps.
-        dtype: what Newton-Schulz is computed in.
+        groups: parameter groups with lr and weight_decay; for AdamW also betas and eps, for Muon momentum and steps.
+        dtype: dtype of the Newton-Schulz iterations.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype = torch.float32) -> None:
@@ -121,21 +122,21 @@ class MuonAdamW(torch.optim.Optimizer):
                 rows, columns = matrix.shape
                 same_shape[min(rows, columns), max(rows, columns)].append((matrix, part))
         for pairs in same_shape.values():
-            # All lie down: a stack of one shape is one batched product.
+            # Transpose tall matrices, so that all have one shape and need one batched product.
             stack = torch.stack([part if part.shape[0] <= part.shape[1] else part.mT for _, part in pairs])
             for (matrix, _), update in zip(pairs, orthogonalize(stack, group["steps"], self.dtype), strict=True):
                 rows, columns = matrix.shape
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update.mT if rows > columns else update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
         for (_, splits), sharded in in_pieces.items():
-            # What is to be made orthogonal must be whole: each process has some of the matrices, and sends the pieces.
+            # Orthogonalisation needs whole matrices: each process computes some of them and sends the shards.
             whole_updates = partial(self._split_orthogonal, splits, group["steps"])
             updates = by_whole_matrices([update for _, update in sharded], sharded[0][0], whole_updates)
             for (parameter, _), update in zip(sharded, updates, strict=True):
                 local(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _split_orthogonal(self, splits: tuple[int, ...], steps: int, stack: Tensor) -> Tensor:
-        """Each of a stack of updates (N, rows, columns), split by rows, made orthogonal and scaled as in _muon."""
+        """Split a stack of updates (N, rows, columns) by rows, orthogonalise the parts and scale them as in _muon."""
         parts = [
             orthogonalize(part, steps, self.dtype) * max(1, part.shape[-2] / part.shape[-1]) ** 0.5
             for part in stack.split(splits, dim=-2)

@@ -1,4 +1,4 @@
-"""The optimizer: which parameters Muon and AdamW take, and the optimizer's state by parameter name."""
+"""The optimizer: assign parameters to Muon and AdamW, and save and restore its state by parameter name."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ EMBEDDINGS = ("trunk.embed.", "trunk.bigram.", "trunk.trigram.")
 
 
 def make_optimizer(model: GPT, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> MuonAdamW:
-    """Muon for the matrices inside blocks where the config says so, AdamW for the rest.
+    """Create the optimizer: Muon for the matrices inside blocks if the config asks for it, AdamW for the rest.
 
-    Decay is for matrices and embeddings, the same part a step for all of them; norms and biases have none. A group's
-    "scale" is its learning rate in units of optimizer.learning_rate, which the schedule moves.
+    Weight decay applies to matrices and embeddings and shrinks all of them by the same fraction per step; norms and
+    biases have none. A group's "scale" is its learning rate divided by optimizer.learning_rate; the schedule sets the
+    latter.
 
     Args:
-        model: whose parameters.
-        config: learning rates, decay, momenta.
-        dtype: what Muon's Newton-Schulz iterations are computed in.
+        model: the model to train.
+        config: learning rates, weight decay, momenta.
+        dtype: dtype of Muon's Newton-Schulz iterations.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     muon = [(n, p) for n, p in named if config.name == "muon" and ".blocks." in n and p.dim() == 2]
-    large = model.config.zero_init and not model.config.tie_embeddings  # their entries are about 1, not 0.02
+    large = model.config.zero_init and not model.config.tie_embeddings  # embedding entries are about 1, not 0.02
     embeddings = [(n, p) for n, p in named if large and n.startswith(EMBEDDINGS)]
     taken = {name for name, _ in muon + embeddings}
     rest = [parameter for name, parameter in named if name not in taken]
@@ -52,7 +53,7 @@ def make_optimizer(model: GPT, config: OptimizerConfig, dtype: torch.dtype = tor
 
 
 def _splits(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[int, ...]]:
-    """The rows of the matrices that each parameter holds: queries, keys and values are three in one."""
+    """Row counts of the matrices stacked in each parameter: query, key and value weights share one parameter."""
     three_in_one = {
         module.qkv.weight: tuple(count * module.head_dim for count in (module.n_head, *[module.n_kv_head] * 2))
         for module in model.modules()
@@ -62,7 +63,7 @@ def _splits(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[int,
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as "<key>/<parameter name>" -> tensor: independent of parameter order and groups."""
+    """The optimizer's state as "<key>/<parameter name>" -> tensor, independent of parameter order and groups."""
     return {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -72,12 +73,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what optimizer_tensors gave. Raises CheckpointError for a name or shape that does not fit."""
+    """Restore the state from optimizer_tensors. Raises CheckpointError for a name or shape that does not match."""
     parameters = dict(model.named_parameters())
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition("/")
         parameter = parameters.get(name)
         if parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
-            raise CheckpointError(f"training_state.safetensors: {full_name} fits no parameter of this model")
+            raise CheckpointError(f"training_state.safetensors: {full_name} does not match a parameter of this model")
         laid_out = like(tensor, parameter) if tensor.dim() else tensor.to(parameter.device)
         optimizer.state[parameter][key] = laid_out.clone()

@@ -1,4 +1,4 @@
-"""Sums over all processes of a run."""
+"""Sum tensors over all processes of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor, on each; the tensor itself where there is one process."""
+    """All-reduce: every process gets the sum of all tensors; with one process, the tensor itself."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
         dist.all_reduce(shared)

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that nothing about it needs saving."""
+"""The learning rate as a pure function of the step, so there is no scheduler state to save."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from minigpt.training.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     """The learning rate of step `step` (0 is the first of `max_steps`).
 
-    It rises linearly over warmup_steps, to the peak at step warmup_steps. Then, with p the part of the rest that has
-    passed (0 to 1 at max_steps): cosine falls to the final rate as (1 + cos(pi p)) / 2; wsd stays, and falls linearly
-    over the last decay_fraction of all steps (Hu et al. 2024, arXiv 2404.06395); constant stays.
+    It rises linearly and reaches the peak at step warmup_steps. After that:
+
+    cosine: decays to the final rate as (1 + cos(pi p)) / 2, with p from 0 after warm-up to 1 at max_steps.
+    wsd: constant, then decays linearly over the last decay_fraction of all steps (Hu et al. 2024, arXiv 2404.06395).
+    constant: stays at the peak.
     """
     peak, final = config.learning_rate, config.final_learning_rate
     if step < config.warmup_steps:

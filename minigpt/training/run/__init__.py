@@ -1,1 +1,1 @@
-"""A run's life, told by fit."""
+"""Running a training job: setup, steps, validation, checkpoints, metrics, resuming. Start with `fit`."""
