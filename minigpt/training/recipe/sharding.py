@@ -70,7 +70,7 @@ def is_sharded(model: GPT) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, as a view: in-place operations change the shard."""
+    """The shard of a tensor on this process, as a view: in-place operations change the shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
