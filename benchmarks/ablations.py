@@ -1,12 +1,12 @@
-"""What each part of the modern recipe is worth: configs/speedrun.yaml with one thing changed, on tinyshakespeare.
+"""Ablate the modern recipe: configs/speedrun.yaml with one part changed at a time, on tinyshakespeare.
 
-    python benchmarks/ablations.py --file input.txt                      every row, three seeds
-    python benchmarks/ablations.py --file input.txt --rows adamw,gelu    some
-    python benchmarks/ablations.py --file input.txt --steps 300          of a shorter schedule
+    python benchmarks/ablations.py --file input.txt                      all rows, three seeds
+    python benchmarks/ablations.py --file input.txt --rows adamw,gelu    selected rows
+    python benchmarks/ablations.py --file input.txt --steps 300          a shorter schedule
 
-A row shows the loss on the whole validation split at the end of the same number of steps (mean and spread over seeds),
-the difference to the recipe in standard errors of that difference, and the time of a step as a ratio to the recipe's.
-A part stays in the recipe if the row without it is worse at the same number of steps, or equal and slower.
+A row shows the loss on the whole validation split after the same number of steps (mean and spread over seeds), the
+difference from the recipe in standard errors of that difference, and the step time relative to the recipe's. A part
+stays in the recipe if the row without it has a higher loss at the same number of steps, or an equal loss and is slower.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Decoding speed: minigpt beside transformers' generate on the same weights, and beside the bare floor.
+"""Decoding speed: minigpt compared with transformers' generate on the same weights, and with a lower bound ("floor").
 
-    python benchmarks/decode.py                   every table, about 20 minutes
-    python benchmarks/decode.py --only small      rows whose name holds a text
+    python benchmarks/decode.py                   all tables, about 20 minutes
+    python benchmarks/decode.py --only small      rows whose name contains this text
     python benchmarks/decode.py --compile         the compiled rows too
 
-minigpt decodes with `minigpt.model.fast` (packed weights); beside it stand the plain and the compiled model. The floor
-is the same linear layers, in PyTorch's own layout, plus attention over as many cached tokens, and nothing else: no
-norms, no activations, no choice, no loop over rows. All sides work in float32 on the same threads without speculation
-or quantisation. Each writes 200 tokens after a prompt of 16, with no end-of-text; where the outcome is determined the
-tokens are compared before anything is timed. Sides take turns; told are medians, and ratios round by round.
+minigpt decodes with `minigpt.model.fast` (packed weights); the plain and the compiled model are shown as well. The
+floor is the time of the same linear layers, in PyTorch's own layout, plus attention over the same number of cached
+tokens: no norms, no activations, no token choice, no loop over rows. All variants use float32 and the same threads,
+without speculative decoding or quantisation. Each generates 200 tokens after a prompt of 16, without end-of-text. Where
+the result is deterministic, the tokens are compared before timing. The variants alternate; the tables show medians, and
+medians of the ratios of each round.
 """
 
 from __future__ import annotations

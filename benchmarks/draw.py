@@ -1,4 +1,4 @@
-"""A picture of curves, as SVG: what benchmarks put into the docs."""
+"""Plot curves as SVG for the docs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk's part of the faults: power cuts, full and read-only file systems, limits, flipped bits, truncated files."""
+"""Fault-injection trials on disks: power cuts, full and read-only file systems, limits, bit flips, truncated files."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What can go wrong around a checkpoint, done on purpose: kills, failing calls, power cuts, full disks, flipped bits.
+"""Fault-injection trials for checkpoints: kills, failing system calls, power cuts, full disks, bit flips.
 
-Each function does one trial, or every trial of its kind, on a tiny run, and says what went wrong (nothing, if all is
-well). faults.py is the campaign that repeats them and prints the table; the tests do a few of them.
+Each function runs one trial, or all trials of its kind, on a tiny run and returns what went wrong (nothing if all is
+well). faults.py repeats them and prints the table; the tests run a few of them.
 
-A trial runs in a forked child: torch is imported once, by the parent, and must not have started threads there.
+A trial runs in a forked child process. The parent imports torch once and must not have started torch threads before.
 """
 
 from __future__ import annotations

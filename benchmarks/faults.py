@@ -1,11 +1,12 @@
-"""The campaign against training: kills, failing calls, power cuts, full disks, damaged files. It prints every failure.
+"""Fault injection for training: kills, failing system calls, power cuts, full disks, damaged files.
 
-    python benchmarks/faults.py                                      everything, small: minutes
+    python benchmarks/faults.py                                      all parts, few trials: minutes
     python benchmarks/faults.py --kills 300 --pairs 20 --flips 1000  the figures in docs/reliability.md
 
-A failure of the first three parts is: a newest checkpoint that does not verify, a run that fell back behind what it had
-saved, files left behind, or a finished run that differs from the uninterrupted one in a single bit of its losses,
-validations, samples, weights or moments. Where none of N trials failed, the chance of a failure is below 3/N (95 %).
+Prints every failure. In the first three parts, a failure is any of: the newest checkpoint does not verify, a run loses
+steps that it had saved, temporary files are left, or a finished run differs from the uninterrupted one in a single bit
+of its losses, validations, samples, weights or optimizer state. If none of N trials failed, the failure rate is below
+3/N (95 %).
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What the loss of a long vocabulary costs: the time and peak memory of forward and backward from hidden states on.
+"""The cost of the loss with a large vocabulary: time and peak memory of forward and backward from the hidden states on.
 
     python benchmarks/long_vocabulary.py                              GPT-2's vocabulary, 1,024 tokens
     python benchmarks/long_vocabulary.py --vocabulary 4096 --width 384 --tokens 8192
 
     plain           all logits at once, F.cross_entropy (loss.py's plain_loss)
-    chunks          minigpt's: gradients worked out with each chunk (chunked_loss)
-    torch's         torch.nn.functional.linear_cross_entropy (torch 2.13), same chunks; it knows no softcap
+    chunks          minigpt's loss: computes each chunk's gradients in the forward pass (chunked_loss)
+    torch's         torch.nn.functional.linear_cross_entropy (torch 2.13), same chunks, without softcap
     checkpointed    torch.utils.checkpoint around each chunk: its logits are computed twice
 
-Every side runs in a process of its own, so that the system's count of its memory is of it alone; the sides take turns.
-On a CPU the time is the processor's, of all threads, so that other programs on the machine disturb little.
+Each variant runs in a separate process, so that the operating system's memory figure covers it alone; the variants
+alternate. On a CPU the time is CPU time of all threads, which other programs affect little.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How large the report page is and how long it takes, for a model of 10 M parameters (6 layers, 6 heads, 384 channels).
+"""Size and time of the report page for a model of 10 M parameters (6 layers, 6 heads, 384 channels).
 
 python benchmarks/page.py [--tokens 64 128 256] [--rounds 5]
 
-Random weights whose attention is as spread as at the start of training, which packs worst. Times are medians in this
-process, beside those of one plain forward of the same text; the model is loaded already. "busy" counts processor time,
-which other work on the machine does not lengthen: with one thread it is how long a page takes on a core of its own.
+The weights are random, so attention is as diffuse as at the start of training, which compresses worst. Times are
+medians in this process with the model already loaded, next to the time of one plain forward pass of the same text.
+"busy" is CPU time, which other programs do not lengthen: with one thread, it is the time of a page on an idle core.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python benchmarks/patching.py                    6 layers, 6 heads, 384 channels, a prompt of 64 tokens
     python benchmarks/patching.py --at v --tokens 32
 
-The peers do one forward of batch 1 a site, one after another: with the edit, as `slow=True` does it, and, as a bound on
-whatever could be done that way, the plain forward with no edit at all. They are measured on a random part of the sites
-and scaled to all of them. Sides take turns; told are medians over the rounds, of processor time, which other programs
-disturb less than the clock. Random weights: no side's time depends on them.
+The baselines run one forward pass of batch size 1 per site, one after another: with the edit (`slow=True`), and, as a
+lower bound for any such method, without an edit. They are measured on a random subset of the sites and scaled to all.
+The variants alternate; the table shows medians over the rounds of CPU time, which other programs affect less than wall
+time. Weights are random; the times do not depend on them.
 """
 
 from __future__ import annotations

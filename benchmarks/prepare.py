@@ -1,12 +1,12 @@
-"""Preparing a corpus with GPT-2's vocabulary against bare tiktoken, and reading batches against nanoGPT's way.
+"""Preparing a corpus with GPT-2's vocabulary compared with plain tiktoken; reading batches compared with nanoGPT.
 
     python benchmarks/prepare.py [--megabytes 100] [--runs 3]
 
-The text is Python's own: its help topics and standard library, repeated to the wanted size. `bare tiktoken` is
-`Encoding.encode_ordinary_batch` on the same text, cut at the same places, with as many threads as there are cores, its
-result thrown away; `prepare` reads, surveys, splits, encodes, writes, syncs and hashes. Both run in turns, and the
-median counts. Peak memory is that of a process of its own, torch's and the vocabulary's share included. A batch is 32
-rows of 128 tokens; nanoGPT's way opens the map and stacks a slice a row.
+The text is Python's help topics and standard library, repeated up to the requested size. `bare tiktoken` is
+`Encoding.encode_ordinary_batch` on the same text, split at the same places, with one thread per core; its result is
+discarded. `prepare` reads, surveys, splits, encodes, writes, syncs and hashes. The two alternate, and the median
+counts. Peak memory is that of a separate process, including torch and the vocabulary. A batch has 32 sequences of 128
+tokens; nanoGPT opens the memory map for each batch and stacks one slice per sequence.
 """
 
 from __future__ import annotations

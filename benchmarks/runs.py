@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: a run of train.py as its own process, read off its own metrics."""
+"""Shared code of the training benchmarks: run train.py in a separate process and read its metrics."""
 
 from __future__ import annotations
 

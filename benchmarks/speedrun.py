@@ -1,16 +1,16 @@
-"""How soon a loss is reached: configs/speedrun.yaml against nanoGPT's CPU recipe, on tinyshakespeare by character.
+"""Time to a target loss: configs/speedrun.yaml against nanoGPT's CPU recipe, on character-level tinyshakespeare.
 
     python benchmarks/speedrun.py --file input.txt                  baseline, sprint and budget, three seeds each
     python benchmarks/speedrun.py --file input.txt --rows best      configs/shakespeare_best.yaml
     python benchmarks/speedrun.py --file input.txt --picture curves.svg
 
     baseline   nanoGPT's CPU recipe (configs/nanogpt_cpu.yaml): 2,000 steps and one validation, in a plain PyTorch loop
-    sprint     configs/speedrun.yaml with a schedule that ends at a loss of 1.88, which is about where the baseline ends
+    sprint     configs/speedrun.yaml with a schedule that ends at a loss of 1.88, about the baseline's final loss
     budget     configs/speedrun.yaml with as many steps as fit into the baseline's time
-    best       configs/shakespeare_best.yaml: several epochs with dropout, decay, averages and an early stop
+    best       configs/shakespeare_best.yaml: several epochs with dropout, weight decay, averaging and early stopping
 
-The loss is the mean over the whole validation split in neighbouring windows of the model's own block. Time counts from
-the first step, with compilation (the compiler's cache is empty) and every validation; start-up stands beside it.
+The loss is the mean over the whole validation split, in adjacent windows of block_size tokens. Time counts from the
+first step and includes compilation (with an empty cache) and all validations; start-up time is shown separately.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""How long a person waits before anything happens: imports, every `--help`, the first token, and a model's loading.
+"""Start-up times: imports, every `--help`, the first token, and loading a model.
 
 python benchmarks/startup.py
 
-The first table: median seconds of seven runs, each in a fresh process, alternating with a bare `python -c pass`, whose
-time is part of every other. "first token" is `python sample.py RUN --prompt x --max_new_tokens 1` as a whole, for a run
-of the default size (a million parameters, random); most of it is `import torch`.
+First table: median seconds of seven runs, each in a new process, alternating with a bare `python -c pass`, whose time
+is included in all others. "first token" is the whole command `python sample.py RUN --prompt x --max_new_tokens 1` for a
+run of the default size (a million parameters, random weights); most of it is `import torch`.
 
-The second: `minigpt.load` of a Hugging Face folder of 135 million parameters in Llama's shape (30 layers, 576 channels,
-V 49152, random), against safetensors.torch.load_file of the same file, which maps it without reading, and against that
-with one copy of every tensor. In one process, in turn, after one round that does not count.
+Second table: `minigpt.load` of a Hugging Face folder with 135 million parameters in Llama's architecture (30 layers,
+576 channels, V 49152, random weights), compared with safetensors.torch.load_file of the same file, which maps it
+without reading, and with the same followed by a copy of every tensor. They alternate in one process, after a warm-up
+round.
 """
 
 from __future__ import annotations

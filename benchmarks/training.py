@@ -1,11 +1,11 @@
-"""What a training step costs through minigpt and Lightning, against the same step in a plain PyTorch loop.
+"""The time of a training step with minigpt and Lightning, compared with the same step in a plain PyTorch loop.
 
-    python benchmarks/training.py                      the nanoGPT CPU recipe on a text that is made up
-    python benchmarks/training.py --config speedrun    any config, with its optimizer, averages, precision, compilation
-    python benchmarks/training.py --file TEXT          on a text of yours
+    python benchmarks/training.py                      nanoGPT's CPU recipe on generated text
+    python benchmarks/training.py --config speedrun    any config, with its optimizer, averaging, precision, compilation
+    python benchmarks/training.py --file TEXT          on your own text
 
-Both sides train the same model on the same batches with the same optimizer, in turns of ten steps, in one process.
-minigpt's side has everything on that a run has: metrics, progress line, finite check, learning rate schedule.
+Both train the same model on the same batches with the same optimizer, alternating every ten steps, in one process.
+minigpt runs with everything a normal run has: metrics, progress line, check for NaN, learning-rate schedule.
 """
 
 from __future__ import annotations

@@ -51,11 +51,11 @@ class Timing:
     cold_start: float
     """Start-up, with compilation from scratch."""
     validation: float
-    """One validation."""
+    """Time of one validation."""
     save: float
-    """One checkpoint."""
+    """Time to save one checkpoint."""
     sample: float
-    """One sample."""
+    """Time of one sample."""
 
 
 def measure(
@@ -265,6 +265,6 @@ def report(job: Job) -> None:
     spent = {what: sum(row[f"time/{what}"] for row in ends) for what in ("validation", "save", "sample")}
     apart = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds)
     notice(
-        f"planned for {job.config.minutes:g} minutes, probe and start included: {rows[-1]['step']:,} steps took "
+        f"planned for {job.config.minutes:g} minutes, including probe and start: {rows[-1]['step']:,} steps took "
         f"{max(row['seconds'] for row in rows) / 60:.2f} minutes{f' ({apart})' if apart else ''}"
     )

@@ -77,7 +77,7 @@ def test_a_replay_of_what_mirostat_forbids_teaches_it_nothing(version: int, eta:
 def test_ids_that_only_the_model_has_are_refused_wherever_they_are_asked_for():
     sampler = Sampler(TableLM(vocab_size=9), LetterTokenizer(8), SamplingConfig(max_new_tokens=3, seed=1))
     for asked in ({"forced_bos_token_id": 8}, {"forced_eos_token_id": [2, 8]}):
-        with pytest.raises(ConfigError, match=f"{next(iter(asked))} is .*8.*below the tokenizer's 8"):
+        with pytest.raises(ConfigError, match=f"{next(iter(asked))} is .*8.*below the tokenizer's vocab_size 8"):
             sampler.generate("ab", **asked)
     with pytest.raises(ConfigError, match="continuation 0: token id 8"):
         sampler.replay("ab", [[8]])

@@ -261,8 +261,8 @@ def test_an_error_in_one_sample_is_told_in_its_completion():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"temprature": 1}, r"no field 'temprature'; did you mean 'temperature'\?"),
-        ({"num_beans": 4}, "no field 'num_beans'; did you mean 'num_beams'"),
+        ({"temprature": 1}, r"unknown field 'temprature'; did you mean 'temperature'\?"),
+        ({"num_beans": 4}, "unknown field 'num_beans'; did you mean 'num_beams'"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "hot"}, "temperature is 'hot'"),

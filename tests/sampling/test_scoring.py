@@ -255,7 +255,7 @@ def test_logits_that_are_no_distribution_are_an_error_that_names_the_place(bad):
         def logits(self, window):
             return bad if window == [1, 0] else [0.0, 0.0]
 
-    with pytest.raises(NonFiniteError, match=r"text 1: .* position 2 .*no distribution"):
+    with pytest.raises(NonFiniteError, match=r"text 1: .* position 2 .*not a distribution"):
         score_ids(Breaks(vocab_size=2), [[1, 1, 1, 0], [1, 0, 1]])
     assert score_ids(Breaks(vocab_size=2), [[1, 0]])[0].log_probs[1] == pytest.approx(-math.log(2))
 

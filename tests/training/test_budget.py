@@ -84,7 +84,7 @@ def test_a_resumed_run_keeps_the_steps_that_its_minutes_gave(
     assert rows[-1]["step"] == steps
     said = capsys.readouterr().err
     assert "0.5 minutes: 16 steps of 1 s (probe 0 s, start 10.0 s, 1 validation of 2 s, 1 save of 1 s)" in said
-    assert "planned for 0.5 minutes, probe and start included: 16 steps took" in said
+    assert "planned for 0.5 minutes, including probe and start: 16 steps took" in said
 
     monkeypatch.setattr(budget, "measure", lambda *arguments, **options: pytest.fail("measured again"))
     shutil.rmtree(run / "checkpoints/step-00000016")

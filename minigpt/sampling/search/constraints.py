@@ -1,7 +1,7 @@
 """Phrases that a search must generate: progress of a text, and tokens that advance it.
 
-The phrases together are an automaton (Aho and Corasick, 1975): its state is the longest end of the text that begins one
-of them. So a match that breaks goes on with as much of it as still holds, and phrases may overlap.
+The phrases form an automaton (Aho and Corasick, 1975). Its state is the longest suffix of the text that is a prefix of
+a phrase. So after a mismatch, the part that still matches is kept, and phrases may overlap.
 
 >>> phrases = Phrases([[[5, 5, 6]], [[6, 1], [6, 2]]])
 >>> progress = phrases.start
@@ -19,29 +19,29 @@ from typing import NamedTuple
 from minigpt.errors import ConfigError
 from minigpt.sampling.settings.rules import is_id
 
-_EXACT = 5  # constraints up to which every order of meeting them is tried
-_WAYS = 24  # alternatives up to which
+_EXACT = 5  # up to this many constraints, every order of meeting them is tried
+_WAYS = 24  # ... if there are at most this many alternatives
 
-Constraint = Sequence[Sequence[int]]  # alternative phrases of tokens
+Constraint = Sequence[Sequence[int]]  # alternative phrases, each a sequence of token ids
 
 
 class Progress(NamedTuple):
-    """What a text has of the phrases."""
+    """A text's progress towards the constraints."""
 
     begun: tuple[int, ...] = ()
-    """The longest end of the text that begins a phrase."""
+    """The longest suffix of the text that is a prefix of a phrase."""
     met: frozenset[int] = frozenset()
-    """The numbers of the constraints of which a phrase has appeared."""
+    """Indices of the constraints that are met."""
 
 
 class Phrases:
-    """What must appear in the text of one prompt.
+    """The constraints of one prompt.
 
     Args:
-        constraints: each a list of alternative phrases, one of which must appear; a phrase is a list of tokens.
+        constraints: each a list of alternative phrases, one of which must appear; a phrase is a list of token ids.
 
     Raises:
-        ConfigError: a constraint without alternatives, a phrase without tokens, or something that is no token id.
+        ConfigError: a constraint without alternatives, a phrase without tokens, or an invalid token id.
     """
 
     start = Progress()
@@ -50,8 +50,8 @@ class Phrases:
         for number, alternatives in enumerate(constraints):
             if not alternatives or not all(phrase and all(map(is_id, phrase)) for phrase in alternatives):
                 raise ConfigError(
-                    f"sampling: constraint {number} is {alternatives!r}; expected a list of alternatives, each a list "
-                    "of token ids, at least one"
+                    f"sampling: constraint {number} is {alternatives!r}; expected a list of alternatives, each a "
+                    "non-empty list of token ids"
                 )
         self.constraints = [tuple(tuple(map(int, phrase)) for phrase in one) for one in constraints]
         self.phrases = {phrase for alternatives in self.constraints for phrase in alternatives}
@@ -68,28 +68,28 @@ class Phrases:
         self._needs: dict[Progress, int] = {}
 
     def after(self, progress: Progress, token: int) -> Progress:
-        """The progress with one more token."""
+        """The progress after one more token."""
         begun = (*progress.begun, token)
         while begun not in self._prefixes:
-            begun = begun[1:]  # the empty one begins every phrase
+            begun = begun[1:]  # ends at (), a prefix of every phrase
         return Progress(begun, progress.met | self._met_by[begun])
 
     def need(self, progress: Progress) -> int:
-        """How many further tokens meet all constraints: the least number; with many constraints perhaps more than it.
+        """Minimum number of further tokens that meet all constraints; with many constraints, an upper bound.
 
-        Some next token always makes it less.
+        There is always a next token that reduces it.
         """
         if progress not in self._needs:
             self._needs[progress] = self._shortest_way(progress)
         return self._needs[progress]
 
     def nearer(self, progress: Progress) -> set[int]:
-        """The tokens that make the need less."""
+        """The tokens that reduce `need`."""
         tokens = {rest[0] for _, rest in self._ways(progress)}
         return {token for token in tokens if self.need(self.after(progress, token)) < self.need(progress)}
 
     def _shortest_way(self, progress: Progress) -> int:
-        """Over the phrases that may be met first: the rest of it, and then what is needed from there."""
+        """Minimum, over the phrase to complete first, of its remaining tokens plus the need after it."""
         ways = list(self._ways(progress))
         if not ways:
             return 0
@@ -100,7 +100,7 @@ class Phrases:
         return min(len(rest) + others - self._shortest[number] for number, rest in ways)
 
     def _ways(self, progress: Progress) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Each constraint yet to be met with what is left of each of its phrases, going on from what is begun."""
+        """Yield (constraint index, remaining tokens after `progress.begun`) per phrase of each unmet constraint."""
         begun = progress.begun
         for number, alternatives in enumerate(self.constraints):
             for phrase in alternatives if number not in progress.met else ():
@@ -118,32 +118,32 @@ class Phrases:
 def required(
     constraints: Sequence[Sequence[Constraint]], most: Sequence[int], end_ids: tuple[int, ...], vocab_size: int
 ) -> list[Phrases]:
-    """What must appear for each prompt.
+    """Check the constraints of all prompts and return them as `Phrases`.
 
     Args:
-        constraints: for each prompt.
-        most: for each prompt, how many tokens may be written.
-        end_ids: tokens after which none follows.
-        vocab_size: ids are below it.
+        constraints: one list of constraints per prompt.
+        most: maximum number of tokens to generate, per prompt.
+        end_ids: tokens that end a text.
+        vocab_size: vocabulary size of the model.
 
     Raises:
-        ConfigError: not one list of constraints for each prompt, or one that cannot be met.
+        ConfigError: the number of lists differs from the number of prompts, or a constraint cannot be met.
     """
     if len(constraints) != len(most):
         raise ConfigError(
-            f"sampling: there are constraints for {len(constraints)} prompts; expected a list for each of {len(most)}"
+            f"sampling: there are constraints for {len(constraints)} prompts; expected one list for each of {len(most)}"
         )
     several = [Phrases(own) for own in constraints]
     for number, (phrases, room) in enumerate(zip(several, most, strict=True)):
         for phrase in phrases.phrases:
             if max(phrase) >= vocab_size or not set(end_ids).isdisjoint(phrase[:-1]):
                 raise ConfigError(
-                    f"sampling: prompt {number} must have the phrase {list(phrase)}; expected ids below the vocabulary "
-                    f"size of {vocab_size}, and an end token ({list(end_ids)}) only as the last"
+                    f"sampling: a constraint of prompt {number} has the phrase {list(phrase)}; expected ids below the "
+                    f"vocabulary size of {vocab_size}, and an end token ({list(end_ids)}) only at its end"
                 )
         if phrases.need(phrases.start) > room:
             raise ConfigError(
-                f"sampling: prompt {number} must have phrases of {phrases.need(phrases.start)} tokens, but "
-                f"max_new_tokens is {room}; expected at least as many"
+                f"sampling: the constraints of prompt {number} need {phrases.need(phrases.start)} tokens, but "
+                f"max_new_tokens is {room}; raise max_new_tokens"
             )
     return several

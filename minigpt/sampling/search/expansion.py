@@ -1,7 +1,7 @@
 """Three ways to rank the continuations of beams in a step of a search.
 
-A ranking maps the continuations' sums of log-probabilities, (R, V) for R beams, to keys, (R, V); those with the
-greatest keys are the candidates. Adding Gumbel noise to log-probabilities and taking the greatest draws without
+A ranking maps the continuations' summed log-probabilities, (R, V) for R beams, to keys, (R, V); the continuations with
+the largest keys become the candidates. Adding Gumbel noise to log-probabilities and taking the largest samples without
 replacement from the distribution (Vieira, 2014, "Gumbel-max trick and weighted reservoir sampling").
 """
 
@@ -20,15 +20,15 @@ from minigpt.sampling.search.hypotheses import NEVER, Beam, Candidate, Group
 
 @dataclass(frozen=True)
 class Step:
-    """The beams of some groups, about to go on: R rows, those of a group side by side."""
+    """One step of several groups: R beams, one per row; the beams of a group are adjacent."""
 
     groups: Sequence[Group]
     totals: Tensor
-    """The continuations' sums of log-probabilities, -inf where there is none: (R, V) float64."""
+    """Summed log-probabilities of the continuations, -inf for impossible ones: (R, V) float64."""
     own: Tensor
     """The model's log-probabilities: (R, V)."""
     positions: np.ndarray
-    """Where the tokens come to stand: (R,)."""
+    """Positions of the new tokens: (R,)."""
     noise: Noise
 
     @property
@@ -39,7 +39,7 @@ class Step:
     def gumbels(self) -> Tensor:
         """Standard Gumbel noise for every possible continuation, independent between a prompt's beams: (R, V)."""
         lanes = np.array([lane for group in self.groups for lane in range(len(group.beams))])
-        possible = (self.totals > NEVER).any(0).nonzero().squeeze(1)  # often few of a large vocabulary
+        possible = (self.totals > NEVER).any(0).nonzero().squeeze(1)  # often only a few of a large vocabulary
         numbers = self.noise.table(self.positions, lanes, Purpose.SEARCH, possible.cpu().numpy())
         noise = torch.zeros_like(self.totals)
         noise[:, possible] = torch.from_numpy(gumbel(numbers)).to(noise.device)
@@ -50,21 +50,22 @@ Ranking = Callable[[Step], Tensor]
 
 
 def likeliest(step: Step) -> Tensor:
-    """The sums themselves."""
+    """Beam search: rank by the summed log-probabilities."""
     return step.totals
 
 
 def drawn(step: Step) -> Tensor:
-    """As if continuations were drawn one by one, without replacement, in proportion to their probabilities."""
+    """Beam sampling: sample continuations without replacement, in proportion to their probabilities."""
     return step.totals + step.gumbels()
 
 
 def drawn_top_down(step: Step) -> Tensor:
-    """Perturbed log-probabilities of the continuations, the greatest of a beam equal to the beam's own.
+    """Stochastic beam search: perturbed log-probabilities, whose maximum over a beam's continuations is the beam's own.
 
-    So the greatest among all texts are found without looking at all (Kool, van Hoof and Welling, 2019,
-    arXiv:1903.06059). With G the beam's, g the continuations' unconditional ones and Z the greatest of these,
-    -log(exp(-G) - exp(-Z) + exp(-g)), in a form that neither overflows nor cancels (their appendix B.3).
+    This finds the texts with the largest perturbed log-probabilities without enumerating all texts (Kool, van Hoof and
+    Welling, 2019, arXiv:1903.06059). With G the beam's perturbed log-probability, g the unconditional ones of its
+    continuations and Z the maximum of g, the key is -log(exp(-G) - exp(-Z) + exp(-g)), computed in a form that neither
+    overflows nor cancels (their appendix B.3).
     """
     perturbed = step.totals + step.gumbels()
     greatest = perturbed.amax(-1, keepdim=True)
@@ -75,7 +76,12 @@ def drawn_top_down(step: Step) -> Tensor:
 
 
 def drawn_by(draw: Callable[[Tensor, int], Tensor]) -> Ranking:
-    """Continuations drawn by a function (sums of log-probabilities of K beams, the best first, count) -> places."""
+    """A ranking by an external sampler.
+
+    Args:
+        draw: takes the summed log-probabilities of K beams, best beam first, flattened to (K * V,), and a count;
+            returns the sampled indices.
+    """
 
     def ranking(step: Step) -> Tensor:
         keys = torch.full_like(step.totals, NEVER)
@@ -98,19 +104,20 @@ RANKINGS: dict[str, Ranking] = {"beam": likeliest, "sample": drawn, "stochastic"
 
 
 def root_key(noise: Noise, position: np.ndarray) -> float:
-    """The perturbed log-probability of having written nothing, of which all others are parts."""
+    """The perturbed log-probability of the empty text, from which stochastic beam search starts."""
     return float(gumbel(noise.uniform(position, Purpose.SEARCH_ROOT))[0])
 
 
 def gumbel(uniforms: np.ndarray) -> np.ndarray:
-    """Standard Gumbel numbers of uniform ones in [0, 1)."""
+    """Convert uniform numbers in [0, 1) to standard Gumbel noise."""
     return -np.log(-np.log(np.maximum(uniforms, 2.0**-54)))
 
 
 def candidates(step: Step, keys: Tensor) -> Iterator[list[Candidate]]:
-    """For each group its candidates, the greatest key first: of each beam as many as all of the group's can be.
+    """Yield the candidates of each group, largest key first.
 
-    A token that a group wants to see after a beam is among them whatever its key.
+    Each beam contributes as many candidates as the group needs in total. The tokens of `Group.wanted` are always among
+    them, regardless of their keys.
     """
     beams = [(group, number, beam) for group in step.groups for number, beam in enumerate(group.beams)]
     wanted = [sorted(group.wanted(beam)) for group, _, beam in beams]

@@ -24,26 +24,27 @@ _PENALTY = Rule(lambda v: is_number(v) and abs(v) <= 20, "a number from -20 to 2
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How to search."""
+    """Settings of beam search."""
 
     num_beams: int
-    """K: texts of a prompt that are followed at once."""
+    """K: number of beams per prompt."""
     num_return_sequences: int = 1
-    """How many of the best are returned; at most num_beams."""
+    """Number of best texts to return; at most num_beams."""
     length_penalty: float = 1.0
-    """A text's score is the sum of its tokens' log-probabilities over their number to this power: above 0 favours
+    """A text's score is the sum of its tokens' log-probabilities divided by its length to this power: above 0 favours
     long texts, below 0 short ones."""
     early_stopping: bool | Literal["never"] = False
-    """When a prompt with K finished texts is done. True: at once. False: when the best beam, finished now, would not
-    be among them. "never": when no beam can get among them at any length."""
+    """When a prompt with K finished texts is done. True: at once. False: when the best beam, if it ended now, would not
+    be among the best K. "never": when no beam can get among the best K at any length."""
     method: Literal["beam", "sample", "stochastic"] = "beam"
-    """"beam" follows the best, "sample" draws continuations, "stochastic" draws whole texts without replacement."""
+    """"beam" keeps the most likely beams, "sample" samples continuations, "stochastic" samples whole texts without
+    replacement."""
     num_beam_groups: int = 1
-    """The beams are divided into groups of equal size, each a search of its own (Vijayakumar et al., 2016,
-    arXiv:1610.02424) ..."""
+    """Diverse beam search: the beams are divided into this many groups of equal size, each with its own search
+    (Vijayakumar et al., 2016, arXiv:1610.02424)."""
     diversity_penalty: float = 0.0
-    """... in which a token's log-probability is lowered by this for each beam of an earlier group that has just
-    taken it."""
+    """Subtracted from a token's log-probability for each beam of an earlier group that chose the token at the same
+    step."""
 
     def __post_init__(self) -> None:
         check(self, num_beams=COUNT, num_return_sequences=COUNT, num_beam_groups=COUNT)
@@ -61,7 +62,7 @@ class SearchSettings:
                 self.num_beam_groups > 1 and self.method != "beam"
             ),
             f"length_penalty is {self.length_penalty!r} and early_stopping {self.early_stopping!r}; expected 1.0 and "
-            "False with method 'stochastic', which draws texts whatever their length": (
+            "False with method 'stochastic'": (
                 self.method == "stochastic" and (self.length_penalty, self.early_stopping) != (1.0, False)
             ),
         }
@@ -71,120 +72,121 @@ class SearchSettings:
 
     @property
     def width(self) -> int:
-        """Beams of a group."""
+        """Number of beams per group."""
         return self.num_beams // self.num_beam_groups
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text that a search found."""
+    """A text that the search found."""
 
     tokens: list[int]
-    """What was written, with its end token."""
+    """The generated tokens, including the end token."""
     score: float
-    """What texts are ranked by: log_prob / length ** length_penalty; for "stochastic" the perturbed log-probability."""
+    """The score that texts are ranked by: log_prob / length ** length_penalty; for "stochastic", the perturbed
+    log-probability."""
     log_prob: float
-    """The sum that the search added up, processors and diversity penalty included (nats)."""
+    """The beam's summed log-probability, including processors and diversity penalty (nats)."""
     log_probs: list[float]
-    """The model's own log-probability of each token, before any processor (nats)."""
+    """The model's log-probability of each token, before any processor (nats)."""
     finish_reason: str
     """end (end token), stop, length (max_new_tokens), context (the model's context is full), or error."""
     error: str | None = None
-    """Why, where the reason is error."""
+    """The error message if finish_reason is error."""
     complete: bool = True
-    """Whether it holds all that had to appear."""
+    """Whether the text meets all constraints."""
     seed: int = 0
-    """The seed of its prompt's noise."""
+    """Random seed of its prompt."""
 
 
 class Candidate(NamedTuple):
-    """A beam continued by a token."""
+    """A beam extended by one token."""
 
     key: float
-    """Candidates are looked at in the order of their keys, the greatest first."""
+    """Sort key: candidates are considered in descending order."""
     total: float
-    """The sum of log-probabilities."""
+    """The summed log-probability."""
     beam: int
-    """The number of the beam in its group."""
+    """Index of the beam in its group."""
     token: int
     log_prob: float
-    """The model's own log-probability of the token."""
+    """The model's log-probability of the token."""
 
 
 @dataclass(frozen=True)
 class Beam:
-    """A text on its way, or ended."""
+    """A text during the search, or a finished one."""
 
     written: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
     total: float = 0.0
     key: float = 0.0
     parent: int = 0
-    """The number, in its group, of the beam that it continues."""
+    """Index, in its group, of the beam that it extends."""
     reason: str | None = None
-    """Why it ended."""
+    """The finish reason; None while the beam continues."""
     progress: Progress | None = None
-    """What it has of the phrases that must appear."""
+    """Progress towards the constraints."""
 
 
 @dataclass
 class Group:
-    """The beams of a prompt that compete with each other, and those that have ended."""
+    """The beams of a prompt that compete with each other, and those that have finished."""
 
     settings: SearchSettings
     prompt: int
     number: int
-    """Which of the prompt's groups it is."""
+    """Index of the group among those of its prompt."""
     limit: int
-    """Most tokens that may be written."""
+    """Maximum number of tokens to generate."""
     reason: Callable[[tuple[int, ...]], str | None]
-    """Why a text ends here, if it does."""
+    """Takes the generated tokens; returns the finish reason, or None if the text continues."""
     looked_at: int
-    """Candidates that count in a step. More than K, so that there are K to go on with where some end."""
+    """Number of candidates considered in a step: more than K, so that K beams can continue when some end."""
     beams: list[Beam] = field(default_factory=lambda: [Beam()])
     finished: list[Beam] = field(default_factory=list)
-    """The best K ended texts, the best first."""
+    """The best K finished texts, best first."""
     taken: list[int] = field(default_factory=list)
-    """The tokens that its beams have just taken, those that end a text of themselves left out."""
+    """The tokens that its beams chose in this step, except tokens that end a text."""
     error: str | None = None
 
     def score(self, beam: Beam) -> float:
-        """The sum of log-probabilities over length ** length_penalty."""
+        """The summed log-probability divided by length ** length_penalty."""
         return beam.total / len(beam.written) ** self.settings.length_penalty
 
     def wanted(self, beam: Beam) -> set[int]:
-        """Tokens to consider after a beam besides the likeliest."""
+        """Tokens to consider after a beam in addition to the most likely ones."""
         return set()
 
     def complete(self, beam: Beam) -> bool:
-        """Whether a text holds all that must appear."""
+        """Whether a text meets all constraints."""
         return True
 
     def found(self) -> list[Beam]:
-        """The ended texts, the best first."""
+        """The finished texts, best first."""
         return self.finished
 
     def advance(self, candidates: Sequence[Candidate]) -> None:
-        """Go on to the next length.
+        """Extend the beams by one token.
 
         Args:
-            candidates: in order; for each beam at least its best `looked_at`.
+            candidates: in descending order of their keys; at least the best `looked_at` of each beam.
         """
-        # Drawn ones come in the order of the draw: the best of them may end, not the first.
+        # Sampled candidates come in the order of sampling; sort by score, since only the best K may end.
         picked = sorted(candidates[: self.looked_at], key=lambda candidate: -candidate.total)
         self._settle([self.child(candidate) for candidate in picked])
         self.beams.sort(key=lambda beam: -beam.total)
         self._close()
 
     def child(self, candidate: Candidate) -> Beam:
-        """The text that a candidate stands for."""
+        """The beam of a candidate."""
         parent = self.beams[candidate.beam]
         written = (*parent.written, candidate.token)
         log_probs = (*parent.log_probs, candidate.log_prob)
         return Beam(written, log_probs, candidate.total, candidate.key, candidate.beam, self.reason(written))
 
     def _settle(self, children: list[Beam]) -> None:
-        """Let those that ended into the finished ones, if they are among the first K, and the others go on."""
+        """Move children that ended to the finished texts if they are among the first K; the others continue."""
         ended = [child for child in children[: self.settings.width] if child.reason]
         self.finished = sorted([*self.finished, *ended], key=lambda beam: -self.score(beam))[: self.settings.width]
         self.beams = [child for child in children if not child.reason]
@@ -192,7 +194,7 @@ class Group:
         self.taken = [child.written[-1] for child in going[: self.settings.width]]
 
     def _close(self) -> None:
-        """Keep the first K beams; none if nothing that they lead to can get among the finished ones."""
+        """Keep the first K beams, or none if the stopping rule says that no better text can follow."""
         self.beams = self.beams[: self.settings.width]
         if self.beams and len(self.finished) == self.settings.width:
             early, penalty = self.settings.early_stopping, self.settings.length_penalty
@@ -203,14 +205,17 @@ class Group:
 
 
 class StochasticGroup(Group):
-    """Texts drawn without replacement: the K greatest perturbed log-probabilities, ended or not, stay."""
+    """Stochastic beam search: keeps the K texts with the largest perturbed log-probabilities, finished or not."""
 
     def score(self, beam: Beam) -> float:
         """The perturbed log-probability."""
         return beam.key
 
     def advance(self, candidates: Sequence[Candidate]) -> None:
-        """Go on to the next length. What follows a text has no greater key, so that what falls out stays out."""
+        """Extend the beams by one token.
+
+        A continuation's key is never larger than its parent's, so a dropped text cannot come back.
+        """
         children = [self.child(candidate) for candidate in candidates[: self.looked_at]]
         nodes = sorted([*self.finished, *children], key=lambda beam: -beam.key)[: self.settings.width]
         self.finished = [node for node in nodes if node.reason]
@@ -219,11 +224,12 @@ class StochasticGroup(Group):
 
 @dataclass
 class ConstrainedGroup(Group):
-    """Beams that have to come by certain phrases (Post and Vilar, 2018, arXiv:1804.06609).
+    """Constrained beam search: texts must contain certain phrases (Post and Vilar, 2018, arXiv:1804.06609).
 
-    Candidates are banked by how many tokens they still need, and every bank has its share of the beams: a text that
-    begins a phrase is not weighed against one that puts it off. Those that need more than there is room for are left
-    out, unless all do. Only what has all phrases finishes; where nothing has, the least incomplete texts are found.
+    Candidates are grouped into banks by the number of tokens they still need, and every bank gets a share of the beams.
+    So a text that starts a phrase does not compete with one that postpones it. Candidates that need more tokens than
+    remain are dropped, unless all do. Only a text with all phrases can finish; if there is none, the result is the
+    incomplete texts that need the fewest tokens.
     """
 
     phrases: Phrases = field(kw_only=True)
@@ -234,32 +240,32 @@ class ConstrainedGroup(Group):
         self.beams = [Beam(progress=self.phrases.start)]
 
     def need(self, beam: Beam) -> int:
-        """How many tokens a text needs at least to be complete."""
+        """Minimum number of tokens that a text still needs to meet all constraints."""
         assert beam.progress is not None
         return self.phrases.need(beam.progress)
 
     def wanted(self, beam: Beam) -> set[int]:
-        """Tokens that bring it nearer to being complete, or end it."""
+        """Tokens that bring a beam closer to meeting all constraints; the end tokens if it already meets them."""
         assert beam.progress is not None
         return self.phrases.nearer(beam.progress) if self.need(beam) else set(self.end_ids)
 
     def complete(self, beam: Beam) -> bool:
-        """Whether a text holds all that must appear."""
+        """Whether a text meets all constraints."""
         return self.need(beam) == 0
 
     def found(self) -> list[Beam]:
-        """The complete texts, the best first; if there are none, the others, those that need least first."""
+        """The finished texts, best first; if there are none, incomplete texts, fewest needed tokens first."""
         return self.finished or self.incomplete
 
     def child(self, candidate: Candidate) -> Beam:
-        """The text that a candidate stands for, and what it has of the phrases."""
+        """The beam of a candidate, with its progress towards the constraints."""
         child = super().child(candidate)
         progress = self.beams[candidate.beam].progress
         assert progress is not None
         return replace(child, progress=self.phrases.after(progress, candidate.token))
 
     def advance(self, candidates: Sequence[Candidate]) -> None:
-        """Go on to the next length, bank by bank."""
+        """Extend the beams by one token, taking candidates from each bank alternately."""
         children = sorted(map(self.child, candidates), key=lambda child: -child.total)
         lost = [child for child in children if child.reason and self.need(child)]
         least = sorted([*self.incomplete, *lost], key=lambda beam: (self.need(beam), -self.score(beam)))

@@ -1,8 +1,8 @@
 """Beam search: several continuations of a prompt in parallel, returned by score.
 
-One loop serves every method. A step has the model read the beams of all prompts in one batch, ranks their continuations
-(`expansion`) and lets each group of beams decide what goes on and what ends (`hypotheses`); then the batch's rows
-become copies of the rows that go on. The methods differ in the ranking and in the decision.
+All methods share one loop. In each step the model reads the beams of all prompts in one batch, `expansion` ranks their
+continuations, and each group of beams decides which continue and which end (`hypotheses`). Then the rows of the batch
+become copies of the rows that continue. The methods differ in the ranking and in the decision.
 """
 
 from __future__ import annotations
@@ -53,33 +53,38 @@ def search_rows(
     numbers: Sequence[int] | None = None,
     draw: Callable[[Tensor, int], Tensor] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Continue token prompts by a search: for each prompt the best texts that it found, the best first.
+    """Continue token prompts by beam search.
 
-    A prompt gets what it gets alone. There are fewer than num_return_sequences where fewer were found, but at least
-    one; where every beam was left without a token to choose, that one is an error.
+    The result of a prompt does not depend on the other prompts. It has fewer than num_return_sequences hypotheses if
+    fewer were found, but at least one; if no beam has a possible token left, that one is an error.
 
     Args:
-        model: what predicts.
-        prompts: token ids, at least one each.
+        model: the model that predicts the next token.
+        prompts: token ids, at least one per prompt.
         settings: how to search.
-        max_new_tokens: most tokens to write, for all or for each prompt.
-        processors: applied in this order; those that only shape the distribution are left out where nothing is drawn.
-        feed: "log_probs": processors see the model's log-probabilities, and what they make of them is added up as it
-            is, even if it no longer is a distribution (as in transformers). "logits": they see the logits, and the
-            log-probabilities of what they make of them are added up. "stochastic" search normalises either.
-        seeds: one for each prompt; None draws a fresh one. Only what draws depends on them. A processor's own noise is
-            the same for all beams of a prompt.
-        end_ids: tokens that end a text; they count as written.
-        overflow: "slide" moves the window on past the model's context, "stop" ends a text that has filled it.
-        stopped: tells from a prompt's number and the written tokens whether a text ends here, as an end token would.
-        numbers: what processors and `stopped` are told as the prompts' numbers; None for 0, 1, 2, ...
-        constraints: for each prompt, what must appear: each constraint a list of alternative phrases of tokens.
-        draw: draws in place of the prompts' own noise for "sample"; see `expansion.drawn_by`.
+        max_new_tokens: maximum number of tokens to generate; one number, or one per prompt.
+        processors: applied in this order; those that only shape the distribution are skipped unless the method samples.
+        feed: "log_probs": processors get the model's log-probabilities, and beam scores sum their output unchanged,
+            even if it is no longer normalised (as in transformers). "logits": processors get the logits, and beam
+            scores sum the log-softmax of their output. "stochastic" search always normalises the output.
+        seeds: one per prompt; None draws a random seed. Only methods that sample depend on it. The random numbers of a
+            processor are the same for all beams of a prompt.
+        end_ids: tokens that end a text; they are among the generated tokens.
+        overflow: "slide" moves the window past the model's context, "stop" ends a text that has filled the context.
+        stopped: takes a prompt's number and its generated tokens; returns whether the text ends here, as at an end
+            token.
+        numbers: the prompts' numbers for processors and `stopped`; None for 0, 1, 2, ...
+        constraints: per prompt, a list of constraints; each is a list of alternative token sequences, one of which must
+            appear.
+        draw: for "sample", replaces sampling with the prompts' own random numbers; see `expansion.drawn_by`.
+
+    Returns:
+        For each prompt its hypotheses, best first.
 
     Raises:
         ConfigError: an empty prompt, a token outside the vocabulary, a prompt longer than the context with "stop", a
-            seed out of range, something among the processors that is none, constraints that cannot be met or do not
-            go with the settings, a temperature of 0 where a method draws.
+            seed out of range, an invalid processor, constraints that cannot be met or do not work with the settings, or
+            a temperature of 0 with a method that samples.
     """
     check_prompts(prompts, model.vocab_size, model.max_context if overflow == "stop" else None)
     end_ids = tuple(map(int, end_ids))
@@ -88,13 +93,13 @@ def search_rows(
     most = _for_each("max_new_tokens", max_new_tokens, len(prompts))
     own_seeds = [fresh_seed() if seed is None else int(seed) for seed in _for_each("seed", seeds, len(prompts))]
     if constraints and (draws or settings.num_beam_groups > 1):
-        raise ConfigError("sampling: constraints need method 'beam' and num_beam_groups 1; expected these, or none")
+        raise ConfigError("sampling: constraints need method 'beam' and num_beam_groups 1; set both, or no constraints")
     phrases = required(constraints or [()] * len(prompts), most, end_ids, model.vocab_size)
 
     called = list(range(len(prompts)) if numbers is None else numbers)
 
     def make(number: int, place: int) -> Group:
-        """Group `place` of a prompt."""
+        """Create group `place` of a prompt."""
         limit = min(most[number], model.max_context - len(prompts[number])) if overflow == "stop" else most[number]
 
         def reason(written: tuple[int, ...]) -> str | None:
@@ -123,8 +128,8 @@ def search_rows(
             batch = Batch(model, rows, pipeline, end_ids)
             if draws and any(pipeline.greedy(batch.context)):
                 raise ConfigError(
-                    f"sampling: a temperature is 0, which leaves method {settings.method!r} nothing to draw; expected "
-                    "one above 0, or method 'beam'"
+                    f"sampling: method {settings.method!r} samples, but a temperature is 0; set it above 0, or use "
+                    "method 'beam'"
                 )
             ranking = drawn_by(draw) if draw and settings.method == "sample" else RANKINGS[settings.method]
             _Search(batch, started, ranking, feed == "logits", settings).run()
@@ -135,7 +140,7 @@ def search_rows(
 
 
 class _Search:
-    """The loop. A group's beams are rows of the batch side by side, in the groups' order."""
+    """The search loop. The beams of a group are adjacent rows of the batch, in the order of the groups."""
 
     def __init__(
         self, batch: Batch, groups: list[Group], ranking: Ranking, feeds_logits: bool, settings: SearchSettings
@@ -145,14 +150,14 @@ class _Search:
         self.normalises = feeds_logits or settings.method == "stochastic"
 
     def run(self) -> None:
-        """Take steps until every group is done."""
+        """Run steps until every group is done."""
         batch = self.batch
         while self.groups:
             raw = batch.read()
             own = raw.log_softmax(-1)
             fed = raw if self.feeds_logits else own
             processed = batch.process(fed)
-            log_probs = processed.double()  # sums of many are kept in float64
+            log_probs = processed.double()  # beam scores are summed in float64
             if self.normalises:
                 log_probs = log_probs.log_softmax(-1)
             log_probs = log_probs.masked_fill(~is_choosable(log_probs).unsqueeze(1), NEVER)
@@ -165,12 +170,12 @@ class _Search:
             self._move(spans, raw, processed)
 
     def _spans(self) -> list[range]:
-        """The rows of each group's beams."""
+        """The batch rows of each group's beams."""
         ends = list(accumulate(len(group.beams) for group in self.groups))
         return [range(end - len(group.beams), end) for end, group in zip(ends, self.groups, strict=True)]
 
     def _advance(self, place: int, spans: list[range], own: Tensor, log_probs: Tensor) -> None:
-        """Let the groups of this number, one of each prompt, go on to the next length."""
+        """Extend the beams of group `place` of every prompt by one token."""
         turn = [group for group in self.groups if group.number == place]
         if not turn:
             return
@@ -185,7 +190,7 @@ class _Search:
             group.advance(found)
 
     def _lower_taken(self, turn: list[Group], totals: Tensor) -> None:
-        """Subtract the diversity penalty for each beam of the prompt's earlier groups that has just taken a token."""
+        """Subtract the diversity penalty from a token for each beam of an earlier group that has just chosen it."""
         rows, taken = [], []
         row = 0
         for group in turn:
@@ -199,7 +204,7 @@ class _Search:
         totals.index_put_(index, totals.new_tensor(-self.settings.diversity_penalty), accumulate=True)
 
     def _move(self, spans: list[range], raw: Tensor, processed: Tensor) -> None:
-        """Make the batch's rows those of the beams that go on, each with its new token."""
+        """Rearrange the batch's rows to the beams that continue and append their new tokens."""
         parents = []
         for group, span in zip(self.groups, spans, strict=True):
             group.beams = _in_place(group.beams)
@@ -214,7 +219,7 @@ class _Search:
         self.batch.take(torch.tensor(tokens, device=raw.device), raw, processed, tokens)
 
     def _agreement(self, parents: list[int]) -> int:
-        """How many tokens in view each row has in common with the row that it becomes a copy of."""
+        """The number of leading tokens in the window that every row shares with the row it becomes a copy of."""
         rows, context = self.batch.rows, self.batch.model.max_context
         if len(parents) != len(rows):
             return 0
@@ -227,7 +232,7 @@ class _Search:
 
 
 def _in_place(beams: list[Beam]) -> list[Beam]:
-    """The beams in an order in which as many as can be stand where their parents stood, so that fewer are copied."""
+    """Order the beams so that as many as possible keep their parent's row, which saves copies."""
     staying: dict[int, Beam] = {}
     for beam in beams:
         if beam.parent < len(beams):
@@ -237,7 +242,7 @@ def _in_place(beams: list[Beam]) -> list[Beam]:
 
 
 def _best(groups: list[Group], settings: SearchSettings, seed: int) -> list[Hypothesis]:
-    """The best texts of a prompt's groups."""
+    """The best hypotheses of a prompt's groups."""
     first = groups[0]
     if first.limit <= 0:
         reason, complete = str(first.reason(())), first.complete(first.beams[0])
@@ -263,7 +268,7 @@ def _best(groups: list[Group], settings: SearchSettings, seed: int) -> list[Hypo
 
 
 def _for_each(field: str, values: Any, count: int) -> list[Any]:
-    """A field's checked value for each prompt."""
+    """Check a field's values and return one per prompt."""
     values = list(values) if isinstance(values, Sequence) else [values] * count
     if len(values) != count:
         raise ConfigError(f"sampling: {field} has {len(values)} values; expected one for each of {count} prompts")

@@ -110,7 +110,7 @@ def bfloat16_gain(threads: int) -> float:
 
 
 def _product(dtype: torch.dtype, size: int) -> float:
-    """Seconds of one square matrix product."""
+    """Time of one square matrix product in seconds."""
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     out = torch.ones(size, size, dtype=dtype)
     began = time.perf_counter()
@@ -127,7 +127,7 @@ def machine_memory() -> int | None:
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             total = min(total, int(Path(path).read_text(encoding="ascii")))
-        except (OSError, ValueError):  # no such limit, or the word "max"
+        except (OSError, ValueError):  # no such file, or the value "max"
             continue
     return total
 

@@ -107,7 +107,7 @@ def measured_step(config: TrainConfig, device: torch.device) -> float:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             updates.append(time.perf_counter() - began - forwards[-1])
-    shared = config.processes if device.type == "cpu" else 1  # processes on one machine's cores take turns
+    shared = config.processes if device.type == "cpu" else 1  # on a CPU, the processes share the cores
     return config.accumulation * shared * statistics.median(forwards[1:]) + statistics.median(updates[1:])
 
 
@@ -218,7 +218,7 @@ def _verdicts(
         if needed > room:
             said[-1] += "; lower batch.micro_batch_size, or set --trainer.activation_checkpointing true"
     if tokens < optimal / 2:
-        said.append(f"{tokens / optimal:.2g} times the compute-optimal tokens: train longer, or a smaller model")
+        said.append(f"{tokens / optimal:.2g} times the compute-optimal tokens: train longer, or use a smaller model")
     elif tokens > 2 * optimal:
         said.append(f"{tokens / optimal:.2g} times the compute-optimal tokens: a larger model would reach a lower loss")
     if text and tokens > MOST_EPOCHS * text:

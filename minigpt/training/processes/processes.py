@@ -1,8 +1,8 @@
 """Launch several processes on this machine as torchrun does; watch them, forward signals, end them together.
 
-torch's own launchers end the others at fixed times: Lightning's kills the first process within 5 seconds of any other's
-end, even in the middle of a save; torch's elastic agent kills what has not left 30 seconds after a signal. Here nobody
-who was asked to stop is hurried, and only after a failure do the rest have LEAVE_SECONDS.
+Other launchers kill processes after fixed times: Lightning's kills the first process within 5 seconds of the end of any
+other, even during a save; torch's elastic agent kills processes that have not exited 30 seconds after a signal. This
+launcher sets no time limit after a request to stop. Only after a failure must the others exit within LEAVE_SECONDS.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from minigpt.errors import DistributedError
 from minigpt.training.processes.join import LOCAL, listen, serve, store_of_one_start
 from minigpt.training.processes.watch import VERDICT
 
-LEAVE_SECONDS = 20.0  # that the others have, after one was lost, to finish a save and leave by themselves
+LEAVE_SECONDS = 20.0  # time for the other processes to finish a save and exit after one was lost
 POLL_SECONDS = 0.05
 
 
 def search_path() -> dict[str, str]:
-    """What lets a child process find minigpt in a repository, wherever train.py was called from."""
+    """Environment variables with which a child process finds minigpt in a repository, from any current folder."""
     root = Path(__file__).parents[3]
-    if not (root / "train.py").is_file():  # it is installed
+    if not (root / "train.py").is_file():  # minigpt is installed
         return {}
     return {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 class Processes:
-    """`count` processes with one command; a context manager that leaves none behind.
+    """`count` processes with the same command; a context manager that ends all of them on exit.
 
-    They meet at a store that this process holds (a TCP port of the system's choice, so that none is ever taken). Ctrl-C
-    and SIGTERM are passed on, as SIGTERM; SIGUSR1 is passed on; a second Ctrl-C kills all at once. They are in sessions
-    of their own: a terminal's Ctrl-C reaches them through this process alone, once.
+    They meet at a store in this process (at a free TCP port chosen by the system). Ctrl-C and SIGTERM are forwarded as
+    SIGTERM; SIGUSR1 is forwarded; a second Ctrl-C kills all processes immediately. Each process has its own session, so
+    that a Ctrl-C in the terminal reaches it only once, through this process.
 
     Attributes:
-        received: the signal that asked all of them to stop; 0 for none.
-        failures: rank -> exit code, negative for the signal that killed it, in the order they ended.
-        store: what they meet at.
+        received: the signal that requested the stop; 0 for none.
+        failures: rank -> exit code (negative: number of the signal that killed it), in the order in which they ended.
+        store: the store at which they meet.
     """
 
     def __init__(self, command: list[str], count: int, name: str) -> None:
@@ -68,7 +68,7 @@ class Processes:
             **search_path(),
         }
         posix = os.name == "posix"
-        if posix:  # what is ignored stays ignored in a child: it can be asked to save before it listens
+        if posix:  # children inherit "ignore", so an early SIGUSR1 does not kill a child that has no handler yet
             self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._on_signal)
@@ -79,11 +79,11 @@ class Processes:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 start_new_session=posix,
-                pass_fds=tuple(held) if posix else (),  # the lock on the run, for as long as one of them lives
+                pass_fds=tuple(held) if posix else (),  # the run stays locked as long as one of them lives
             )
-        # Not before: its server is a thread, which should not be there when a process is forked.
+        # Open the store only now: its server is a thread, and processes should not be forked while it runs.
         self.store = store_of_one_start(serve(self._listening))
-        if self.received:  # while they were started
+        if self.received:  # a signal arrived while the processes were started
             self._send(signal.SIGTERM)
         if posix:
             signal.signal(signal.SIGUSR1, self._on_signal)
@@ -99,7 +99,10 @@ class Processes:
             signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
 
     def wait(self) -> None:
-        """Until all have ended. After a failure the rest have LEAVE_SECONDS, a quarter of it if nobody is lost."""
+        """Wait until all processes have ended.
+
+        After a failure the others have LEAVE_SECONDS to exit, or a quarter of that if no process was lost.
+        """
         deadline = float("inf")
         while self._running:
             for rank, process in list(self._running.items()):
@@ -119,31 +122,31 @@ class Processes:
             time.sleep(POLL_SECONDS)
 
     def cause(self) -> tuple[int, int] | None:
-        """(rank, exit code) of the failure that the others followed from: a death, then an error, then a loss."""
+        """(rank, exit code) of the failure that caused the rest: a killed process, else an error, else a lost peer."""
         failed = [(rank, code) for rank, code in self.failures.items() if not self._orderly(code)]
         lost = DistributedError.exit_code
         return min(failed, key=lambda item: (item[1] > 0, item[1] == lost), default=None)
 
     def stopped_by(self) -> signal.Signals | None:
-        """The signal that ended them in an orderly way, where one did."""
+        """The signal after which the processes stopped as requested, or None."""
         if self.failures and self.cause() is None:
             return signal.Signals(self.received or next(iter(self.failures.values())) - 128)
         return signal.Signals(self.received) if self._killed and self.received else None
 
     def how_it_ended(self, cause: tuple[int, int]) -> str:
-        """A cause in words; a hang that the processes found themselves comes first."""
+        """Describe a cause from `cause`; a hang that the processes found themselves takes precedence."""
         if self.store.check([VERDICT]):
             hanging = json.loads(self.store.get(VERDICT))["hanging"]
             return f"process {', '.join(map(str, hanging))} hung and was ended"
         rank, code = cause
         if code > 0:
             return f"process {rank} ended (exit code {code})"
-        hint = ", which a machine out of memory sends, too" if code == -9 else ""
+        hint = ", possibly because the machine ran out of memory" if code == -9 else ""
         return f"process {rank} ended (killed by {signal.Signals(-code).name}{hint})"
 
     def _orderly(self, code: int) -> bool:
-        """Whether an exit code is what a process has that was asked to stop."""
-        agreed = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # also where one process was signalled by itself
+        """Whether an exit code is that of a process that stopped on request."""
+        agreed = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # also if only one process received the signal
         return code in agreed or (bool(self.received) and code in (-signal.SIGTERM, DistributedError.exit_code))
 
     def _send(self, number: int) -> None:

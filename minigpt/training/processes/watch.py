@@ -1,25 +1,25 @@
 """Find the process that hangs: each reports progress and watches the others.
 
-A thread in every process writes, several times in `trainer.hang_seconds`, a beat and the place where the main thread is
-(micro-batch, phase) to the store that all share. Every process looks at all the others.
+In every process a thread writes a heartbeat and the position of the main thread (micro-batch, phase) to the shared
+store, several times per `trainer.hang_seconds`. Every process reads those of all others.
 
-What is found, within hang_seconds:
+Found within hang_seconds:
 
-- A process whose beat stands still: stopped, swapped out, its machine gone, or its interpreter locked by native code.
-  Whatever it is doing, a process that works shows its beat: nobody is too slow in compiling, validating, saving,
-  preparing data.
-- The store itself, where it does not answer any more (whoever holds it is stopped): every process leaves by itself.
-- A process that beats but whose main thread stays in the forward or backward pass or the update of a step while others
-  are further on and wait for it: an endless loop, a deadlock.
+- A process without a heartbeat: stopped, swapped out, its machine gone, or its interpreter blocked by native code. A
+  process that works has a heartbeat at all times: compiling, validating, saving or preparing data is never too slow.
+- A store that no longer answers (its process is stopped): every process exits by itself.
+- A process with a heartbeat whose main thread stays in the forward pass, backward pass or update of a step while others
+  are ahead and wait for it: an endless loop or a deadlock.
 
-What is not found: a main thread that stands still between two steps (saving, validating, sampling: a slow disk looks
-the same), and a hang in which all processes are at the same place, so that nobody waits for anybody.
+Not found: a main thread that hangs between two steps (saving, validating, sampling; a slow disk looks the same), and a
+hang of all processes at the same position.
 
-When a process is found, the verdict goes to the store, every process that still can writes the stacks of its threads to
-runs/NAME/stacks/rank-N.txt, one of them says who hangs and where the others were, and all leave with exit code 8.
+When a process hangs, the verdict is written to the store. Every process that still can writes the stacks of its threads
+to runs/NAME/stacks/rank-N.txt. One of them reports which process hangs and where the others were, and all exit with
+exit code 8.
 
-Where the launcher is killed, the thread asks its own process to stop, as the launcher would have: the step is finished
-and saved.
+If the launcher is killed, the thread asks its own process to stop, as the launcher would: the step is finished and
+saved.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from minigpt.training.processes.join import connect
 FORWARD, BACKWARD, UPDATE, BETWEEN = range(4)
 PHASES = ("forward pass", "backward pass", "update", "between steps")
 VERDICT = "verdict"
-BEATS = 20  # in hang_seconds
-# Of a process that has not shown itself since this one, which met it before, began to look.
+BEATS = 20  # heartbeats per hang_seconds
+# The assumed state of a process that has not published a heartbeat since this process started watching.
 NOT_YET: dict[str, Any] = {"beat": 0, "place": [-1, BETWEEN], "where": "starting", "done": False, "pid": 0, "host": "?"}
-LIMIT = 0.75  # of hang_seconds: the rest is for the beats' distance and for writing stacks
-ALONE_SECONDS = 120.0  # to finish a step and a save without a launcher, which would end who hangs
+LIMIT = 0.75  # fraction of hang_seconds; the rest is for the heartbeat interval and for writing stacks
+ALONE_SECONDS = 120.0  # time to finish a step and a save without a launcher, which would end a hanging process
 
 
 @dataclass
 class Seen:
-    """What one process last showed, and for how long it has been so (this process's clock)."""
+    """The state that a process last published, and since when it is unchanged (by this process's clock)."""
 
     shown: dict[str, Any]
     beat_since: float
@@ -73,19 +73,19 @@ class Seen:
 
 
 def hanging(seen: dict[int, Seen], now: float, limit: float) -> dict[int, str]:
-    """Who hangs, and how it shows. A pure function of what was seen.
+    """Find the processes that hang. A pure function.
 
     Args:
-        seen: by rank; processes that are done are left out of account.
-        now: the clock that `seen` was taken with.
+        seen: state by rank; processes that are done are ignored.
+        now: current time by the clock of `seen`.
         limit: seconds.
 
     Returns:
-        rank -> a few words; empty if nobody hangs.
+        rank -> description; empty if no process hangs.
     """
     running = {rank: each for rank, each in seen.items() if not each.shown["done"]}
     found = {
-        rank: f"has shown no sign of life for {now - each.beat_since:.0f} s"
+        rank: f"has had no heartbeat for {now - each.beat_since:.0f} s"
         for rank, each in running.items()
         if now - each.beat_since > limit
     }
@@ -93,7 +93,7 @@ def hanging(seen: dict[int, Seen], now: float, limit: float) -> dict[int, str]:
         return found
     front = max(each.shown["place"] for each in running.values())
     if any(now - each.place_since <= limit for each in running.values() if each.shown["place"] == front):
-        return {}  # those ahead are not waiting yet
+        return {}  # the processes ahead have not waited long enough
     for rank, each in running.items():
         micro_batch, phase = each.shown["place"]
         # The first micro-batch may compile.
@@ -104,30 +104,33 @@ def hanging(seen: dict[int, Seen], now: float, limit: float) -> dict[int, str]:
 
 
 class Watch(pl.Callback):
-    """Marks the place of this process's main thread; its thread shows it to the others and looks at theirs.
+    """Tracks the position of this process's main thread; a thread publishes it and watches the other processes.
 
     Args:
         run: the run's folder, for stacks/.
-        rank: this process.
-        world_size: how many there are.
-        hang_seconds: a process that hangs is named within these; 0 only watches whether the launcher lives.
-        resume: what to say about going on.
+        rank: rank of this process.
+        world_size: number of processes.
+        hang_seconds: time within which a hanging process is reported; 0: only watch whether the launcher lives.
+        resume: hint on how to resume, for messages.
     """
 
     def __init__(self, run: Path, rank: int, world_size: int, hang_seconds: float, resume: str) -> None:
         self.folder, self.rank, self.world_size, self.resume = run / "stacks", rank, world_size, resume
         self.hang_seconds = hang_seconds
         self.interval = min(2.0, hang_seconds / BEATS) if hang_seconds else 1.0
-        self.place = (-1, BETWEEN)  # (micro-batch since the start, phase): grows, and is the same road for all
+        self.place = (
+            -1,
+            BETWEEN,
+        )  # (micro-batch since the start, phase): only increases, and comparable between processes
         self.where = "starting"
-        self._rounds = 0  # of the thread; each asks the store
+        self._rounds = 0  # loop count of the watch thread; each loop queries the store
         self._done = threading.Event()
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._deadline = math.inf  # once the launcher has gone
+        self._deadline = math.inf  # set when the launcher has ended
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """For the length of a `with` block the thread runs."""
+        """Context manager: run the watch threads."""
         thread = threading.Thread(target=self._run, name="watch", daemon=True)
         thread.start()
         threading.Thread(target=self._guard, name="guard", daemon=True).start()
@@ -157,40 +160,40 @@ class Watch(pl.Callback):
     def _run(self) -> None:
         try:
             self._watch(connect())
-        except (RuntimeError, DistributedError) as error:  # the store has gone, and with it whoever held it
+        except (RuntimeError, DistributedError) as error:  # the process that holds the store has ended
             self._rounds = 0
-            self._done.wait(self.interval)  # a process that dies loses its connections before its children
+            self._done.wait(self.interval)  # a dying process loses its connections before it loses its children
             self._look_for_launcher()
             left = self._deadline - time.monotonic()
             if not self._done.wait(left if math.isfinite(left) else self.hang_seconds or 60.0):
-                self._leave(f"has lost the store that all share ({str(error).splitlines()[0]})")
+                self._leave(f"has lost the connection to the store ({str(error).splitlines()[0]})")
 
     def _guard(self) -> None:
-        """Save and leave where the store keeps the thread waiting: Ctrl-Z may have stopped who holds it.
+        """Save and exit if the store does not answer the watch thread: Ctrl-Z may have stopped the store's process.
 
-        Counts its own rounds, as this process may have stood still itself.
+        It counts loops instead of time, since this process may have been stopped itself.
         """
         rounds = waited = asked = 0
         while self.hang_seconds and not self._done.wait(self.interval):
             waited = waited + 1 if self._rounds == rounds and rounds else 0
             rounds = self._rounds
             seconds = waited * self.interval
-            if seconds > self.hang_seconds and not asked:  # training itself does not need the store
+            if seconds > self.hang_seconds and not asked:  # the training step does not need the store
                 asked = 1
                 os.kill(os.getpid(), signal.SIGTERM)
             if seconds > 2 * self.hang_seconds:
-                self._leave(f"the store that all share has not answered for {seconds:.0f} s")
+                self._leave(f"the store has not answered for {seconds:.0f} s")
 
     def _look_for_launcher(self) -> None:
         if self._launcher is not None and os.getppid() != self._launcher:
             self._launcher, self._deadline = None, time.monotonic() + ALONE_SECONDS
             os.kill(os.getpid(), signal.SIGTERM)
-            with suppress(OSError):  # nobody may be left to read it
-                notice(f"process {self.rank}: the launcher has gone; stopping. {self.resume}")
+            with suppress(OSError):  # stderr may be closed
+                notice(f"process {self.rank}: the launcher has ended; stopping. {self.resume}")
 
     def _leave(self, why: str) -> None:
         with suppress(OSError):
-            notice(f"process {self.rank}: {why}; leaving. {self.resume}")
+            notice(f"process {self.rank}: {why}; exiting. {self.resume}")
         leave(DistributedError.exit_code)
 
     def _watch(self, store: dist.Store) -> None:
@@ -200,7 +203,7 @@ class Watch(pl.Callback):
         while not self._done.wait(self.interval):
             self._look_for_launcher()
             if time.monotonic() > self._deadline:
-                self._leave(f"did not finish within {ALONE_SECONDS:.0f} s of losing its launcher")
+                self._leave(f"did not finish within {ALONE_SECONDS:.0f} s after its launcher ended")
             self._rounds += 1
             if not self.hang_seconds:
                 continue
@@ -208,7 +211,7 @@ class Watch(pl.Callback):
             self._show(store, beat, done=False)
             now = time.monotonic()
             self._look(store, seen, now)
-            if now - looked > LIMIT * self.hang_seconds / 2:  # this process itself stood still, maybe all did
+            if now - looked > LIMIT * self.hang_seconds / 2:  # this process was stopped itself, perhaps all were
                 seen.clear()
             looked = now
             if not store.check([VERDICT]) and (found := hanging(seen, now, LIMIT * self.hang_seconds)):
@@ -232,7 +235,7 @@ class Watch(pl.Callback):
                 seen[rank] = Seen(shown, now, now)
 
     def _accuse(self, store: dist.Store, seen: dict[int, Seen], found: dict[int, str]) -> None:
-        """Write the verdict; the first one stands."""
+        """Write the verdict to the store; only the first one counts."""
         accused = "; ".join(f"process {rank} on {seen[rank].shown['host']} {how}" for rank, how in found.items())
         places = "; ".join(
             f"process {rank}: {each.shown['where']}, {PHASES[each.shown['place'][1]]}, pid {each.shown['pid']}"
@@ -242,9 +245,9 @@ class Watch(pl.Callback):
         store.compare_set(VERDICT, "", json.dumps(verdict))
 
     def _end(self, store: dist.Store) -> None:
-        """Write this process's stacks and leave; who accused waits for the others' stacks, and speaks."""
+        """Write this process's stacks and exit; the process that wrote the verdict waits for the others and reports."""
         verdict = json.loads(store.get(VERDICT))
-        with suppress(OSError):  # also where the disk is full it has to leave
+        with suppress(OSError):  # exit even if the disk is full
             self.folder.mkdir(exist_ok=True)
             with open(self.folder / f"rank-{self.rank}.txt", "w", encoding="utf-8") as file:
                 file.write(f"process {self.rank}, pid {os.getpid()} on {platform.node()}: {self.where}\n")
@@ -257,6 +260,6 @@ class Watch(pl.Callback):
             time.sleep(self.interval / 4)
         if verdict["by"] == self.rank:
             silent = [str(rank) for rank, key in enumerate(others) if not store.check([key])]
-            missing = f", none of process {', '.join(silent)}, which does not answer" if silent else ""
+            missing = f" (except of process {', '.join(silent)}, which does not answer)" if silent else ""
             notice(f"{verdict['text']}; stacks are in {self.folder}{missing}; {self.resume}")
         leave(DistributedError.exit_code)

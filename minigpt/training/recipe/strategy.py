@@ -18,10 +18,7 @@ from minigpt.training.recipe.sharding import Loss, is_sharded, shard
 
 
 def make_strategy(config: TrainConfig) -> Strategy | str:
-    """What Lightning's Trainer is given as its strategy.
-
-    One process alone has nothing to share; it trains without any, whatever the config says.
-    """
+    """The strategy for Lightning's Trainer; "auto" (none) for a single process, whatever the config says."""
     if config.processes == 1:
         return "auto"
     if config.trainer.strategy == "fsdp":
@@ -30,11 +27,11 @@ def make_strategy(config: TrainConfig) -> Strategy | str:
 
 
 def recompute_blocks(model: GPT) -> None:
-    """Keep of each block only its input for the backward pass, and compute the rest again (Chen et al. 2016, arXiv
-    1604.06174).
+    """Activation checkpointing: store only each block's input and recompute the rest in the backward pass (Chen et al.
+    2016, arXiv 1604.06174).
 
-    Dropout draws the same numbers the second time. Names of parameters, and what the model computes, stay as they are;
-    a forward without gradients is not touched.
+    The recomputation uses the same dropout masks. Parameter names and the model's output do not change; a forward pass
+    without gradients is not affected.
     """
     preserve = bool(model.config.dropout or model.config.attn_dropout)
     for block in model.trunk.blocks:
@@ -48,26 +45,26 @@ def _recomputed(forward: Callable[..., Tensor], preserve_rng_state: bool, *argum
 
 
 def share(model: GPT, config: TrainConfig, device: torch.device) -> Loss | None:
-    """Cut the model's weights into pieces where the config says so and there are several processes. Together.
+    """Shard the model's weights with FSDP if the config asks for it and there are several processes. Collective.
 
     Returns:
-        The loss to train with from then on; None where the model stays as it is.
+        The loss to train with from then on; None if the model is not sharded.
     """
     if config.trainer.strategy != "fsdp" or config.processes == 1 or is_sharded(model):
         return None
-    if config.trainer.compile and compiler_works(device):  # blocks one by one: gathering goes on between them
+    if config.trainer.compile and compiler_works(device):  # compile block by block, as FSDP gathers weights in between
         for block in model.trunk.blocks:
             block.compile(dynamic=False)
-    # On a CPU, layer_norm takes no bfloat16 weights beside a float32 stream; sending them there costs little anyway.
+    # On a CPU, layer_norm rejects bfloat16 weights with float32 activations; communication is cheap there anyway.
     low = torch.bfloat16 if config.trainer.precision == "bf16-mixed" and device.type != "cpu" else None
     return shard(model, device, next_token_loss, low)
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile does anything here; where not, a line says so."""
+    """Whether torch.compile works here; if not, shows a notice."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # no compiler, or one that is broken: both come as many types
-        notice(f"torch.compile does not work here ({type(error).__name__}); training goes on uncompiled")
+    except Exception as error:  # a missing or broken compiler: many exception types
+        notice(f"torch.compile does not work here ({type(error).__name__}); training continues uncompiled")
         return False
     return True

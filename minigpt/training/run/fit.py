@@ -43,11 +43,11 @@ def fit(job: Job) -> None:
     """Train to the last step in this process, which may be one of several.
 
     Raises:
-        Interrupted: asked to stop; a checkpoint was saved at the step that was in progress.
-        NonFiniteError: loss or gradient stayed NaN or infinite.
-        NotLearning: gradients are zero, missing, or not those of the uncompiled model.
-        MemoryExceeded: what a step needs does not fit; found before anything is written.
-        DistributedError: the processes cannot meet, were started differently, or one was lost.
+        Interrupted: a signal asked to stop; a checkpoint was saved after the step in progress.
+        NonFiniteError: loss or gradient was NaN or infinite for several steps in a row.
+        NotLearning: gradients are zero, missing, or differ between the compiled and the uncompiled model.
+        MemoryExceeded: out of memory; found before anything is written.
+        DistributedError: the processes cannot connect, were started with different settings, or one was lost.
     """
     agreement = Agreement()
     resume = job.how_to_resume
@@ -70,7 +70,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
         agree(store, "code or corpus", {"corpus": corpus.hash, **code_identity()})
         join(store, config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available())
         watch = Watch(run, rank, world_size, config.trainer.hang_seconds, resume)
-        held.enter_context(watch.watching())  # from here on: what follows takes long on some processes only
+        held.enter_context(watch.watching())  # start now, as the following code takes long in some processes only
     batches = Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)
     windows: ValidationWindows | None = None
     if len(corpus.val):
@@ -111,7 +111,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
         max_steps=job.last_step,
         accumulate_grad_batches=config.accumulation,
         log_every_n_steps=config.trainer.log_every_n_steps,
-        # Rehearse before the first step; at the end of every step agree, write, save, and only then look.
+        # Rehearse before the first step. At the end of each step: agree on signals, write metrics, save, then validate.
         callbacks=[
             *([watch] if watch else []),
             agreement,
@@ -122,7 +122,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
             validation,
             samples,
         ],
-        plugins=[TorchElasticEnvironment() if world_size > 1 else LightningEnvironment()],  # SLURM's would requeue
+        plugins=[TorchElasticEnvironment() if world_size > 1 else LightningEnvironment()],  # not SLURM's: it requeues
         logger=make_loggers(config, run, rank),
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -142,11 +142,11 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
 
 @contextmanager
 def foreign_errors(config: TrainConfig, resume: str) -> Iterator[None]:
-    """Turn what torch and Lightning raise for a user's circumstances into our errors."""
+    """Context manager: turn expected errors of torch and Lightning into minigpt's errors."""
     try:
         with memory_errors(training_advice(config)):
             yield
-    except SystemExit as error:  # Lightning turns a Ctrl-C before the first step into exit(1)
+    except SystemExit as error:  # Lightning calls exit(1) for a Ctrl-C before the first step
         if isinstance(error.__context__, KeyboardInterrupt):
             raise Interrupted(f"stopped; {resume}") from None
         raise
@@ -155,11 +155,11 @@ def foreign_errors(config: TrainConfig, resume: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "closed by peer" not in str(error):
             raise
-        raise DistributedError(f"lost another process ({str(error).splitlines()[0]}); {resume}") from error
+        raise DistributedError(f"lost the connection to another process ({str(error).splitlines()[0]}); {resume}") from error
 
 
 def quiet_lightning() -> None:
-    """Lightning talks about choices that are ours; what matters of them we say ourselves."""
+    """Silence Lightning's messages about settings that minigpt makes; minigpt reports the important ones itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")

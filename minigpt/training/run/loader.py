@@ -13,12 +13,13 @@ from minigpt.training.config import TrainConfig
 
 
 class MicroBatches:
-    """Yields (ids, targets), each (micro_batch_size, T) int64: the slice of every global batch that is this process's.
+    """Yields (ids, targets), each (micro_batch_size, T) int64: this process's part of every global batch.
 
-    The batches follow from the step alone, so a loader that begins at step s gives what one that ran up to there would.
+    The batches depend on the step alone, so a loader that starts at step s yields the same batches as one that has
+    reached it.
 
     Attributes:
-        waited: seconds that reading has taken so far.
+        waited: total seconds spent reading batches.
     """
 
     def __init__(self, batches: Batches, config: TrainConfig, first_step: int, rank: int = 0) -> None:
@@ -42,9 +43,9 @@ class MicroBatches:
 
 
 def batch_hash(batches: Batches, step: int) -> str:
-    """Identity of global batch `step`: 16 hex digits of the sha256 over its ids, row by row, as 64-bit little-endian.
+    """Hash of global batch `step`: 16 hex digits of the sha256 over its ids, row by row, as 64-bit little-endian.
 
-    However many processes share the batch, and in however many parts, it is the same.
+    It does not depend on the number of processes or micro-batches.
     """
     ids, _ = batches.read(step)  # (rows, T)
     return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()[:16]

@@ -1,6 +1,6 @@
 """The trackers of `--log` as Lightning loggers.
 
-One whose package is missing is refused before the run begins; from then on a tracker never blocks a run or stops it.
+A missing package is an error before the run starts. After that, a tracker never blocks or stops a run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minigpt.training.config import TrainConfig
 
 
 def wandb_key_is_known() -> bool:
-    """Whether wandb can reach its server without asking: WANDB_MODE decides, else a key in the environment or netrc."""
+    """Whether wandb starts without asking for a key: WANDB_MODE is set, or a key is in the environment or netrc."""
     if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -32,18 +32,19 @@ def wandb_key_is_known() -> bool:
 
 
 def check_tracker(config: TrainConfig) -> None:
-    """Raise MissingExtra, before a run begins, where the package of the tracker that was asked for is missing."""
+    """Raise MissingExtra, before the run starts, if the package of the requested tracker is missing."""
     if config.log == "wandb":
         imported("wandb", "", "log: wandb")
-    elif config.log == "tensorboard" and find_spec("tensorboardX") is None:  # Lightning writes through either
+    elif config.log == "tensorboard" and find_spec("tensorboardX") is None:  # Lightning supports both packages
         imported("tensorboard", "tensorboard", "log: tensorboard")
 
 
 def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:
-    """Lightning's logger for `--log`, on the first process only; False for none.
+    """Create Lightning's logger for `--log`, on process 0 only; False for none.
 
-    The wandb run id is stored in the run's folder before training begins, so that a resumed run continues it. Without
-    an API key wandb works offline, in the run's folder. A logger that cannot be made is announced and left out.
+    The wandb run id is stored in the run's folder before training starts, so that a resumed run continues the wandb
+    run. Without an API key, wandb logs offline into the run's folder. If a logger cannot be created, a notice says so
+    and training continues without it.
     """
     if config.log == "none" or rank != 0:
         return False
@@ -57,12 +58,12 @@ def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:
             write_text(stored, to_json({"id": secrets.token_hex(4)}))
         return [_wandb_logger(run, config, json.loads(stored.read_text(encoding="utf-8"))["id"])]
     except Exception as error:  # a tracker must never stop a run, whatever it raises
-        notice(f"--log {config.log} cannot be used ({error}); metrics.jsonl is written all the same")
+        notice(f"--log {config.log} cannot be used ({error}); metrics are still written to metrics.jsonl")
         return False
 
 
 def _wandb_logger(run: Path, config: TrainConfig, run_id: str) -> Any:
-    """A wandb run that has begun; offline where there is no key or the server does not answer."""
+    """Start a wandb run; offline if there is no key or the server does not answer."""
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -77,18 +78,18 @@ def _wandb_logger(run: Path, config: TrainConfig, run_id: str) -> Any:
             settings=wandb.Settings(save_code=False, x_disable_meta=True, init_timeout=30, silent=True),
         )
         try:
-            assert logger.experiment is not None  # it begins here, not in the constructor
-        except Exception as error:  # no server, no such project, a key that is refused: all come as wandb's own types
+            assert logger.experiment is not None  # the wandb run starts here, not in the constructor
+        except Exception as error:  # no server, unknown project, invalid key: wandb has several exception types
             if offline:
                 raise
-            notice(f"--log wandb: the server cannot be used ({error}); the run is kept offline, in {run / 'wandb'}")
+            notice(f"--log wandb: the server cannot be used ({error}); logging offline to {run / 'wandb'}")
         else:
             return logger
     raise AssertionError("unreachable")
 
 
 def finish(loggers: list[Any]) -> None:
-    """Let wandb send what it still holds; it would wait for the interpreter's end, which several processes skip."""
+    """Let wandb send its remaining data now; by itself it waits for interpreter exit, which worker processes skip."""
     for logger in loggers:
         if hasattr(logger.experiment, "finish"):
             logger.experiment.finish()

@@ -1,15 +1,15 @@
 """Metrics: rows of metrics.jsonl, the progress bar, and the logger.
 
-A row of training holds, beside loss, lr and grad_norm, since the row before:
-    tokens_per_second   over all processes, without validation, saves and samples
-    mfu                 model-FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311): FLOPs that the model needs
-                        for those tokens, over what the devices' matrix products could do; null where that is unknown
-    data_wait           share of that time in which this process waited for its batches
-    memory              peak so far, bytes: of tensors on the GPU, or resident of the first process
-    batch               identity of the step's global batch, the same however many processes share it
-The last row of a session tells where its time went, in seconds: time/step (the median step), time/rehearsal (the checks
-before the first step, with compilation), time/validation, time/save and time/sample (all of each), time/internals where
-snapshots were asked for, time/training (all of it).
+A training row has loss, lr and grad_norm, and, since the previous row:
+    tokens_per_second   over all processes, excluding validation, saves and samples
+    mfu                 model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311): the model's FLOPs for those
+                        tokens divided by the devices' peak; null if the peak is unknown
+    data_wait           fraction of that time that this process waited for batches
+    memory              peak memory so far in bytes: of tensors on the GPU, or resident memory of process 0
+    batch               hash of the step's global batch, independent of the number of processes
+The last row of a session has times in seconds: time/step (median step), time/rehearsal (checks before the first step,
+including compilation), time/validation, time/save and time/sample (totals), time/internals if snapshots are enabled,
+and time/training (total).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from minigpt.training.run.stopping import Agreement
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Move the rows past `step` aside, to metrics-past-STEP.jsonl: the run goes on from there and writes them anew."""
+    """Move the rows after `step` to metrics-past-STEP.jsonl, since the resumed run writes them again."""
     rows = read_metrics(path)
     past = [row for row in rows if row["step"] > step]
     if not path.is_file() or (not past and path.read_text(encoding="utf-8").endswith("\n")):
@@ -56,10 +56,10 @@ def rewind_metrics(path: Path, step: int) -> None:
 
 
 class Metrics(EachStep):
-    """Writes a row every log_every_n_steps, moves the progress bar, and passes rows on to Lightning's loggers.
+    """Writes a row every log_every_n_steps, updates the progress bar, and passes rows to Lightning's loggers.
 
-    Only the first process writes. A logger that fails is announced once and left out from then on; metrics.jsonl is
-    always written.
+    Only process 0 writes. If a logger fails, one notice says so and the logger is not used again; metrics.jsonl is always
+    written.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Metrics(EachStep):
         self._logger_failed = False
 
     def seconds(self) -> float:
-        """Wall-clock seconds of training so far, earlier sessions included."""
+        """Wall-clock seconds of training so far, including earlier sessions."""
         return self.seconds_before + time.monotonic() - self.began
 
     def pause(self, what: str, seconds: float) -> None:
-        """Note time that went into "rehearsal", "validation" or the like, which is no part of the training rate."""
+        """Record time spent on "rehearsal", "validation" and the like, which does not count for the training rate."""
         self.paused += seconds
         self.pauses[what] = self.pauses.get(what, 0.0) + seconds
 
@@ -102,7 +102,7 @@ class Metrics(EachStep):
         self._bar = self._bar_context.__enter__()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = statistics.median(self.paces[1:] or self.paces or [float("nan")])  # the first row has what is slow once
+        step = statistics.median(self.paces[1:] or self.paces or [float("nan")])  # the first row includes warm-up
         spent = {"step": step, "validation": 0.0, "save": 0.0, "sample": 0.0, **self.pauses}
         spent["training"] = time.monotonic() - self.began
         self.write(trainer, trainer.global_step, {f"time/{what}": round(s, 6) for what, s in spent.items()})
@@ -152,7 +152,7 @@ class Metrics(EachStep):
         self.write(trainer, step, row)
 
     def write(self, trainer: pl.Trainer, step: int, row: dict[str, Any]) -> None:
-        """Add a row; step, tokens and seconds are put in front. A value that is not finite is written as null."""
+        """Append a row, with step, tokens and seconds first. Values that are not finite are written as null."""
         if not trainer.is_global_zero:
             return
         values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
@@ -169,10 +169,10 @@ class Metrics(EachStep):
                     logger.log_metrics({"tokens": front["tokens"], **numbers}, step=step)
             except Exception as error:  # a tracker must never stop a run, whatever it raises
                 self._logger_failed = True
-                notice(f"--log {self.config.log} failed and is left out from now on ({error}); metrics.jsonl goes on")
+                notice(f"--log {self.config.log} failed and is now off ({error}); metrics.jsonl is still written")
 
     def sync(self) -> None:
-        """Force what was written to the disk, so that no checkpoint is newer than its metrics."""
+        """Flush the file to disk (fsync), so that no checkpoint is newer than its metrics."""
         if self._file is not None:
             with disk_errors(str(self.path)):
                 os.fsync(self._file.fileno())

@@ -32,12 +32,13 @@ from minigpt.training.run.stopping import Agreement
 class Validation(EachStep):
     """Loss on the validation split every `eval.every` steps and at the end: nats per token, perplexity, bits per byte.
 
-    The best loss so far has its checkpoint saved and recorded; `eval.patience` validations without a better one end the
-    run. A run that was stopped between a save and the validation due at the same step makes up for it when it goes on.
+    At each new lowest loss, a checkpoint is saved and recorded as the best. After `eval.patience` validations without a
+    new lowest loss, the run ends. If a run was stopped after a save but before the validation due at the same step, it
+    runs that validation when it resumes.
 
     Args:
-        standing: how validation stood where the run goes on from.
-        owed_at: the step whose validation is to be made up for.
+        standing: state of validation at the step that the run resumes from.
+        owed_at: the step whose validation is missing; None if none is.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Validation(EachStep):
         if self.windows is None:
             return
         began = time.monotonic()
-        with module.evaluated_weights(), trainer.precision_plugin.forward_context():  # in training's precision
+        with module.evaluated_weights(), trainer.precision_plugin.forward_context():  # the precision of training
             result = evaluate(
                 module.model,
                 self.windows,
@@ -97,7 +98,7 @@ class Validation(EachStep):
         if self.standing.step == step:
             self.checkpoints.keep_best(trainer, module, Best(step, result.loss))
         if self.standing.exhausted(self.config.eval.patience):
-            self.checkpoints.ensure(trainer, module, step)  # so that a resume finds the end, and not the way there
+            self.checkpoints.ensure(trainer, module, step)  # so that resuming finds the run finished
             trainer.should_stop = True
             if trainer.is_global_zero:
                 notice(
@@ -107,9 +108,9 @@ class Validation(EachStep):
 
 
 class Samples(EachStep):
-    """A sample every `sample.every` steps and at the end, from the same prompt and seed, in samples/step-N.txt.
+    """Write a sample to samples/step-N.txt every `sample.every` steps and at the end, with the same prompt and seed.
 
-    The end is the last step, or where patience has run out.
+    The end is the last step, or the step at which early stopping (`eval.patience`) ends the run.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Samples(EachStep):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        if self.owed_at is not None or trainer.should_stop:  # the validation owed was the last one
+        if self.owed_at is not None or trainer.should_stop:  # the missing validation has just ended the run
             self._draw(trainer, pl_module, trainer.global_step)
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
@@ -144,7 +145,7 @@ class Samples(EachStep):
             return
         began = time.monotonic()
         with module.evaluated_weights():
-            model = plain(module.model)  # all processes give their part of the weights
+            model = plain(module.model)  # collective: gathers sharded weights
             if trainer.is_global_zero and model is not None:
                 self._write(model, step)
         self.metrics.pause("sample", time.monotonic() - began)
@@ -154,7 +155,7 @@ class Samples(EachStep):
         try:
             [[sample]] = Sampler(model, self.tokenizer, self.sampling).generate(prompt)
             text = prompt + sample.text
-        except (ConfigError, DataError) as error:  # a character that the corpus lacks: no reason to stop
+        except (ConfigError, DataError) as error:  # such as a character that the corpus lacks; training continues
             text = f"(no sample: {error})"
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)

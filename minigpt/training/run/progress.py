@@ -10,7 +10,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 
 class LightModule(pl.LightningModule):
-    """A LightningModule whose hooks cost less.
+    """A LightningModule with less overhead per hook.
 
     Lightning stores each hook's name on the module, before and after it, about fifty times per step. nn.Module's
     __setattr__, which looks for parameters first, makes that a fifth of Lightning's overhead per step.
@@ -24,7 +24,7 @@ class LightModule(pl.LightningModule):
 
 
 class NoProfiler(PassThroughProfiler):
-    """Measures nothing, without a generator for each of the fifty places in a step that Lightning would measure."""
+    """A profiler that measures nothing, without creating a generator at each of the about fifty profiled places per step."""
 
     nothing: AbstractContextManager[None] = nullcontext()
 
@@ -33,16 +33,13 @@ class NoProfiler(PassThroughProfiler):
 
 
 def set_progress(trainer: pl.Trainer, step: int) -> None:
-    """Tell a fresh trainer that `step` optimizer steps are already done.
-
-    `trainer.global_step` then counts on from there, and `max_steps` is the total of the whole run.
-    """
+    """Set a new trainer's `global_step` to `step`, so that `max_steps` counts the steps of the whole run."""
     total = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     total.ready = total.completed = step
 
 
 def without_signals(trainer: pl.Trainer) -> None:
-    """Keep Lightning from handling signals, and from the broadcast before every micro-batch that tells of a SIGTERM.
+    """Disable Lightning's signal handlers, and its broadcast about SIGTERM before every micro-batch.
 
     Its handler talks to the other processes and ends a run with exit code 0. Our own callback only notes a signal, and
     agrees on stopping once per step, in the reduction that the loss needs anyway.

@@ -1,5 +1,5 @@
-"""A step that changes nothing, before the first: too little memory, or a model that cannot learn, shows before anything
-is written.
+"""A trial step before training that changes nothing: it finds out-of-memory errors and a model that cannot learn before
+anything is written.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from minigpt.training.run.module import TrainingModule
 
 
 class Rehearsal(pl.Callback):
-    """One micro-batch forward and backward, whose gradients are dropped, and one forward of validation.
+    """Runs forward and backward of one micro-batch, drops the gradients, and runs one forward pass of validation.
 
-    It goes the way of a training step, so that a compiled step is compiled here, and compared with the uncompiled one;
-    random numbers, weights and optimizer do not hear of it. (The optimizer's own state comes with the first step, still
+    It uses the code of a training step, so a compiled step is compiled here and compared with the uncompiled one. Random
+    numbers, weights and optimizer do not change. (The optimizer allocates its state in the first step, which is still
     before anything is written.)
     """
 
@@ -52,7 +52,7 @@ class Rehearsal(pl.Callback):
             batch = strategy.batch_to_device(batch)
             loss = self._forward(strategy, *batch)
             loss.backward()
-            finite = math.isfinite(mean_loss(loss))  # if it is not, the first step says so
+            finite = math.isfinite(mean_loss(loss))  # if not, the first step reports it
             if finite and (not self.config.trainer.compile or self._compare(pl_module, strategy, batch, loss)):
                 check_gradients(pl_module.model, loss)
         del loss
@@ -67,10 +67,10 @@ class Rehearsal(pl.Callback):
             evaluate(pl_module.model, few, byte_lengths)
 
     def _compare(self, module: TrainingModule, strategy: Strategy, batch: Any, loss: torch.Tensor) -> bool:
-        """Compare the compiled step with the uncompiled one, for which a run that fits may lack the memory.
+        """Compare the compiled step with the uncompiled one, unless memory is too small for the comparison.
 
         Returns:
-            Whether they were compared. If not, gradients are gone; the first steps will tell if they are zero.
+            Whether they were compared. If not, the gradients are lost; the first steps will detect zero gradients.
         """
         drops = self.config.model.dropout or self.config.model.attn_dropout
         tolerance = None if drops else TOLERANCES[self.config.trainer.precision]
@@ -78,7 +78,7 @@ class Rehearsal(pl.Callback):
             with memory_errors("in the comparison"):
                 check_compiled(module.model, partial(self._forward, strategy), batch, loss, tolerance)
         except MemoryExceeded:
-            notice("the compiled step was not compared with the uncompiled one, for which memory does not suffice")
+            notice("the compiled step was not compared with the uncompiled one: not enough memory for the comparison")
             return False
         return True
 
@@ -91,7 +91,7 @@ class Rehearsal(pl.Callback):
 
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turn what Python and torch raise where memory does not suffice into our error.
+    """Context manager: turn out-of-memory errors of Python and torch into MemoryExceeded.
 
     Raises:
         MemoryExceeded: with the advice.
@@ -105,7 +105,7 @@ def memory_errors(advice: str) -> Iterator[None]:
 
 
 def training_advice(config: TrainConfig) -> str:
-    """How to take the same step with less memory: smaller micro-batches, more of them."""
+    """Advice on how to run the same step with less memory: smaller micro-batches and more gradient accumulation."""
     rows, block = config.micro_batch_size, config.model.block_size
     asked = f"with {rows} rows of {block} tokens per forward"
     if rows == 1:
@@ -114,7 +114,7 @@ def training_advice(config: TrainConfig) -> str:
         )
     fewer = max(n for n in range(1, rows) if rows % n == 0)
     forwards = config.accumulation * rows // fewer
-    return f"{asked}; give --batch.micro_batch_size {fewer}: a step is then {forwards} forwards, with the same result"
+    return f"{asked}; give --batch.micro_batch_size {fewer}: {forwards} forward passes per step, with the same result"
 
 
 VALIDATION_ADVICE = (

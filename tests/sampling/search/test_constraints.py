@@ -206,12 +206,12 @@ def test_an_ending_that_comes_too_early_does_not_count():
     ("constraints", "message"),
     [
         ([[[[9]]]], r"phrase \[9\]; expected ids below the vocabulary size of 6"),
-        ([[[[1, 0, 2]]]], r"phrase \[1, 0, 2\].*end token \(\[0\]\) only as the last"),
+        ([[[[1, 0, 2]]]], r"phrase \[1, 0, 2\].*end token \(\[0\]\) only at its end"),
         ([[[]]], r"constraint 0 is \[\]"),
         ([[[[]]]], r"constraint 0 is \[\[\]\]"),
         ([[[["a"]]]], r"constraint 0 is \[\['a'\]\]"),
-        ([[[[1, 2]], [[3, 4, 5]]]], "phrases of 5 tokens, but max_new_tokens is 4"),
-        ([[], []], "constraints for 2 prompts; expected a list for each of 1"),
+        ([[[[1, 2]], [[3, 4, 5]]]], "need 5 tokens, but max_new_tokens is 4"),
+        ([[], []], "constraints for 2 prompts; expected one list for each of 1"),
     ],
 )
 def test_constraints_that_cannot_be_met_are_named(constraints, message):

@@ -132,7 +132,7 @@ def test_a_process_that_is_stopped_is_named(
     codes = forked(busy(tmp_path), stop_itself)
     assert codes == {1 - stopped: 8, stopped: -9}  # the harness kills what does not leave, as the launcher does
     said = capfd.readouterr().err
-    assert f"process {stopped} on " in said and "has shown no sign of life for" in said
+    assert f"process {stopped} on " in said and "has had no heartbeat for" in said
     assert f"none of process {stopped}, which does not answer" in said
     assert (tmp_path / f"runs/run/stacks/rank-{1 - stopped}.txt").is_file()
     assert_whole(tmp_path / "runs/run")
@@ -178,4 +178,4 @@ def test_a_store_that_stops_answering_is_not_waited_for(
         return 0
 
     assert in_forks(2, target) == {0: -9, 1: 8}
-    assert "process 1: the store that all share has not answered for 4 s; leaving" in capfd.readouterr().err
+    assert "process 1: the store has not answered for 4 s; exiting" in capfd.readouterr().err
