@@ -1,9 +1,9 @@
-"""Weights in pieces: each process keeps a part of every tensor and gathers a block's whole weights while it uses them.
+"""Sharded weights (FSDP2): each process keeps a shard of every tensor and gathers a block's full weights to use them.
 
-This is FSDP2, torch's fully_shard (Zhao et al. 2023, arXiv 2304.11277; Rajbhandari et al. 2020, arXiv 1910.02054): the
-same arithmetic as with a copy in each process, in a fraction of the memory. A piece is a DTensor, which knows the shape
-of the whole, its device and the processes that hold the others; it is cut along the rows. Everything here leaves an
-ordinary tensor as it is. "Together" marks what all processes must call at the same time.
+This uses torch's fully_shard (Zhao et al. 2023, arXiv 2304.11277; Rajbhandari et al. 2020, arXiv 1910.02054). It
+computes the same as replicated weights in a fraction of the memory. A sharded tensor is a DTensor, split along its
+rows, which knows its full shape and its process group. All functions here return an ordinary tensor unchanged.
+"Collective" marks functions that all processes must call at the same time.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ Loss = Callable[[GPT, Tensor, Tensor], Tensor]
 
 
 def shard(model: GPT, device: torch.device, loss: Loss, low: torch.dtype | None = None) -> Loss:
-    """Cut the model's weights into pieces, in place. Together, with the same weights on every process.
+    """Shard the model's weights in place. Collective; every process must start with the same weights.
 
-    A block's weights are gathered for its forward, freed, and gathered again for its backward; embedding, final norm
-    and unembedding, which a tied model must not part, stay gathered from forward to backward. Gradients are averaged in
-    float32 and leave their piece alone on each process.
+    A block's weights are gathered for its forward pass, freed, and gathered again for its backward pass. Embedding,
+    final norm and unembedding stay gathered from forward to backward, as one unit, so that tied weights stay tied.
+    Gradients are averaged in float32 and then sharded like the weights.
 
     Args:
-        model: whole, on any device.
-        device: where its pieces shall be.
+        model: the full model, on any device.
+        device: device of the shards.
         loss: (model, ids, targets) -> scalar.
-        low: what autocast computes matrix products in; blocks then send their weights in it, half the bytes. The
-            stream between blocks, and the embedding, stay as they are.
+        low: the autocast dtype of matrix products, or None. Blocks then communicate their weights in this dtype, which
+            halves the bytes. The residual stream and the embedding keep their dtype.
 
     Returns:
-        The loss as a forward of the sharded model: weights are gathered before it.
+        The loss as a forward method of the sharded model, which gathers the weights first.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -58,29 +58,29 @@ def shard(model: GPT, device: torch.device, loss: Loss, low: torch.dtype | None 
 
 
 def _reshard(model: nn.Module, ids: object, logits: object) -> None:
-    """No backward follows a forward without gradients, after which the whole weights would be given up."""
+    """Forward hook: free the gathered weights after a forward pass without gradients, which no backward pass frees."""
     assert isinstance(model, FSDPModule)
     if not torch.is_grad_enabled():
         model.reshard()
 
 
 def is_sharded(model: GPT) -> bool:
-    """Whether the model's weights are in pieces."""
+    """Whether the model's weights are sharded."""
     return isinstance(model, FSDPModule)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The piece that this process has; a view, so that what is done to it in place is done to the piece."""
+    """Return this process's shard as a view: in-place changes apply to the shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All pieces of a tensor put together, or a sum over processes that is still owed taken. Together."""
+    """Return the full tensor: gathers shards, or completes a pending (partial) sum over processes. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor laid out as `other` of the same shape is: on its device, and this process's piece of it."""
+    """Move a full tensor to the device of `other` (same shape) and shard it in the same way."""
     tensor = tensor.to(other.device)
     if not isinstance(other, DTensor):
         return tensor
@@ -88,18 +88,19 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def share_out(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
-    """Whole tensors by parameter name -> laid out as the model's parameters of these names and shapes are."""
+    """Shard full tensors, given by parameter name, like the model's parameters of the same name and shape."""
     laid_out = dict(tensors)
     for name, parameter in model.named_parameters():
-        if name in tensors and tensors[name].shape == parameter.shape:  # what does not fit, loading will say
+        if name in tensors and tensors[name].shape == parameter.shape:  # loading reports a wrong shape
             laid_out[name] = like(tensors[name], parameter)
     return laid_out
 
 
 def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whole: in main memory of the first process, and {} elsewhere. Together.
+    """Gather sharded tensors into the first process's main memory; other processes get {}. Collective.
 
-    One after the other, so that no device holds more than one whole tensor. Where none is in pieces, as they are.
+    Gathers one tensor at a time, so that no device holds more than one full tensor. If no tensor is sharded, returns
+    the dict unchanged on every process.
     """
     if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return tensors
@@ -112,10 +113,10 @@ def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain(model: GPT) -> GPT | None:
-    """A model to sample from: itself where it is whole; else a copy, in the first process's main memory only. Together.
+    """Return an unsharded model to sample from. Collective.
 
     Returns:
-        None on the other processes.
+        The model itself if it is not sharded. Otherwise a copy in main memory on the first process, and None on others.
     """
     if not is_sharded(model):
         return model
@@ -131,23 +132,23 @@ def plain(model: GPT) -> GPT | None:
 def by_whole_matrices(
     pieces: list[Tensor], parameter: DTensor, compute: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, ...]:
-    """Work out something that needs whole matrices, for many of one shape: each process takes some of them. Together.
+    """Apply a function of full matrices to N sharded matrices of one shape, divided among the processes. Collective.
 
     Args:
-        pieces: this process's piece of N matrices.
-        parameter: of the matrices' shape, and cut as they are.
+        pieces: this process's shards of the N matrices.
+        parameter: a parameter with the matrices' full shape and sharding.
         compute: stack (n, rows, columns) -> stack of the same shape; n may be 0.
 
     Returns:
-        This process's pieces of the N results.
+        This process's shards of the N results.
     """
     shape = torch.Size((len(pieces), *parameter.shape))
     strides = (shape[1] * shape[2], shape[2], 1)
     mesh = parameter.device_mesh
 
-    def moved(stack: Tensor, before: int, after: int) -> Tensor:  # from pieces along one dimension to another's
+    def moved(stack: Tensor, before: int, after: int) -> Tensor:  # reshard from one dimension to another
         cut = DTensor.from_local(stack, mesh, [Shard(before)], run_check=False, shape=shape, stride=strides)
         return cut.redistribute(placements=[Shard(after)]).to_local()
 
-    mine = moved(torch.stack(pieces), 1, 0)  # (n, rows, columns): whole
+    mine = moved(torch.stack(pieces), 1, 0)  # (n, rows, columns): full matrices
     return moved(compute(mine).contiguous(), 0, 1).unbind()

@@ -1,4 +1,4 @@
-"""How several processes share the work, and how a block trades time for memory."""
+"""Parallelism over several processes (ddp, fsdp) and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ from minigpt.training.recipe.sharding import Loss, is_sharded, shard
 
 
 def make_strategy(config: TrainConfig) -> Strategy | str:
-    """What Lightning's Trainer is given as its strategy.
-
-    One process alone has nothing to share; it trains without any, whatever the config says.
-    """
+    """Return the strategy for Lightning's Trainer. A single process always gets "auto"."""
     if config.processes == 1:
         return "auto"
     if config.trainer.strategy == "fsdp":
@@ -30,11 +27,10 @@ def make_strategy(config: TrainConfig) -> Strategy | str:
 
 
 def recompute_blocks(model: GPT) -> None:
-    """Keep of each block only its input for the backward pass, and compute the rest again (Chen et al. 2016, arXiv
-    1604.06174).
+    """Enable activation checkpointing for every block (Chen et al. 2016, arXiv 1604.06174).
 
-    Dropout draws the same numbers the second time. Names of parameters, and what the model computes, stay as they are;
-    a forward without gradients is not touched.
+    Each block keeps only its input for the backward pass and recomputes the rest, with the same dropout mask. Parameter
+    names and results do not change. Forward passes without gradients are unaffected.
     """
     preserve = bool(model.config.dropout or model.config.attn_dropout)
     for block in model.trunk.blocks:
@@ -48,26 +44,26 @@ def _recomputed(forward: Callable[..., Tensor], preserve_rng_state: bool, *argum
 
 
 def share(model: GPT, config: TrainConfig, device: torch.device) -> Loss | None:
-    """Cut the model's weights into pieces where the config says so and there are several processes. Together.
+    """Shard the model if the strategy is fsdp and there are several processes. Collective: all processes must call it.
 
     Returns:
-        The loss to train with from then on; None where the model stays as it is.
+        The loss function of the sharded model; None if the model is not sharded.
     """
     if config.trainer.strategy != "fsdp" or config.processes == 1 or is_sharded(model):
         return None
-    if config.trainer.compile and compiler_works(device):  # blocks one by one: gathering goes on between them
+    if config.trainer.compile and compiler_works(device):  # per block: weights are gathered between blocks
         for block in model.trunk.blocks:
             block.compile(dynamic=False)
-    # On a CPU, layer_norm takes no bfloat16 weights beside a float32 stream; sending them there costs little anyway.
+    # On a CPU, layer_norm does not accept bfloat16 weights with float32 input, and communication is cheap anyway.
     low = torch.bfloat16 if config.trainer.precision == "bf16-mixed" and device.type != "cpu" else None
     return shard(model, device, next_token_loss, low)
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile does anything here; where not, a line says so."""
+    """Whether torch.compile works on this device; prints a notice if it does not."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # no compiler, or one that is broken: both come as many types
-        notice(f"torch.compile does not work here ({type(error).__name__}); training goes on uncompiled")
+    except Exception as error:  # no compiler, or a broken one: torch raises various types
+        notice(f"torch.compile does not work here ({type(error).__name__}); training falls back to eager")
         return False
     return True
