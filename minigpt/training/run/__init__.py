@@ -1,1 +1,1 @@
-"""A run's life, told by fit."""
+"""Execution of a training run; the entry point is fit.py."""

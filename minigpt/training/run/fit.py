@@ -1,4 +1,4 @@
-"""The training story: corpus, model, batches, and Lightning's Trainer with our callbacks in the order they act."""
+"""Train a resolved job: corpus, model, batches, and Lightning's Trainer with the callbacks in order."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def fit(job: Job) -> None:
     """Train to the last step in this process, which may be one of several.
 
     Raises:
-        Interrupted: asked to stop; a checkpoint was saved at the step that was in progress.
+        Interrupted: a signal requested a stop; the step in progress was finished and saved.
         NonFiniteError: loss or gradient stayed NaN or infinite.
-        NotLearning: gradients are zero, missing, or not those of the uncompiled model.
-        MemoryExceeded: what a step needs does not fit; found before anything is written.
-        DistributedError: the processes cannot meet, were started differently, or one was lost.
+        NotLearning: gradients are zero, missing, or differ from those of the eager model.
+        MemoryExceeded: a step does not fit in memory; found before anything is written.
+        DistributedError: the processes cannot connect, were started differently, or one was lost.
     """
     agreement = Agreement()
     resume = job.how_to_resume
@@ -70,7 +70,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
         agree(store, "code or corpus", {"corpus": corpus.hash, **code_identity()})
         join(store, config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available())
         watch = Watch(run, rank, world_size, config.trainer.hang_seconds, resume)
-        held.enter_context(watch.watching())  # from here on: what follows takes long on some processes only
+        held.enter_context(watch.watching())  # from here on, since the following takes long on some processes only
     batches = Batches(corpus.train, config.model.block_size, config.batch_size, config.seed, config.data.order)
     windows: ValidationWindows | None = None
     if len(corpus.val):
@@ -101,7 +101,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
 
     quiet_lightning()
     precision = config.trainer.precision
-    assert precision != "auto", "settle decides it"
+    assert precision != "auto", "settle resolves it"
     trainer = pl.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
@@ -111,7 +111,8 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
         max_steps=job.last_step,
         accumulate_grad_batches=config.accumulation,
         log_every_n_steps=config.trainer.log_every_n_steps,
-        # Rehearse before the first step; at the end of every step agree, write, save, and only then look.
+        # Order: rehearse before the first step; after every step exchange stop requests, write metrics, save, and then
+        # validate and sample.
         callbacks=[
             *([watch] if watch else []),
             agreement,
@@ -122,7 +123,9 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
             validation,
             samples,
         ],
-        plugins=[TorchElasticEnvironment() if world_size > 1 else LightningEnvironment()],  # SLURM's would requeue
+        plugins=[
+            TorchElasticEnvironment() if world_size > 1 else LightningEnvironment()
+        ],  # Lightning's SLURM plugin would requeue the job
         logger=make_loggers(config, run, rank),
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -142,7 +145,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
 
 @contextmanager
 def foreign_errors(config: TrainConfig, resume: str) -> Iterator[None]:
-    """Turn what torch and Lightning raise for a user's circumstances into our errors."""
+    """Context manager: convert errors of torch and Lightning that a user can cause into MinigptErrors."""
     try:
         with memory_errors(training_advice(config)):
             yield
@@ -159,7 +162,7 @@ def foreign_errors(config: TrainConfig, resume: str) -> Iterator[None]:
 
 
 def quiet_lightning() -> None:
-    """Lightning talks about choices that are ours; what matters of them we say ourselves."""
+    """Silence Lightning's log messages and warnings, which concern settings that users do not choose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")

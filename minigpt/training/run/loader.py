@@ -1,4 +1,4 @@
-"""The training loader: a plain sized iterable over one process's micro-batches, from any step on."""
+"""The training loader: an iterable with a length over one process's micro-batches, starting at any step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from minigpt.training.config import TrainConfig
 
 
 class MicroBatches:
-    """Yields (ids, targets), each (micro_batch_size, T) int64: the slice of every global batch that is this process's.
+    """Iterable over this process's slices of the global batches: (ids, targets), each (micro_batch_size, T) int64.
 
-    The batches follow from the step alone, so a loader that begins at step s gives what one that ran up to there would.
+    Batches are a function of the step, so a loader started at step s continues exactly where an earlier one stopped.
 
     Attributes:
-        waited: seconds that reading has taken so far.
+        waited: seconds spent on reading batches so far.
     """
 
     def __init__(self, batches: Batches, config: TrainConfig, first_step: int, rank: int = 0) -> None:
@@ -42,9 +42,9 @@ class MicroBatches:
 
 
 def batch_hash(batches: Batches, step: int) -> str:
-    """Identity of global batch `step`: 16 hex digits of the sha256 over its ids, row by row, as 64-bit little-endian.
+    """Hash of global batch `step`: 16 hex digits of the sha256 over its ids, row by row, as 64-bit little-endian.
 
-    However many processes share the batch, and in however many parts, it is the same.
+    It does not depend on the number of processes or micro-batches.
     """
     ids, _ = batches.read(step)  # (rows, T)
     return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""The trackers that `--log` names, as Lightning's loggers.
+"""The loggers selected by `--log` (wandb, tensorboard), as Lightning loggers.
 
-One whose package is missing is refused before the run begins; from then on a tracker never blocks a run or stops it.
+A missing package is an error before the run begins. After that, a failing logger never blocks or stops a run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minigpt.training.config import TrainConfig
 
 
 def wandb_key_is_known() -> bool:
-    """Whether wandb can reach its server without asking: WANDB_MODE decides, else a key in the environment or netrc."""
+    """Whether wandb can log in without a prompt: WANDB_MODE is set, or an API key is in the environment or netrc."""
     if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -32,7 +32,7 @@ def wandb_key_is_known() -> bool:
 
 
 def check_tracker(config: TrainConfig) -> None:
-    """Raise MissingExtra, before a run begins, where the package of the tracker that was asked for is missing."""
+    """Raise MissingExtra if the package of the logger selected by `--log` is missing."""
     if config.log == "wandb":
         imported("wandb", "", "log: wandb")
     elif config.log == "tensorboard" and find_spec("tensorboardX") is None:  # Lightning writes through either
@@ -40,10 +40,11 @@ def check_tracker(config: TrainConfig) -> None:
 
 
 def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:
-    """Lightning's logger for `--log`, on the first process only; False for none.
+    """Create the Lightning logger for `--log` on the first process; return False on others and for "none".
 
     The wandb run id is stored in the run's folder before training begins, so that a resumed run continues it. Without
-    an API key wandb works offline, in the run's folder. A logger that cannot be made is announced and left out.
+    an API key wandb works offline, in the run's folder. If a logger cannot be created, prints a notice and returns
+    False.
     """
     if config.log == "none" or rank != 0:
         return False
@@ -56,13 +57,13 @@ def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:
         if not stored.is_file():
             write_text(stored, to_json({"id": secrets.token_hex(4)}))
         return [_wandb_logger(run, config, json.loads(stored.read_text(encoding="utf-8"))["id"])]
-    except Exception as error:  # a tracker must never stop a run, whatever it raises
-        notice(f"--log {config.log} cannot be used ({error}); metrics.jsonl is written all the same")
+    except Exception as error:  # a logger must never stop a run, whatever it raises
+        notice(f"--log {config.log} cannot be used ({error}); metrics are still written to metrics.jsonl")
         return False
 
 
 def _wandb_logger(run: Path, config: TrainConfig, run_id: str) -> Any:
-    """A wandb run that has begun; offline where there is no key or the server does not answer."""
+    """Start a wandb run; offline if there is no API key or the server does not respond."""
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -77,18 +78,18 @@ def _wandb_logger(run: Path, config: TrainConfig, run_id: str) -> Any:
             settings=wandb.Settings(save_code=False, x_disable_meta=True, init_timeout=30, silent=True),
         )
         try:
-            assert logger.experiment is not None  # it begins here, not in the constructor
-        except Exception as error:  # no server, no such project, a key that is refused: all come as wandb's own types
+            assert logger.experiment is not None  # this access starts the run, not the constructor
+        except Exception as error:  # wandb's own types: no server, unknown project, rejected key
             if offline:
                 raise
-            notice(f"--log wandb: the server cannot be used ({error}); the run is kept offline, in {run / 'wandb'}")
+            notice(f"--log wandb: cannot use the server ({error}); logging offline to {run / 'wandb'}")
         else:
             return logger
     raise AssertionError("unreachable")
 
 
 def finish(loggers: list[Any]) -> None:
-    """Let wandb send what it still holds; it would wait for the interpreter's end, which several processes skip."""
+    """Flush wandb. It would otherwise flush at interpreter exit, which multi-process runs skip (see errors.leave)."""
     for logger in loggers:
         if hasattr(logger.experiment, "finish"):
             logger.experiment.finish()

@@ -1,15 +1,15 @@
-"""Metrics: one JSON object a row in metrics.jsonl, the progress bar, and the logger that was asked for.
+"""Metrics: metrics.jsonl (one JSON object per row), the progress bar, and the logger selected by `--log`.
 
-A row of training holds, beside loss, lr and grad_norm, since the row before:
-    tokens_per_second   over all processes, without validation, saves and samples
-    mfu                 model-FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311): FLOPs that the model needs
-                        for those tokens, over what the devices' matrix products could do; null where that is unknown
-    data_wait           share of that time in which this process waited for its batches
-    memory              peak so far, bytes: of tensors on the GPU, or resident of the first process
-    batch               identity of the step's global batch, the same however many processes share it
-The last row of a session tells where its time went, in seconds: time/step (the median step), time/rehearsal (the checks
-before the first step, with compilation), time/validation, time/save and time/sample (all of each), time/internals where
-snapshots were asked for, time/training (all of it).
+A training row holds loss, lr and grad_norm, and these values. Rates cover the time since the previous row.
+    tokens_per_second   over all processes, without the time of validation, saves and samples
+    mfu                 model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311): FLOPs the model needs for
+                        the tokens, divided by the peak of the devices' matrix products; null if the peak is unknown
+    data_wait           fraction of the time that the first process waited for batches
+    memory              peak so far in bytes: of tensors on the GPU, or resident memory of the first process
+    batch               hash of the step's global batch; independent of the number of processes
+The last row of a session (from start or resume to the end) holds its times in seconds: time/step (median step),
+time/rehearsal (checks before the first step, with compilation), time/validation, time/save, time/sample (totals),
+time/internals (total, if snapshots are enabled) and time/training (everything).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from minigpt.training.run.stopping import Agreement
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Move the rows past `step` aside, to metrics-past-STEP.jsonl: the run goes on from there and writes them anew."""
+    """Move the rows after `step` to metrics-past-STEP.jsonl, since a run resumed at `step` writes them again."""
     rows = read_metrics(path)
     past = [row for row in rows if row["step"] > step]
     if not path.is_file() or (not past and path.read_text(encoding="utf-8").endswith("\n")):
@@ -56,10 +56,9 @@ def rewind_metrics(path: Path, step: int) -> None:
 
 
 class Metrics(EachStep):
-    """Writes a row every log_every_n_steps, moves the progress bar, and passes rows on to Lightning's loggers.
+    """Callback that writes a row every log_every_n_steps, updates the progress bar, and sends rows to the loggers.
 
-    Only the first process writes. A logger that fails is announced once and left out from then on; metrics.jsonl is
-    always written.
+    Only the first process writes. If a logger fails, it is disabled with one notice; metrics.jsonl is always written.
     """
 
     def __init__(
@@ -68,13 +67,13 @@ class Metrics(EachStep):
         self.path = run / "metrics.jsonl"
         self.config, self.loader, self.agreement, self.start_step = config, loader, agreement, start_step
         self.step_flops = cost_of(config.model).training_flops * config.batch.tokens
-        self.peak = float("nan")  # FLOPs a second of all devices
-        self.seconds_before = 0.0  # spent by earlier sessions of this run
+        self.peak = float("nan")  # FLOP/s of all devices
+        self.seconds_before = 0.0  # training time of earlier sessions of this run
         self.began = self.mark = time.monotonic()
         self.mark_step, self.mark_waited = start_step, 0.0
-        self.paused = 0.0  # since the mark: validation, samples and saves, which are no part of the training rate
-        self.pauses: dict[str, float] = {}  # all of them in this session, by what they were for
-        self.paces: list[float] = []  # seconds a step, of each row
+        self.paused = 0.0  # seconds since the mark in validation, samples and saves, excluded from the training rate
+        self.pauses: dict[str, float] = {}  # total seconds in this session by kind
+        self.paces: list[float] = []  # seconds per step of each row
         self.text = ""
         self._file: Any = None
         self._bar: Progress | None = None
@@ -86,7 +85,7 @@ class Metrics(EachStep):
         return self.seconds_before + time.monotonic() - self.began
 
     def pause(self, what: str, seconds: float) -> None:
-        """Note time that went into "rehearsal", "validation" or the like, which is no part of the training rate."""
+        """Record seconds spent on "rehearsal", "validation" etc., which are excluded from the training rate."""
         self.paused += seconds
         self.pauses[what] = self.pauses.get(what, 0.0) + seconds
 
@@ -102,7 +101,9 @@ class Metrics(EachStep):
         self._bar = self._bar_context.__enter__()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = statistics.median(self.paces[1:] or self.paces or [float("nan")])  # the first row has what is slow once
+        step = statistics.median(
+            self.paces[1:] or self.paces or [float("nan")]
+        )  # the first row includes one-time costs
         spent = {"step": step, "validation": 0.0, "save": 0.0, "sample": 0.0, **self.pauses}
         spent["training"] = time.monotonic() - self.began
         self.write(trainer, trainer.global_step, {f"time/{what}": round(s, 6) for what, s in spent.items()})
@@ -152,7 +153,7 @@ class Metrics(EachStep):
         self.write(trainer, step, row)
 
     def write(self, trainer: pl.Trainer, step: int, row: dict[str, Any]) -> None:
-        """Add a row; step, tokens and seconds are put in front. A value that is not finite is written as null."""
+        """Append a row, with step, tokens and seconds in front. Values that are not finite are written as null."""
         if not trainer.is_global_zero:
             return
         values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
@@ -167,12 +168,12 @@ class Metrics(EachStep):
                 numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
                 for logger in trainer.loggers:
                     logger.log_metrics({"tokens": front["tokens"], **numbers}, step=step)
-            except Exception as error:  # a tracker must never stop a run, whatever it raises
+            except Exception as error:  # a logger must never stop a run, whatever it raises
                 self._logger_failed = True
-                notice(f"--log {self.config.log} failed and is left out from now on ({error}); metrics.jsonl goes on")
+                notice(f"--log {self.config.log} failed and is disabled ({error}); metrics.jsonl is still written")
 
     def sync(self) -> None:
-        """Force what was written to the disk, so that no checkpoint is newer than its metrics."""
+        """Flush metrics.jsonl to the disk (fsync), so that no checkpoint is newer than its metrics."""
         if self._file is not None:
             with disk_errors(str(self.path)):
                 os.fsync(self._file.fileno())

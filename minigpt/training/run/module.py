@@ -1,4 +1,4 @@
-"""The training step as Lightning calls it: next-token cross-entropy, one gradient norm, one optimizer."""
+"""The LightningModule of a training run: loss, gradient clipping, learning rate and optimizer step."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from minigpt.training.recipe.strategy import recompute_blocks, share
 from minigpt.training.run.health import Idle, mean_loss, remedy
 from minigpt.training.run.progress import LightModule
 
-UNUSABLE_STEPS = 5  # steps in a row without a usable gradient after which a run stops
+UNUSABLE_STEPS = 5  # consecutive steps without a usable gradient after which the run stops
 
 
 def mix_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers, each of which changes all of it (splitmix64's finalizer)."""
+    """Hash several integers into one 63-bit seed (splitmix64's finalizer)."""
     state = 0
     for part in parts:
         state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -40,8 +40,8 @@ def mix_seed(*parts: int) -> int:
 class TrainingModule(LightModule):
     """A GPT with its loss and optimizer.
 
-    Nothing here has state that a checkpoint would have to hold: the learning rate follows from the step, and dropout's
-    randomness from (seed, step, micro-batch, rank).
+    Checkpoints need no state of this class: the learning rate is a function of the step, and dropout is seeded from
+    (seed, step, micro-batch, rank).
     """
 
     def __init__(self, model: GPT, config: TrainConfig) -> None:
@@ -53,22 +53,22 @@ class TrainingModule(LightModule):
             self.compute_loss = compiled_loss()
         if config.trainer.activation_checkpointing:
             recompute_blocks(model)
-        self.step_loss: Tensor | None = None  # sum over the step's micro-batches, each divided by their number
+        self.step_loss: Tensor | None = None  # mean over the step's micro-batches
         self.gradient_norm: Tensor | None = None
         self.unusable_steps = 0
         self.idle = Idle()
         decay = config.optimizer.ema_decay
-        self.average = Average(model, decay) if decay else None  # made anew where weights are loaded
+        self.average = Average(model, decay) if decay else None  # recreated when weights are loaded
 
     def configure_model(self) -> None:
-        """Called when the processes have met: each keeps its part of the weights, where they are not to be copied."""
+        """Lightning hook, called once all processes are connected: shards the model under fsdp."""
         loss = share(self.model, self.settings, self.trainer.strategy.root_device)
         if loss is not None:
             self.compute_loss = loss
             self.average = Average(self.model, self.average.decay) if self.average else None
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
-        """For the length of a `with` block the model has the weights that are validated, saved and sampled."""
+        """Context manager: inside the `with` block the model has the weights to validate, save and sample."""
         return self.average.swapped() if self.average else nullcontext()
 
     @property
@@ -77,7 +77,7 @@ class TrainingModule(LightModule):
         return learning_rate(self.settings.optimizer, self.trainer.global_step, self.settings.trainer.max_steps)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Newton-Schulz needs no more digits than the products around it have: where those are in bfloat16, so is it.
+        # Newton-Schulz needs no more precision than the model's matrix products, so it uses bfloat16 when they do.
         narrow = self.settings.trainer.precision == "bf16-mixed"
         return make_optimizer(self.model, self.settings.optimizer, torch.bfloat16 if narrow else torch.float32)
 
@@ -108,9 +108,9 @@ class TrainingModule(LightModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Compute the gradient's norm, once; scale it down to the limit; drop a step whose norm is not finite.
+        """Compute the gradient norm, clip the gradient, and skip the step if the norm is not finite.
 
-        The norm is over gradients that are already averaged over all processes, so every process decides the same.
+        Gradients are already averaged over all processes, so every process takes the same decision.
         """
         limit = self.settings.trainer.gradient_clip_val or float("inf")
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
@@ -120,23 +120,23 @@ class TrainingModule(LightModule):
         norm, step = float(self.gradient_norm), self.trainer.global_step + 1
         if math.isfinite(norm):
             self.idle.look(self.model, self.step_loss)
-            if norm or not mean_loss(self.step_loss):  # a loss of exactly zero has nothing left to teach
+            if norm or not mean_loss(self.step_loss):  # at a loss of exactly zero, a zero gradient is correct
                 self.unusable_steps = 0
                 return
         self.unusable_steps += 1
         if not norm:
             if self.unusable_steps >= UNUSABLE_STEPS:
                 raise NotLearning(
-                    f"step {step}: the gradient of every parameter was exactly zero {UNUSABLE_STEPS} steps in a row, "
-                    f"though the loss is {float(self.step_loss):.4f}; {remedy()}"
+                    f"step {step}: the gradient of every parameter was exactly zero for {UNUSABLE_STEPS} consecutive "
+                    f"steps, though the loss is {float(self.step_loss):.4f}; {remedy()}"
                 )
             return
         for parameter in self.model.parameters():
-            parameter.grad = None  # the optimizer passes over it: neither weights nor moments change
+            parameter.grad = None  # the optimizer skips it: weights and moments stay unchanged
         if self.unusable_steps >= UNUSABLE_STEPS:
             raise NonFiniteError(
-                f"step {step}: loss or gradient was NaN or infinite {UNUSABLE_STEPS} steps in a row; the weights are "
-                f"as before. Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, and resume"
+                f"step {step}: loss or gradient was NaN or infinite for {UNUSABLE_STEPS} consecutive steps; the "
+                f"weights are unchanged; lower optimizer.learning_rate or raise optimizer.warmup_steps, and resume"
             )
         if self.global_rank == 0:
             notice(f"step {step}: the gradient is NaN or infinite; this step is skipped")

@@ -1,4 +1,4 @@
-"""Looking at the model while it trains: validation and samples. Neither touches training's data or random numbers."""
+"""Callbacks for validation and samples during training. They do not affect training's data or random numbers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from minigpt.training.run.stopping import Agreement
 
 
 class Validation(EachStep):
-    """Loss on the validation split every `eval.every` steps and at the end: nats a token, perplexity, bits a byte.
+    """Validate every `eval.every` steps and at the end: loss (nats per token), perplexity and bits per byte.
 
-    The best loss so far has its checkpoint saved and recorded; `eval.patience` validations without a better one end the
-    run. A run that was stopped between a save and the validation due at the same step makes up for it when it goes on.
+    Each new best loss is saved as a checkpoint and recorded. The run ends after `eval.patience` validations without a
+    new best. If a run was stopped after saving a step but before validating it, the validation runs on resume.
 
     Args:
-        standing: how validation stood where the run goes on from.
-        owed_at: the step whose validation is to be made up for.
+        standing: best loss and patience count at the step the run resumes from.
+        owed_at: step of a validation to run on resume, or None.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Validation(EachStep):
         if self.windows is None:
             return
         began = time.monotonic()
-        with module.evaluated_weights(), trainer.precision_plugin.forward_context():  # in training's precision
+        with module.evaluated_weights(), trainer.precision_plugin.forward_context():  # in the precision of training
             result = evaluate(
                 module.model,
                 self.windows,
@@ -92,24 +92,24 @@ class Validation(EachStep):
             },
         )
         if trainer.is_global_zero:
-            notice(f"step {step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits a byte")
+            notice(f"step {step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
         self.standing = self.standing.after(step, result.loss)
         if self.standing.step == step:
             self.checkpoints.keep_best(trainer, module, Best(step, result.loss))
         if self.standing.exhausted(self.config.eval.patience):
-            self.checkpoints.ensure(trainer, module, step)  # so that a resume finds the end, and not the way there
+            self.checkpoints.ensure(trainer, module, step)  # so that a resume starts at the end
             trainer.should_stop = True
             if trainer.is_global_zero:
                 notice(
-                    f"finished at step {step}: no better validation loss in {self.standing.since} validations; the "
-                    f"best was {self.standing.loss:.4f} at step {self.standing.step}"
+                    f"finished at step {step}: no new best validation loss in {self.standing.since} validations; the "
+                    f"best is {self.standing.loss:.4f} at step {self.standing.step}"
                 )
 
 
 class Samples(EachStep):
-    """A sample every `sample.every` steps and at the end, from the same prompt and seed, in samples/step-N.txt.
+    """Write a sample to samples/step-N.txt every `sample.every` steps and at the end, with a fixed prompt and seed.
 
-    The end is the last step, or where patience has run out.
+    The end is the last step, or the step at which `eval.patience` stops the run.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Samples(EachStep):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        if self.owed_at is not None or trainer.should_stop:  # the validation owed was the last one
+        if self.owed_at is not None or trainer.should_stop:  # the validation on resume ended the run
             self._draw(trainer, pl_module, trainer.global_step)
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
@@ -144,7 +144,7 @@ class Samples(EachStep):
             return
         began = time.monotonic()
         with module.evaluated_weights():
-            model = plain(module.model)  # all processes give their part of the weights
+            model = plain(module.model)  # collective: all processes send their shards
             if trainer.is_global_zero and model is not None:
                 self._write(model, step)
         self.metrics.pause("sample", time.monotonic() - began)
@@ -154,7 +154,10 @@ class Samples(EachStep):
         try:
             [[sample]] = Sampler(model, self.tokenizer, self.sampling).generate(prompt)
             text = prompt + sample.text
-        except (ConfigError, DataError) as error:  # a character that the corpus lacks: no reason to stop
+        except (
+            ConfigError,
+            DataError,
+        ) as error:  # such as a prompt character missing from the vocabulary; the run continues
             text = f"(no sample: {error})"
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)

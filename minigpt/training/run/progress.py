@@ -1,4 +1,4 @@
-"""The one place that touches Lightning's private attributes (written against lightning 2.6.6; a test watches them)."""
+"""All uses of Lightning's private attributes (written for lightning 2.6.6; a test checks that they exist)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 
 class LightModule(pl.LightningModule):
-    """A LightningModule whose hooks cost less.
+    """A LightningModule with less overhead per hook.
 
-    Lightning notes each hook's name on the module, before and after, some fifty times a step; torch's way of setting a
-    module's attribute, which looks for parameters first, makes that a fifth of all that Lightning adds to a step.
+    Lightning sets the name of the current hook on the module about fifty times per step. torch's nn.Module.__setattr__,
+    which checks for parameters first, makes this a fifth of Lightning's overhead per step.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -24,7 +24,7 @@ class LightModule(pl.LightningModule):
 
 
 class NoProfiler(PassThroughProfiler):
-    """Measures nothing, without a generator for each of the fifty places in a step that Lightning would measure."""
+    """A profiler without overhead: Lightning's own no-op profiler creates a generator about fifty times per step."""
 
     nothing: AbstractContextManager[None] = nullcontext()
 
@@ -33,19 +33,19 @@ class NoProfiler(PassThroughProfiler):
 
 
 def set_progress(trainer: pl.Trainer, step: int) -> None:
-    """Tell a fresh trainer that `step` optimizer steps are already done.
+    """Set the number of finished optimizer steps of a new trainer.
 
-    `trainer.global_step` then counts on from there, and `max_steps` is the total of the whole run.
+    `trainer.global_step` then starts at `step`, and `max_steps` is the total of the whole run.
     """
     total = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     total.ready = total.completed = step
 
 
 def without_signals(trainer: pl.Trainer) -> None:
-    """Keep Lightning from handling signals, and from the broadcast before every micro-batch that tells of a SIGTERM.
+    """Disable Lightning's signal handlers and its broadcast of SIGTERM before every micro-batch.
 
-    Its handler talks to the other processes and ends a run with exit code 0. Our own callback only notes a signal, and
-    agrees on stopping once a step, in the reduction that the loss needs anyway.
+    Lightning's handler communicates with the other processes and ends a run with exit code 0. The callback in
+    stopping.py only records a signal; processes agree on stopping once per step, in the all-reduce of the loss.
     """
     loop, signals = trainer.fit_loop.epoch_loop, trainer._signal_connector
     for owner, name in ((loop, "_broadcast_sigterm_tensor"), (signals, "register_signal_handlers")):

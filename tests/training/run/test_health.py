@@ -57,7 +57,7 @@ def test_a_gradient_that_becomes_zero_stops_a_run_after_five_steps(
 ) -> None:
     monkeypatch.setattr(module, "next_token_loss", after_calls(1 + 2, without_gradient))  # one is rehearsed
     said = refused(tiny_run(tmp_path, trainer__max_steps=20))
-    assert said.startswith("step 7: the gradient of every parameter was exactly zero 5 steps in a row")
+    assert said.startswith("step 7: the gradient of every parameter was exactly zero for 5 consecutive steps")
     assert [row["grad_norm"] > 0 for row in read_metrics(tmp_path / "runs/run/metrics.jsonl")] == [True] * 2 + [
         False
     ] * 4
