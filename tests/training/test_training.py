@@ -171,7 +171,9 @@ def test_out_of_memory_says_how_to_need_less(error: Exception, tmp_path: Path, m
         raise error
 
     monkeypatch.setattr(training_module, "next_token_loss", too_large)
-    with pytest.raises(MemoryExceeded, match=r"with 8 rows of 16 tokens a forward; give --batch\.micro_batch_size 4"):
+    with pytest.raises(
+        MemoryExceeded, match=r"with 8 sequences of 16 tokens per forward pass; give --batch\.micro_batch_size 4"
+    ):
         train(tiny_run(tmp_path))
 
 
@@ -226,7 +228,7 @@ def test_gradients_that_stay_nan_stop_the_run(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(
         training_module, "next_token_loss", lambda model, ids, targets: model(ids).mean() * float("nan")
     )
-    with pytest.raises(NonFiniteError, match="5 steps in a row; the weights are as before"):
+    with pytest.raises(NonFiniteError, match="5 consecutive steps; the weights are unchanged"):
         train(tiny_run(tmp_path))
 
 

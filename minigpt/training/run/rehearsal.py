@@ -1,6 +1,4 @@
-"""A step that changes nothing, before the first: too little memory, or a model that cannot learn, shows before anything
-is written.
-"""
+"""A trial step before training: finds out-of-memory errors and models that cannot learn before anything is written."""
 
 from __future__ import annotations
 
@@ -26,11 +24,11 @@ from minigpt.training.run.module import TrainingModule
 
 
 class Rehearsal(pl.Callback):
-    """One micro-batch forward and backward, whose gradients are dropped, and one forward of validation.
+    """Callback that runs one micro-batch forward and backward, and one validation forward, and discards the results.
 
-    It goes the way of a training step, so that a compiled step is compiled here, and compared with the uncompiled one;
-    random numbers, weights and optimizer do not hear of it. (The optimizer's own state comes with the first step, still
-    before anything is written.)
+    It uses the code path of a training step. A compiled step is therefore compiled here, and its result is compared
+    with the eager step. Random state, weights and optimizer do not change. (The optimizer allocates its state in the
+    first real step, which also comes before anything is written.)
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class Rehearsal(pl.Callback):
             batch = strategy.batch_to_device(batch)
             loss = self._forward(strategy, *batch)
             loss.backward()
-            finite = math.isfinite(mean_loss(loss))  # if it is not, the first step says so
+            finite = math.isfinite(mean_loss(loss))  # if not, the first step reports it
             if finite and (not self.config.trainer.compile or self._compare(pl_module, strategy, batch, loss)):
                 check_gradients(pl_module.model, loss)
         del loss
@@ -67,18 +65,19 @@ class Rehearsal(pl.Callback):
             evaluate(pl_module.model, few, byte_lengths)
 
     def _compare(self, module: TrainingModule, strategy: Strategy, batch: Any, loss: torch.Tensor) -> bool:
-        """Compare the compiled step with the uncompiled one, for which a run that fits may lack the memory.
+        """Compare the compiled step with the eager step.
 
         Returns:
-            Whether they were compared. If not, gradients are gone; the first steps will tell if they are zero.
+            False if memory does not suffice for the comparison. The gradients are then lost, and the first training
+            steps check whether they are zero.
         """
         drops = self.config.model.dropout or self.config.model.attn_dropout
         tolerance = None if drops else TOLERANCES[self.config.trainer.precision]
         try:
-            with memory_errors("in the comparison"):
+            with memory_errors("in the comparison with the eager step"):
                 check_compiled(module.model, partial(self._forward, strategy), batch, loss, tolerance)
         except MemoryExceeded:
-            notice("the compiled step was not compared with the uncompiled one, for which memory does not suffice")
+            notice("the compiled step was not compared with the eager one: not enough memory")
             return False
         return True
 
@@ -91,10 +90,10 @@ class Rehearsal(pl.Callback):
 
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turn what Python and torch raise where memory does not suffice into our error.
+    """Context manager: convert out-of-memory errors of Python and torch into MemoryExceeded.
 
     Raises:
-        MemoryExceeded: with the advice.
+        MemoryExceeded: with `advice` in its message.
     """
     try:
         yield
@@ -105,19 +104,17 @@ def memory_errors(advice: str) -> Iterator[None]:
 
 
 def training_advice(config: TrainConfig) -> str:
-    """How to take the same step with less memory: smaller micro-batches, more of them."""
+    """Advice on how to reduce memory: smaller micro-batches with more gradient accumulation, or a smaller model."""
     rows, block = config.micro_batch_size, config.model.block_size
-    asked = f"with {rows} rows of {block} tokens a forward"
+    asked = f"with {rows} sequences of {block} tokens per forward pass"
     if rows == 1:
-        return (
-            f"{asked}; give a smaller --model.block_size or a smaller model, or --trainer.activation_checkpointing true"
-        )
+        return f"{asked}; use a smaller --model.block_size, a smaller model, or --trainer.activation_checkpointing true"
     fewer = max(n for n in range(1, rows) if rows % n == 0)
     forwards = config.accumulation * rows // fewer
-    return f"{asked}; give --batch.micro_batch_size {fewer}: a step is then {forwards} forwards, with the same result"
+    return f"{asked}; give --batch.micro_batch_size {fewer} ({forwards} forward passes per step, the same result)"
 
 
 VALIDATION_ADVICE = (
-    f"in validation ({TOKENS_AT_ONCE} tokens a forward, fewer where the vocabulary is long); free some memory, or "
+    f"in validation ({TOKENS_AT_ONCE} tokens per forward pass, fewer for a large vocabulary); free some memory, or "
     f"use a smaller model, --model.block_size or --tokenizer.vocab_size"
 )

@@ -78,11 +78,19 @@ def test_memory_that_does_not_suffice_to_validate_is_found_as_early(
         (
             160,
             None,
-            r"with 10 rows of 16 tokens a forward; give --batch\.micro_batch_size 5: a step is then 2 forwards",
+            r"with 10 sequences of 16 tokens per forward pass; give --batch\.micro_batch_size 5 \(2 forward passes per step",
         ),
-        (144, 3, r"with 3 rows of 16 tokens a forward; give --batch\.micro_batch_size 1: a step is then 9 forwards"),
-        (112, None, r"with 7 rows of 16 tokens a forward; give --batch\.micro_batch_size 1: a step is then 7 forwards"),
-        (128, 1, r"with 1 rows of 16 tokens a forward; give a smaller --model\.block_size"),
+        (
+            144,
+            3,
+            r"with 3 sequences of 16 tokens per forward pass; give --batch\.micro_batch_size 1 \(9 forward passes per step",
+        ),
+        (
+            112,
+            None,
+            r"with 7 sequences of 16 tokens per forward pass; give --batch\.micro_batch_size 1 \(7 forward passes per step",
+        ),
+        (128, 1, r"with 1 sequences of 16 tokens per forward pass; use a smaller --model\.block_size"),
     ],
 )
 def test_the_advice_keeps_the_step_and_divides_it(tokens: int, micro: int | None, advice: str, tmp_path: Path) -> None:
@@ -116,5 +124,7 @@ def test_a_process_with_little_memory_says_what_would_fit(tmp_path: Path, capfd:
     _, status = os.waitpid(child, 0)
     said = capfd.readouterr().err
     assert os.waitstatus_to_exitcode(status) == 9, said
-    assert "out of memory with 32768 rows of 16 tokens a forward; give --batch.micro_batch_size 16384" in said
+    assert (
+        "out of memory with 32768 sequences of 16 tokens per forward pass; give --batch.micro_batch_size 16384" in said
+    )
     assert not (tmp_path / "runs/run/metrics.jsonl").exists()
