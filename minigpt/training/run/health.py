@@ -151,8 +151,8 @@ class Idle:
         idle = [name for (name, _), some in zip(trained, self.moved.tolist(), strict=True) if not some]
         if self.steps == FIRST_STEPS and idle and mean_loss(loss) > 0:
             raise NotLearning(
-                f"{listed(idle)}: the gradient was exactly zero in each of the first {FIRST_STEPS} steps; check how the "
-                f"loss depends on these parameters, or freeze them with requires_grad_(False)"
+                f"{listed(idle)}: the gradient was exactly zero in each of the first {FIRST_STEPS} steps; check how "
+                f"the loss depends on these parameters, or freeze them with requires_grad_(False)"
             )
 
 
