@@ -125,7 +125,7 @@ def test_two_processes_lose_nothing_whatever_happens_to_them(tmp_path: Path) -> 
         assert not started.workers()
     assert code == 8
     assert "process 0 on " in errors and "has shown no sign of life" in errors
-    assert "process 0 hung and was ended; go on with --run_name run" in errors
+    assert "process 0 hung and was stopped; go on with --run_name run" in errors
 
     step = steps_saved(started.run)[-1]  # the first is killed, in a step
     assert forked(config, signal_itself(0, signal.SIGKILL, step + 7)) == {0: -9, 1: 8}
@@ -256,7 +256,7 @@ def test_a_process_that_never_comes_is_named(
     monkeypatch.setattr(join, "JOIN_SECONDS", 1.0)
     config = tiny_run(tmp_path, trainer__devices=2)
     assert in_forks(2, lambda rank: train_and_say(config) if rank == 0 else 0) == {0: 8, 1: 0}
-    assert "process 1 has not come within 1 s; see what it said" in capfd.readouterr().err
+    assert "process 1 did not connect within 1 s; see its messages" in capfd.readouterr().err
 
 
 def test_losing_the_first_process_before_training_is_one_line(
@@ -275,7 +275,7 @@ def test_losing_the_first_process_before_training_is_one_line(
         return train_and_say(config)
 
     assert in_forks(2, target) == {0: -9, 1: 8}
-    assert f"process 1 has lost the store that all share, at 127.0.0.1:{port}: whoever" in capfd.readouterr().err
+    assert f"process 1 has lost the shared store at 127.0.0.1:{port}: the process" in capfd.readouterr().err
 
 
 def test_a_port_that_is_taken_or_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,16 +285,17 @@ def test_a_port_that_is_taken_or_silent_is_named(monkeypatch: pytest.MonkeyPatch
     def refused(rank: int, port: int, why: str) -> None:
         place(monkeypatch, rank, port)
         with pytest.raises(
-            DistributedError, match=rf"process {rank} cannot meet the others at 127\.0\.0\.1:{port} \({why}"
+            DistributedError,
+            match=rf"process {rank} cannot connect to the other processes at 127\.0\.0\.1:{port} \({why}",
         ):
             join.connect()
 
     def tries() -> int:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            refused(0, port, "the port is taken")
-            refused(1, port, "nothing answers")  # somebody listens, but holds no store
-        refused(1, port, r"nothing answers there as it should\); check MASTER_ADDR")
+            refused(0, port, "the port is in use")
+            refused(1, port, "no valid response")  # somebody listens, but holds no store
+        refused(1, port, r"no valid response\); check MASTER_ADDR")
         return 0
 
     assert Fork(tries).wait() == 0
@@ -316,7 +317,7 @@ def test_a_process_that_does_not_join_the_group_is_not_waited_for_without_end(
         return 0
 
     assert in_forks(1, alone) == {0: 8}
-    assert "process 0: the others have not joined the gloo group within 1 s; see what" in capfd.readouterr().err
+    assert "process 0: the others have not joined the gloo group within 1 s; see their" in capfd.readouterr().err
 
 
 def test_a_long_preparation_is_waited_for_and_said(

@@ -261,7 +261,10 @@ def test_another_processor_is_announced_at_resume(
     assert "not to the bit" not in capsys.readouterr().err
     monkeypatch.setattr("minigpt.training.run.checkpoints.processor", lambda: "Z80")
     train(tiny_run(tmp_path, trainer__max_steps=10))
-    assert re.search(r"goes on, but not to the bit, since this changed: processor .+ -> Z80\n", capsys.readouterr().err)
+    assert re.search(
+        r"resuming, but not bit-identical, since the environment changed: processor .+ -> Z80\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_rows_past_the_checkpoint_move_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""Several processes as one."""
+"""Starting, connecting and watching several training processes."""

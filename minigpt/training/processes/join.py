@@ -1,7 +1,6 @@
-"""How several processes meet: the store that their launcher holds, the process group, and a comparison of what each of
-them was started with.
+"""Connect several processes: the launcher's key-value store, the process group, and a check that all were started alike.
 
-The store is a small server of keys and values. What goes through it is JSON; nothing is unpickled.
+The store is a torch.distributed TCPStore. All values in it are JSON; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from minigpt.terminal import notice
 
 T = TypeVar("T")
 LOCAL = "127.0.0.1"
-# What torchrun tells each process that it starts.
+# Environment variables that torchrun sets for each process.
 STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Until all are there: the machines of a cluster may begin minutes apart, and read code from a disk that all share.
+# Time for all processes to connect: machines of a cluster may start minutes apart and load code from a shared disk.
 JOIN_SECONDS = 300.0
-UNEASY_SECONDS = 15.0  # after which a line says what is waited for
-# For collectives and for the store: preparing a corpus or a save may take hours, and who hangs is watch.py's to say.
+UNEASY_SECONDS = 15.0  # seconds of waiting after which a notice is printed
+# Timeout of collectives and of the store: preparing a corpus or saving may take hours, and watch.py detects hangs.
 PATIENCE = timedelta(days=30)
-_opened: dict[int, dist.TCPStore] = {}  # by port: they last as long as this process
+_opened: dict[int, dist.TCPStore] = {}  # by port; they exist as long as this process
 
 
 def connect() -> dist.Store:
-    """A connection to the store at MASTER_ADDR:MASTER_PORT; the first process opens it where no launcher did.
+    """Connect to the store at MASTER_ADDR:MASTER_PORT; the first process opens it if the launcher has not.
 
     Raises:
-        DistributedError: nothing answers there within JOIN_SECONDS, or the port is taken.
+        DistributedError: no store responds within JOIN_SECONDS, or the port is in use.
     """
     host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"]
     opens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == "0"
@@ -54,24 +53,29 @@ def connect() -> dist.Store:
             _opened[port] = serve(socket.create_server(("", port), family=family))
         return dist.TCPStore(host, port, timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False)
 
-    try:  # torch itself waits without end for somebody who listens there but is no store
-        store = within(JOIN_SECONDS, f"the others at {host}:{port}", reach)
+    try:  # torch has no timeout of its own if another kind of server listens at the port
+        store = within(JOIN_SECONDS, f"the other processes at {host}:{port}", reach)
     except (OSError, RuntimeError, ValueError) as error:
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         raise DistributedError(
-            f"process {rank} cannot meet the others at {host}:{port} "
-            f"({'the port is taken' if taken else 'nothing answers there as it should'}); check MASTER_ADDR and "
-            f"MASTER_PORT, or choose another --master_port"
+            f"process {rank} cannot connect to the other processes at {host}:{port} "
+            f"({'the port is in use' if taken else 'no valid response'}); check MASTER_ADDR and MASTER_PORT, or choose "
+            f"another --master_port"
         ) from error
     store.set_timeout(PATIENCE)
     return store_of_one_start(store)
 
 
 def within(seconds: float, what: str, work: Callable[[], T]) -> T:
-    """What `work()` gives; after UNEASY_SECONDS a line says what is waited for.
+    """Run `work()` in a thread with a timeout and return its result; print a notice after UNEASY_SECONDS.
+
+    Args:
+        seconds: the timeout.
+        what: what the process waits for, for the notice.
+        work: the function to run.
 
     Raises:
-        TimeoutError: it took longer than `seconds`; its thread is left behind.
+        TimeoutError: `work` took longer than `seconds`; its thread keeps running.
         Exception: whatever `work` raised.
     """
     answer: Future[T] = Future()
@@ -87,24 +91,24 @@ def within(seconds: float, what: str, work: Callable[[], T]) -> T:
         notice(f"process {os.environ['RANK']}: waiting for {what}, up to {seconds:.0f} s")
         wait([answer], seconds - UNEASY_SECONDS)
     if not answer.done():
-        raise TimeoutError(f"{what}: nothing in {seconds:.0f} s")
+        raise TimeoutError(f"{what}: no response within {seconds:.0f} s")
     return answer.result()
 
 
 def listen() -> socket.socket:
-    """A socket for the store of this machine's processes, at a port of the system's choice; no other reaches it.
+    """Create a socket for the store on the loopback interface, at a port that the system chooses.
 
-    Connections wait at it until `serve` opens the store.
+    Only processes on this machine can connect. Connections wait until `serve` opens the store.
     """
     return socket.create_server((LOCAL, 0))
 
 
 def serve(listening: socket.socket) -> dist.TCPStore:
-    """Open the store at a socket, which it takes over.
+    """Open the store at a socket, and take ownership of the socket.
 
-    The socket is ours because torch's listens on IPv6, too: its server looks up the name of whoever connects, where
-    /etc/hosts does not know an IPv4 address in its IPv6 form, and a name server that does not answer stops the store
-    for seconds at each connection.
+    torch's own socket is not used because it also listens on IPv6. torch's server then does a name lookup for each
+    connection. /etc/hosts has no entry for an IPv4 address in its IPv6 form, so a name server that does not respond
+    blocks the store for seconds per connection.
     """
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": LOCAL, "::": "::1"}.get(host, host)
@@ -112,15 +116,15 @@ def serve(listening: socket.socket) -> dist.TCPStore:
 
 
 def store_of_one_start(store: dist.Store) -> dist.Store:
-    """Our part of a store; a group that torchrun restarts does not read what the one before it wrote."""
+    """Add a prefix with the restart count, so that a group restarted by torchrun does not read its predecessor's keys."""
     return dist.PrefixStore(f"minigpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def join(store: dist.Store, on_gpu: bool) -> None:
-    """Make this process one of the group whose members exchange gradients.
+    """Initialise the process group (nccl on GPUs, else gloo).
 
     Raises:
-        DistributedError: the others have not joined it within JOIN_SECONDS.
+        DistributedError: the other processes have not joined within JOIN_SECONDS.
     """
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -128,29 +132,29 @@ def join(store: dist.Store, on_gpu: bool) -> None:
     group = dist.PrefixStore("group", store)
     backend = "nccl" if on_gpu else "gloo"
 
-    def meet() -> None:  # its timeout is that of all later collectives, too
+    def meet() -> None:  # the timeout also applies to all later collectives
         dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=PATIENCE)
 
     try:
-        within(JOIN_SECONDS, f"the others to join the {backend} group", meet)
+        within(JOIN_SECONDS, f"the other processes to join the {backend} group", meet)
     except TimeoutError as error:
         raise DistributedError(
-            f"process {rank}: the others have not joined the {backend} group within {JOIN_SECONDS:.0f} s; see what "
-            f"they said, check that the machines reach each other, and start all of them again"
+            f"process {rank}: the others have not joined the {backend} group within {JOIN_SECONDS:.0f} s; see their "
+            f"messages, check the network between the machines, and restart all processes"
         ) from error
 
 
 def agree(store: dist.Store, what: str, values: dict[str, Any]) -> None:
-    """Compare a flat dict of plain values with every other process's.
+    """Check that a flat dict of plain values is the same on all processes.
 
     Args:
-        store: what all share.
-        what: a name that no other comparison has.
-        values: must be the same everywhere.
+        store: the shared store.
+        what: unique name of this comparison.
+        values: the values of this process.
 
     Raises:
-        DistributedError: on every process alike, with the names and values in which the first one differs; or one has
-            not come within JOIN_SECONDS.
+        DistributedError: a process has other values (raised on every process, with the differing names and values of
+            the first such process), or a process did not connect within JOIN_SECONDS.
     """
     with lost_store():
         store.set(f"{what}/{os.environ['RANK']}", canonical_json({"host": platform.node(), "values": values}))
@@ -164,7 +168,7 @@ def agree(store: dist.Store, what: str, values: dict[str, Any]) -> None:
         if different:
             raise DistributedError(
                 f"process {rank} on {other['host']} was started with another {what} than process 0 on {first['host']}: "
-                f"{', '.join(different)}; start all of them with the same command and the same files"
+                f"{', '.join(different)}; start all processes with the same command and the same files"
             )
 
 
@@ -173,16 +177,23 @@ def _said(store: dist.Store, key: str, rank: int) -> dict[str, Any]:
         store.wait([key], timedelta(seconds=JOIN_SECONDS))
     except dist.DistStoreError as error:
         raise DistributedError(
-            f"process {rank} has not come within {JOIN_SECONDS:.0f} s; see what it said, and start all of them again"
+            f"process {rank} did not connect within {JOIN_SECONDS:.0f} s; see its messages, and restart all processes"
         ) from error
     return json.loads(store.get(key))
 
 
 def tell(store: dist.Store, values: dict[str, Any] | None) -> dict[str, Any]:
-    """What the first process has to say to all: it gives the values, the others None; all get them, however late.
+    """Broadcast a dict from the first process through the store; wait for it without a timeout.
+
+    Args:
+        store: the shared store.
+        values: the dict on the first process; None on all others.
+
+    Returns:
+        The dict of the first process.
 
     Raises:
-        DistributedError: the store has gone.
+        DistributedError: the connection to the store is lost.
     """
     with lost_store():
         if values is not None:
@@ -197,18 +208,19 @@ def tell(store: dist.Store, values: dict[str, Any] | None) -> dict[str, Any]:
 
 @contextmanager
 def lost_store() -> Iterator[None]:
-    """For the length of a `with` block, a store that does not answer any more is our error."""
+    """Context manager: convert a lost connection to the store into DistributedError."""
     try:
         yield
     except dist.DistNetworkError as error:
         raise DistributedError(
-            f"process {os.environ['RANK']} has lost the store that all share, at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']}: whoever holds it has gone; see what it said, and start all of them again"
+            f"process {os.environ['RANK']} has lost the shared store at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: the process that holds it has exited; see its messages, and restart all "
+            f"processes"
         ) from error
 
 
 def code_identity() -> dict[str, str]:
-    """What code this process runs: a hash of minigpt's own files, and the versions of what it stands on."""
+    """Identity of the running code: a hash of minigpt's files, and the versions of python, torch and lightning."""
     import lightning
 
     package = Path(__file__).parents[2]

@@ -1,8 +1,8 @@
-"""Several processes of this machine, started as torchrun would start them, watched, signalled and ended together.
+"""Launch several processes on this machine with torchrun's environment variables; forward signals, end them together.
 
-torch's own launchers end the others at fixed times: Lightning's kills the first process within 5 seconds of any other's
-end, even in the middle of a save; torch's elastic agent kills what has not left 30 seconds after a signal. Here nobody
-who was asked to stop is hurried, and only after a failure do the rest have LEAVE_SECONDS.
+Existing launchers kill processes after fixed times. Lightning's kills the first process within 5 seconds after any
+other ends, even during a save. torch's elastic agent kills processes that are still running 30 seconds after a signal.
+This launcher sets no deadline after a stop signal; only after a failure do the remaining processes have LEAVE_SECONDS.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from minigpt.errors import DistributedError
 from minigpt.training.processes.join import LOCAL, listen, serve, store_of_one_start
 from minigpt.training.processes.watch import VERDICT
 
-LEAVE_SECONDS = 20.0  # that the others have, after one was lost, to finish a save and leave by themselves
+LEAVE_SECONDS = 20.0  # after one process is lost: time for the others to finish a save and exit
 POLL_SECONDS = 0.05
 
 
 def search_path() -> dict[str, str]:
-    """What lets a child process find minigpt in a repository, wherever train.py was called from."""
+    """PYTHONPATH for child processes, so that they find minigpt in a repository from any working directory."""
     root = Path(__file__).parents[3]
     if not (root / "train.py").is_file():  # it is installed
         return {}
@@ -33,16 +33,16 @@ def search_path() -> dict[str, str]:
 
 
 class Processes:
-    """`count` processes with one command; a context manager that leaves none behind.
+    """Context manager that runs one command in `count` processes and ends all of them on exit.
 
-    They meet at a store that this process holds (a TCP port of the system's choice, so that none is ever taken). Ctrl-C
-    and SIGTERM are passed on, as SIGTERM; SIGUSR1 is passed on; a second Ctrl-C kills all at once. They are in sessions
-    of their own: a terminal's Ctrl-C reaches them through this process alone, once.
+    The processes connect to a store in this process, at a TCP port that the system chooses. Ctrl-C and SIGTERM are
+    forwarded as SIGTERM, and SIGUSR1 as SIGUSR1; a second Ctrl-C kills all processes immediately. Each process has its
+    own session, so a terminal's Ctrl-C reaches it only once, through this process.
 
     Attributes:
-        received: the signal that asked all of them to stop; 0 for none.
-        failures: rank -> exit code, negative for the signal that killed it, in the order they ended.
-        store: what they meet at.
+        received: the stop signal that this process received; 0 for none.
+        failures: rank -> exit code (negative: killed by that signal), in the order in which the processes ended.
+        store: the store that the processes share.
     """
 
     def __init__(self, command: list[str], count: int, name: str) -> None:
@@ -68,7 +68,7 @@ class Processes:
             **search_path(),
         }
         posix = os.name == "posix"
-        if posix:  # what is ignored stays ignored in a child: it can be asked to save before it listens
+        if posix:  # a child inherits ignored signals: SIGUSR1 cannot kill it before its handler is installed
             self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._on_signal)
@@ -79,11 +79,11 @@ class Processes:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 start_new_session=posix,
-                pass_fds=tuple(held) if posix else (),  # the lock on the run, for as long as one of them lives
+                pass_fds=tuple(held) if posix else (),  # they keep the lock on the run until the last one ends
             )
-        # Not before: its server is a thread, which should not be there when a process is forked.
+        # Opened after the forks, since its server is a thread.
         self.store = store_of_one_start(serve(self._listening))
-        if self.received:  # while they were started
+        if self.received:  # a signal arrived while the processes were being started
             self._send(signal.SIGTERM)
         if posix:
             signal.signal(signal.SIGUSR1, self._on_signal)
@@ -99,7 +99,10 @@ class Processes:
             signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
 
     def wait(self) -> None:
-        """Until all have ended. After a failure the rest have LEAVE_SECONDS, a quarter of it if nobody is lost."""
+        """Wait until all processes have ended.
+
+        After a failure the others have LEAVE_SECONDS, or a quarter of that if the failure is a DistributedError.
+        """
         deadline = float("inf")
         while self._running:
             for rank, process in list(self._running.items()):
@@ -119,31 +122,31 @@ class Processes:
             time.sleep(POLL_SECONDS)
 
     def cause(self) -> tuple[int, int] | None:
-        """(rank, exit code) of the failure that the others followed from: a death, then an error, then a loss."""
+        """(rank, exit code) of the most likely root cause: a killed process, else an error, else a DistributedError."""
         failed = [(rank, code) for rank, code in self.failures.items() if not self._orderly(code)]
         lost = DistributedError.exit_code
         return min(failed, key=lambda item: (item[1] > 0, item[1] == lost), default=None)
 
     def stopped_by(self) -> signal.Signals | None:
-        """The signal that ended them in an orderly way, where one did."""
+        """The signal that stopped the processes in an orderly way; None if they were not stopped by a signal."""
         if self.failures and self.cause() is None:
             return signal.Signals(self.received or next(iter(self.failures.values())) - 128)
         return signal.Signals(self.received) if self._killed and self.received else None
 
     def how_it_ended(self, cause: tuple[int, int]) -> str:
-        """A cause in words; a hang that the processes found themselves comes first."""
+        """Describe a cause in words; a hang that the processes detected themselves takes precedence."""
         if self.store.check([VERDICT]):
             hanging = json.loads(self.store.get(VERDICT))["hanging"]
-            return f"process {', '.join(map(str, hanging))} hung and was ended"
+            return f"process {', '.join(map(str, hanging))} hung and was stopped"
         rank, code = cause
         if code > 0:
             return f"process {rank} ended (exit code {code})"
-        hint = ", which a machine out of memory sends, too" if code == -9 else ""
+        hint = ", possibly by the system because memory ran out" if code == -9 else ""
         return f"process {rank} ended (killed by {signal.Signals(-code).name}{hint})"
 
     def _orderly(self, code: int) -> bool:
-        """Whether an exit code is what a process has that was asked to stop."""
-        agreed = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # also where one process was signalled by itself
+        """Whether an exit code is that of a process which stopped because of a signal."""
+        agreed = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # also if only one of the processes received a signal
         return code in agreed or (bool(self.received) and code in (-signal.SIGTERM, DistributedError.exit_code))
 
     def _send(self, number: int) -> None:
