@@ -82,7 +82,7 @@ def test_patience_ends_a_run_and_a_resume_counts_on(
         assert validated == [2, 4, 6, 8, 10]
         assert rows[-1]["step"] == 10 and steps_of(run)[-1] == 10
         assert (run / "samples/step-00000010.txt").is_file()
-        assert "finished at step 10: no better validation loss in 3 validations" in capsys.readouterr().err
+        assert "finished at step 10: no new best validation loss in 3 validations" in capsys.readouterr().err
 
         class Crash(Exception):
             pass

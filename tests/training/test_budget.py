@@ -210,7 +210,7 @@ def test_what_does_not_train_compiled_is_trained_uncompiled(
 
     def measured(job: Job, probe: object, compile: bool, allowance: float) -> Timing:
         if compile:
-            raise NotLearning("the compiled step does not compute what the model says")
+            raise NotLearning("the compiled step is wrong")
         return TIMING
 
     monkeypatch.setattr(budget, "measure", measured)

@@ -105,7 +105,7 @@ def test_two_processes_lose_nothing_whatever_happens_to_them(tmp_path: Path) -> 
         started.process.send_signal(signal.SIGINT)
         code, errors = started.end()
     assert code == 130
-    assert "saving, as asked" in errors and errors.count("stopping after step") == 1
+    assert "saving, as requested" in errors and errors.count("stopping after step") == 1
     assert "stopped by SIGINT; go on with --run_name run --resume auto" in errors and "Traceback" not in errors
     assert steps_saved(started.run)[-1] == started.last_step()
 
@@ -175,7 +175,7 @@ def test_torchrun_starts_the_same_run_and_its_processes_hear_signals(tmp_path: P
         started.process.terminate()
         _, errors = started.end()
     last = started.last_step()
-    assert "saving, as asked" in errors and f"stopping after step {last}" in errors
+    assert "saving, as requested" in errors and f"stopping after step {last}" in errors
     assert steps_saved(started.run)[-1] == last
     whole = tiny_run(tmp_path, "whole", **{**ENDLESS, "trainer__max_steps": last})
     assert set(forked(whole).values()) == {0}
@@ -285,7 +285,8 @@ def test_a_port_that_is_taken_or_silent_is_named(monkeypatch: pytest.MonkeyPatch
     def refused(rank: int, port: int, why: str) -> None:
         place(monkeypatch, rank, port)
         with pytest.raises(
-            DistributedError, match=rf"process {rank} cannot meet the others at 127\.0\.0\.1:{port} \({why}"
+            DistributedError,
+            match=rf"process {rank} cannot connect to the other processes at 127\.0\.0\.1:{port} \({why}",
         ):
             join.connect()
 

@@ -132,7 +132,7 @@ def join(store: dist.Store, on_gpu: bool) -> None:
         dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=PATIENCE)
 
     try:
-        within(JOIN_SECONDS, f"the others to join the {backend} group", meet)
+        within(JOIN_SECONDS, f"the other processes to join the {backend} group", meet)
     except TimeoutError as error:
         raise DistributedError(
             f"process {rank}: the other processes have not joined the {backend} group within {JOIN_SECONDS:.0f} s; see "

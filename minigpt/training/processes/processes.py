@@ -137,7 +137,7 @@ class Processes:
         """Describe a cause from `cause`; a hang that the processes found themselves takes precedence."""
         if self.store.check([VERDICT]):
             hanging = json.loads(self.store.get(VERDICT))["hanging"]
-            return f"process {', '.join(map(str, hanging))} hung and was ended"
+            return f"process {', '.join(map(str, hanging))} hung and was stopped"
         rank, code = cause
         if code > 0:
             return f"process {rank} ended (exit code {code})"

@@ -42,8 +42,7 @@ def plain_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
 def chunked_loss(model: GPT, ids: Tensor, targets: Tensor, rows: int) -> Tensor:
     """Mean cross-entropy like next_token_loss, computed from the logits of `rows` tokens at a time.
 
-    torch.nn.functional.linear_cross_entropy (from torch 2.13) does this too, but supports neither a softcap nor
-    autocast.
+    torch's own linear_cross_entropy (from version 2.13) does this too, but supports neither a softcap nor autocast.
     """
     hidden, targets = model.trunk(ids).flatten(0, 1), targets.flatten()  # (B T, C), (B T)
     device = hidden.device.type

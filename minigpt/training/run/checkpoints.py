@@ -32,19 +32,20 @@ from minigpt.training.run.metrics import Metrics
 from minigpt.training.run.module import TrainingModule
 from minigpt.training.run.stopping import Agreement
 
-RAW = "raw/"  # before the names of the raw weights, where model.safetensors holds averaged ones
+RAW = "raw/"  # prefix of the raw weights' names, used when model.safetensors holds averaged weights
 
 
 class Checkpoints(EachStep):
-    """Restores the checkpoint a run goes on from, then saves every `checkpoint.every` steps, at the end, on a stop, and
-    where validation found the best loss so far.
+    """Restore the checkpoint to resume from, and save checkpoints.
+
+    Saves every `checkpoint.every` steps, at the end, on a stop signal, and at each new best validation loss.
 
     Args:
         run: the run's folder.
         config: the resolved config, stored in every checkpoint.
         tokenizer: stored in every checkpoint.
-        corpus_hash: identity of the training tokens, stored so that a resume notices other ones.
-        start: the checkpoint to go on from, or None.
+        corpus_hash: hash of the training tokens, stored so that a resume detects a different corpus.
+        start: the checkpoint to resume from, or None.
         sampling: sampling defaults for generation_config.json.
     """
 
@@ -62,7 +63,7 @@ class Checkpoints(EachStep):
         self.run, self.config, self.tokenizer, self.start = run, config, tokenizer, start
         self.corpus_hash = corpus_hash
         self.agreement, self.metrics, self.sampling = agreement, metrics, sampling
-        self.saved = step_of(start) if start else 0  # the last step that there is a checkpoint of
+        self.saved = step_of(start) if start else 0  # step of the newest checkpoint
         self.best = read_best(run)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -75,7 +76,7 @@ class Checkpoints(EachStep):
                 self._announce_changes(state["environment"], environment(pl_module.device))
         elif pl_module.average:
             pl_module.average = Average(pl_module.model, pl_module.average.decay)  # on the model's device now
-        if trainer.is_global_zero:  # a disk that cannot hold one checkpoint is found out now
+        if trainer.is_global_zero:  # find a disk without space for one checkpoint before training
             cost = cost_of(self.config.model)
             weights = 4 * cost.parameters * (2 if pl_module.average else 1)
             check_space(self.run / "checkpoints", weights + cost.optimizer_bytes(self.config.optimizer.name))
@@ -83,7 +84,7 @@ class Checkpoints(EachStep):
     def _announce_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         changed = [f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value]
         if changed:
-            notice(f"the run goes on, but not to the bit, since this changed: {', '.join(changed)}")
+            notice(f"resuming, but not bit-identical, since the environment changed: {', '.join(changed)}")
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         asked = self.agreement.stopping or self.agreement.save_now
@@ -91,7 +92,7 @@ class Checkpoints(EachStep):
             self.ensure(trainer, module, step)
 
     def ensure(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        """Have a checkpoint of this step, the one in progress, on every process."""
+        """Save the current step unless it is saved already. Collective."""
         if self.saved == step:
             return
         began = time.monotonic()
@@ -105,12 +106,12 @@ class Checkpoints(EachStep):
         self.metrics.pause("save", time.monotonic() - began)
 
     def keep_best(self, trainer: pl.Trainer, module: TrainingModule, best: Best) -> None:
-        """Validation found its best loss at this step: have a checkpoint of it, recorded as the best."""
+        """Save a step with a new best validation loss and record it as the best. Collective."""
         self.ensure(trainer, module, best.step)
         self.best = best
         if trainer.is_global_zero:
             record_best(self.run, best)
-            self._prune()  # the one that was the best before
+            self._prune()  # may remove the previous best
 
     def _prune(self) -> None:
         prune(self.run, self.config.checkpoint.keep, self.best.step if self.best else None)
@@ -139,7 +140,7 @@ class Checkpoints(EachStep):
 
 
 def training_tensors(trainer: pl.Trainer, module: TrainingModule) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a checkpoint holds, by name: the weights that are evaluated, and the tensors of training."""
+    """Tensors of a checkpoint by name: the evaluated weights, and the training state (optimizer, raw weights)."""
     moments = gather(optimizer_tensors(trainer.optimizers[0], module.model))
     weights = gather(state_of(module.model))
     if module.average is None:
@@ -148,10 +149,11 @@ def training_tensors(trainer: pl.Trainer, module: TrainingModule) -> tuple[dict[
 
 
 def restore(optimizer: torch.optim.Optimizer, module: TrainingModule, start: Path, state: dict[str, Any]) -> None:
-    """Put back what training_tensors gave, from a checkpoint: weights, averaged weights, optimizer state.
+    """Load the tensors saved by training_tensors: weights, averaged weights and optimizer state.
 
-    A run that begins to average starts with the weights it has; one that ceases to goes on from the raw ones.
-    Raises CheckpointError where a tensor does not fit, NonFiniteError where one holds NaN or infinity.
+    If averaging is newly enabled, the average starts from the saved weights. If it is newly disabled, training
+    continues from the raw weights. Raises CheckpointError if a tensor does not match the model, and NonFiniteError if
+    one holds NaN or infinity.
     """
     weights, tensors = read_weights(start)[1], read_training_tensors(start)
     refuse_nonfinite(weights, f"{start}: cannot be resumed")
@@ -166,7 +168,7 @@ def restore(optimizer: torch.optim.Optimizer, module: TrainingModule, start: Pat
 
 
 def processor() -> str:
-    """The name of this machine's processor, as exactly as the system tells it: others may add up in another order."""
+    """Name of this machine's processor, as reported by the system: floating-point sums may differ between models."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -175,7 +177,7 @@ def processor() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What must stay as it is for a resumed run to be equal to the bit, beside the config."""
+    """What must not change, besides the config, for a resumed run to be bit-identical."""
     return {
         "machine": platform.machine(),
         "processor": processor(),

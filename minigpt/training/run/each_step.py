@@ -10,7 +10,7 @@ from minigpt.training.run.module import TrainingModule
 
 
 class EachStep(pl.Callback):
-    """A callback whose `on_step_end` hears of every optimizer step, not of every micro-batch; steps count from 1."""
+    """A callback with an `on_step_end` hook per optimizer step (not per micro-batch); steps count from 1."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -20,9 +20,9 @@ class EachStep(pl.Callback):
             self.on_step_end(trainer, pl_module, trainer.global_step)
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        """Step `step` is done; the weights are those after it."""
+        """Called after optimizer step `step`, with the updated weights."""
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) and at the last one happens at this step."""
+    """Whether an event is due at this step: at multiples of `every` (0: none) and at the last step."""
     return step == last or (every > 0 and step % every == 0)

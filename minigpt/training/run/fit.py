@@ -101,7 +101,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
 
     quiet_lightning()
     precision = config.trainer.precision
-    assert precision != "auto", "settle decides it"
+    assert precision != "auto", "settle resolves it"
     trainer = pl.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,

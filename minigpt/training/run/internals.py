@@ -1,9 +1,9 @@
 """Snapshots of the internals during training, as rows of metrics.jsonl.
 
-    internals/induction/L1H0    and the like: see minigpt.internals.dynamics.snapshot for the kinds
+    internals/induction/L1H0    for example; see minigpt.internals.dynamics.snapshot for all kinds
 
-It is taken of the weights that are evaluated, on tokens of the validation split that stay the same, and touches neither
-training's data nor its random numbers: a run with it is, to the bit, the run without.
+Snapshots use the evaluated weights and fixed tokens of the validation split. They do not affect training's data or
+random numbers: a run with snapshots is bit-identical to a run without.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from minigpt.training.run.module import TrainingModule
 
 
 def due_by_doublings(step: int, last: int) -> bool:
-    """Whether a step is one of 0, 1, 2, 3, 4, 6, 8, 11, 16, ... (two to every doubling), or the last.
+    """Whether a step is one of 0, 1, 2, 3, 4, 6, 8, 11, 16, ... (two per doubling), or the last.
 
-    They are the same in runs of every length: twenty in a thousand steps, and seven more in ten times as many.
+    The steps do not depend on the length of the run: there are twenty up to step 1000, and seven more up to 10000.
     """
     half_doublings = round(2 * math.log2(step)) if step else 0
     return step in (0, last) or step == round(2 ** (half_doublings / 2))
 
 
 class Internals(EachStep):
-    """Takes snapshots before the first step, every `internals.every` steps and at the end.
+    """Callback that takes snapshots before the first step, every `internals.every` steps and at the end.
 
-    It comes before the callback that saves: a checkpoint then never lacks its row.
+    It runs before the callback that saves, so that the row of a checkpoint is always written.
 
     Args:
         text: token ids (B, T) to measure on.
@@ -58,7 +58,7 @@ class Internals(EachStep):
         began = time.monotonic()
         row: dict[str, float] = {}
         with module.evaluated_weights():
-            model = plain(module.model)  # all processes give their part of the weights
+            model = plain(module.model)  # collective: all processes send their shards
             if trainer.is_global_zero and model is not None:
                 row = numbers(snapshot(Access.of(model), self.text))
         self.metrics.pause("internals", time.monotonic() - began)

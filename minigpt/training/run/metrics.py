@@ -167,7 +167,7 @@ class Metrics(EachStep):
                 numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
                 for logger in trainer.loggers:
                     logger.log_metrics({"tokens": front["tokens"], **numbers}, step=step)
-            except Exception as error:  # a tracker must never stop a run, whatever it raises
+            except Exception as error:  # a logger must never stop a run, whatever it raises
                 self._logger_failed = True
                 notice(f"--log {self.config.log} failed and is now off ({error}); metrics.jsonl is still written")
 

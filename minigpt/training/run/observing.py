@@ -102,8 +102,8 @@ class Validation(EachStep):
             trainer.should_stop = True
             if trainer.is_global_zero:
                 notice(
-                    f"finished at step {step}: no better validation loss in {self.standing.since} validations; the "
-                    f"best was {self.standing.loss:.4f} at step {self.standing.step}"
+                    f"finished at step {step}: no new best validation loss in {self.standing.since} validations; the "
+                    f"best is {self.standing.loss:.4f} at step {self.standing.step}"
                 )
 
 

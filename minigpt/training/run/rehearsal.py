@@ -75,7 +75,7 @@ class Rehearsal(pl.Callback):
         drops = self.config.model.dropout or self.config.model.attn_dropout
         tolerance = None if drops else TOLERANCES[self.config.trainer.precision]
         try:
-            with memory_errors("in the comparison"):
+            with memory_errors("in the comparison with the eager step"):
                 check_compiled(module.model, partial(self._forward, strategy), batch, loss, tolerance)
         except MemoryExceeded:
             notice("the compiled step was not compared with the uncompiled one: not enough memory for the comparison")
@@ -94,7 +94,7 @@ def memory_errors(advice: str) -> Iterator[None]:
     """Context manager: turn out-of-memory errors of Python and torch into MemoryExceeded.
 
     Raises:
-        MemoryExceeded: with the advice.
+        MemoryExceeded: with `advice` in its message.
     """
     try:
         yield
@@ -109,9 +109,7 @@ def training_advice(config: TrainConfig) -> str:
     rows, block = config.micro_batch_size, config.model.block_size
     asked = f"with {rows} rows of {block} tokens per forward"
     if rows == 1:
-        return (
-            f"{asked}; give a smaller --model.block_size or a smaller model, or --trainer.activation_checkpointing true"
-        )
+        return f"{asked}; use a smaller --model.block_size, a smaller model, or --trainer.activation_checkpointing true"
     fewer = max(n for n in range(1, rows) if rows % n == 0)
     forwards = config.accumulation * rows // fewer
     return f"{asked}; give --batch.micro_batch_size {fewer}: {forwards} forward passes per step, with the same result"

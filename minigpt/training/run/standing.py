@@ -1,8 +1,8 @@
 """The state of validation: best loss, its step, and validations since then.
 
-It follows from the rows of metrics.jsonl up to a step, so that nothing about it needs saving, and a resumed run counts
-on from exactly where the one before it was. best.json, beside the rows, says which checkpoint is the best one; where
-the two differ, after a kill between them or a damaged checkpoint, the rows are right.
+The state is computed from the rows of metrics.jsonl up to a step, so checkpoints do not store it, and a resumed run
+continues the count exactly. best.json records which checkpoint is the best. If both differ (after a kill between the
+two writes, or with a damaged checkpoint), metrics.jsonl is right.
 """
 
 from __future__ import annotations
@@ -17,33 +17,36 @@ from minigpt.checkpoint.runs import BEST, Best, checkpoints_of, is_whole, read_b
 
 @dataclass(frozen=True)
 class Standing:
-    """The best validation so far."""
+    """State of validation at a step: the best result so far and the validations since."""
 
     step: int = 0
-    """Its step; 0 before the first one."""
+    """Step of the best validation; 0 before the first validation."""
     loss: float | None = None
     """Its loss, nats per token."""
     since: int = 0
-    """Validations since then."""
+    """Number of validations since the best one."""
 
     def after(self, step: int, loss: float) -> Standing:
-        """With one more validation. A loss that is not finite is never the best; the best step's is, again."""
+        """Return the state after one more validation.
+
+        A loss that is not finite is never the best. A repeated validation of the best step stays the best.
+        """
         if math.isfinite(loss) and (self.loss is None or loss < self.loss or step == self.step):
             return Standing(step, loss)
         return replace(self, since=self.since + 1)
 
     def exhausted(self, patience: int) -> bool:
-        """Whether `patience` validations in a row brought no better loss; 0 is endless patience."""
+        """Whether the last `patience` validations brought no new best loss; always False for 0."""
         return 0 < patience <= self.since
 
 
 def standing_at(step: int, rows: list[dict[str, Any]], recorded: Best | None) -> Standing:
-    """The standing after the validations up to and including `step`.
+    """Compute the state of validation after the validations up to and including `step`.
 
     Args:
-        step: where the run goes on from.
-        rows: of metrics.jsonl.
-        recorded: what best.json says; it counts where the rows no longer know of it.
+        step: the step the run resumes from.
+        rows: rows of metrics.jsonl.
+        recorded: content of best.json; used if its loss is better than any in the rows.
     """
     losses = {row["step"]: row["val/loss"] for row in rows if "val/loss" in row and row["step"] <= step}
     standing = Standing()
@@ -55,10 +58,10 @@ def standing_at(step: int, rows: list[dict[str, Any]], recorded: Best | None) ->
 
 
 def settle_best(run: Path, standing: Standing, step: int) -> None:
-    """Make best.json say what is true of a run that goes on from `step`.
+    """Correct best.json for a run that resumes from `step`.
 
-    A kill may have come between a validation and its record: then the checkpoint of the standing's step is recorded
-    now. A record of a later step is of a checkpoint that is damaged or gone, and the run will get there again: it goes.
+    If the run was killed between a validation and its record, records the checkpoint of the best step now. Deletes a
+    record of a step after `step`: its checkpoint is damaged or gone, and the run will reach that step again.
     """
     recorded = read_best(run)
     if standing.loss is not None and recorded != Best(standing.step, standing.loss):

@@ -1,8 +1,9 @@
 """Signals set flags; processes agree on the flags once per step, and the current step is finished.
 
-Several processes that `minigpt train` starts hear what their launcher hears. torchrun passes on SIGTERM and SIGINT, but
-dies of SIGUSR1: send that to one of its processes. torchrun kills what has not left 30 seconds after a signal; where a
-step and a save may take longer, start it with --shutdown_timeout SECONDS (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT set).
+When `minigpt train` launches several processes, it forwards its signals to them. torchrun forwards SIGTERM and SIGINT,
+but SIGUSR1 kills it: send SIGUSR1 to one of its processes instead. torchrun kills processes that are still running 30
+seconds after a signal. If a step and a save may take longer, start torchrun with --shutdown_timeout SECONDS (or set
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, SAVE_SIGNAL) if 
 
 
 class Agreement(EachStep):
-    """First of the callbacks: averages the step's loss over all processes and learns, in the same reduction, whether
-    any of them was asked to stop or to save.
+    """First callback of a step: averages the loss over all processes and exchanges stop and save requests.
 
-    Ctrl-C and SIGTERM finish the step, save and leave; a second Ctrl-C leaves at once. SIGUSR1 saves after the step and
-    goes on. One process of several is enough to hear of it: all of them act on the same step. A save in progress is
-    always finished first, since a handler does no more than note the signal.
+    Both use the same all-reduce. Ctrl-C and SIGTERM finish the step, save a checkpoint and exit; a second Ctrl-C exits
+    immediately. SIGUSR1 saves a checkpoint after the step and continues. If any process receives a signal, all
+    processes act on it after the same step. A save in progress always finishes, since a handler only records the
+    signal.
 
     Attributes:
         received: the signal that asked this process to stop; 0 for none.
@@ -51,10 +52,10 @@ class Agreement(EachStep):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """For the length of a `with` block, signals are noted instead of ending the process."""
+        """Context manager: inside the `with` block, signals are recorded and do not end the process."""
         try:
             before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        except ValueError:  # not the main thread: whoever runs us there handles signals
+        except ValueError:  # not in the main thread: the caller handles signals
             yield
             return
         try:
@@ -67,7 +68,7 @@ class Agreement(EachStep):
         if number == SAVE_SIGNAL:
             self._saves_asked += 1
             return
-        # Under torchrun one Ctrl-C may arrive twice: from the terminal, and passed on.
+        # Under torchrun one Ctrl-C may arrive twice: from the terminal and from torchrun.
         alone = "TORCHELASTIC_RUN_ID" not in os.environ
         if number == signal.SIGINT and self.received == signal.SIGINT and alone:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -76,7 +77,7 @@ class Agreement(EachStep):
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         assert module.step_loss is not None
-        asked = self._saves_asked  # a signal from here on counts for the next step
+        asked = self._saves_asked  # a later signal counts for the next step
         flags = [self.received == signal.SIGINT, self.received == signal.SIGTERM, asked > self._saves_agreed]
         mine = torch.stack([module.step_loss.cpu().double(), *torch.tensor(flags, dtype=torch.float64)])
         loss, interrupted, terminated, save = sum_over_processes(mine).tolist()
@@ -87,9 +88,11 @@ class Agreement(EachStep):
             self.stopping = trainer.should_stop = True
             self.signal = signal.SIGTERM if terminated else signal.SIGINT
         if trainer.is_global_zero and (self.stopping or self.save_now):
-            notice(f"stopping after step {step}, saving first" if self.stopping else f"step {step}: saving, as asked")
+            notice(
+                f"stopping after step {step}, saving first" if self.stopping else f"step {step}: saving, as requested"
+            )
 
     def raise_if_stopped(self, resume_hint: str) -> None:
-        """After the fit: turn an agreed stop into the error that carries its exit code."""
+        """Raise Interrupted with the signal's exit code if training was stopped by a signal."""
         if self.stopping:
             raise Interrupted(f"stopped by {signal.Signals(self.signal).name}; {resume_hint}", 128 + self.signal)

@@ -57,7 +57,7 @@ def test_a_gradient_that_becomes_zero_stops_a_run_after_five_steps(
 ) -> None:
     monkeypatch.setattr(module, "next_token_loss", after_calls(1 + 2, without_gradient))  # one is rehearsed
     said = refused(tiny_run(tmp_path, trainer__max_steps=20))
-    assert said.startswith("step 7: the gradient of every parameter was exactly zero 5 steps in a row")
+    assert said.startswith("step 7: the gradient of every parameter was exactly zero for 5 consecutive steps")
     assert [row["grad_norm"] > 0 for row in read_metrics(tmp_path / "runs/run/metrics.jsonl")] == [True] * 2 + [
         False
     ] * 4
@@ -138,7 +138,7 @@ def test_a_compiler_that_is_wrong_is_found_before_the_first_step(
         pytest.skip("a tenth is within what bfloat16 may be off")
     monkeypatch.setattr(module, "compiled_loss", compiled_by(WRONG[wrong]))
     said = refused(tiny_run(tmp_path, trainer__compile=True, trainer__precision=precision))
-    assert "it differs from the uncompiled one, on the same batch" in said
+    assert "it differs from the eager step on the same batch" in said
     assert "give --trainer.compile false" in said
     assert ("the loss (" if wrong == "another loss" else "trunk.embed.weight (norm ") in said
     assert not (tmp_path / "runs/run/metrics.jsonl").exists()
@@ -148,7 +148,9 @@ def test_with_dropout_a_compiler_that_gives_no_gradient_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "compiled_loss", compiled_by(without_gradient))
-    assert "trunk.embed.weight (norm 0 for " in refused(tiny_run(tmp_path, trainer__compile=True, model__dropout=0.2))
+    assert "trunk.embed.weight (norm 0, eager " in refused(
+        tiny_run(tmp_path, trainer__compile=True, model__dropout=0.2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_a_gradient_that_is_not_finite_is_no_fault_of_the_compiler(
     monkeypatch.setattr(module, "compiled_loss", lambda: compute)
     _, rows = run_and_read(tiny_run(tmp_path, trainer__compile=True, batch__micro_batch_size=2, trainer__max_steps=2))
     assert len(losses(rows)) == 2
-    assert "differs from the uncompiled" not in capsys.readouterr().err
+    assert "differs from the eager step" not in capsys.readouterr().err
 
 
 def test_a_comparison_that_does_not_fit_is_left_out(
@@ -198,7 +200,7 @@ def test_a_comparison_that_does_not_fit_is_left_out(
     monkeypatch.setattr(rehearsal, "check_compiled", too_much)
     monkeypatch.setattr(module, "compiled_loss", lambda: next_token_loss)
     run_and_read(tiny_run(tmp_path, trainer__compile=True, trainer__max_steps=1))
-    assert "was not compared with the uncompiled one" in capsys.readouterr().err
+    assert "was not compared with the eager one" in capsys.readouterr().err
 
 
 def test_a_gradient_too_small_to_square_is_not_zero() -> None:

@@ -50,11 +50,15 @@ def test_memory_that_does_not_suffice_is_found_before_anything_is_written(
 
     real = training_module.next_token_loss
     monkeypatch.setattr(training_module, "next_token_loss", too_large)
-    with pytest.raises(MemoryExceeded, match=r"with 8 rows .* give --batch\.micro_batch_size 4: a step is then 2 for"):
+    with pytest.raises(
+        MemoryExceeded, match=r"with 8 sequences .* give --batch\.micro_batch_size 4 \(2 forward passes"
+    ):
         train(tiny_run(tmp_path))
     run = tmp_path / "runs/run"
     assert not (run / "metrics.jsonl").exists() and not list((run / "checkpoints").iterdir())
-    with pytest.raises(MemoryExceeded, match=r"with 4 rows .* give --batch\.micro_batch_size 2: a step is then 4 for"):
+    with pytest.raises(
+        MemoryExceeded, match=r"with 4 sequences .* give --batch\.micro_batch_size 2 \(4 forward passes"
+    ):
         train(tiny_run(tmp_path, batch__micro_batch_size=4))
     _, rows = run_and_read(tiny_run(tmp_path, batch__micro_batch_size=2))
     assert len(losses(rows)) == 8

@@ -45,7 +45,7 @@ def test_a_run_that_was_signalled_is_the_run_that_was_not(tmp_path: Path) -> Non
         started.process.send_signal(signal.SIGINT)
         code, errors = started.end()
     assert code == 130
-    assert f"step {saved}: saving, as asked" in errors
+    assert f"step {saved}: saving, as requested" in errors
     stopped = started.last_step()
     assert steps_saved(started.run) == [saved, stopped]
     assert f"stopping after step {stopped}" in errors and "--resume auto" in errors
