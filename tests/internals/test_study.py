@@ -95,7 +95,10 @@ def test_names_may_be_short_patterned_or_functions() -> None:
         ("scale", "ambiguous, matches ln1.hook_scale, ln2.hook_scale, ln_final.hook_scale"),
         ("pos_embed", "this model has no such activation"),
         (lambda name: "nothing" in name, "the function selects none"),
-        ("blocks.*.attn.hook_result", "patterns do not match costly activations; give the name: blocks.0.attn.hook_result"),
+        (
+            "blocks.*.attn.hook_result",
+            "patterns do not match costly activations; give the name: blocks.0.attn.hook_result",
+        ),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(names: object, message: str) -> None:

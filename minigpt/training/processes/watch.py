@@ -96,7 +96,7 @@ def hanging(seen: dict[int, Seen], now: float, limit: float) -> dict[int, str]:
         return {}  # the processes ahead have not waited long enough
     for rank, each in running.items():
         micro_batch, phase = each.shown["place"]
-        # The first micro-batch may compile.
+        # The first micro-batch is excluded, since it may compile.
         works = phase != BETWEEN and micro_batch > 0
         if each.shown["place"] < front and works and now - each.place_since > limit:
             found[rank] = f"has been in the same {PHASES[phase]} for {now - each.place_since:.0f} s while others wait"

@@ -155,7 +155,9 @@ def foreign_errors(config: TrainConfig, resume: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "closed by peer" not in str(error):
             raise
-        raise DistributedError(f"lost the connection to another process ({str(error).splitlines()[0]}); {resume}") from error
+        raise DistributedError(
+            f"lost the connection to another process ({str(error).splitlines()[0]}); {resume}"
+        ) from error
 
 
 def quiet_lightning() -> None:

@@ -327,5 +327,7 @@ def test_what_cannot_be_read_is_refused(call: Any, error: type, message: str) ->
 
 
 def test_a_run_without_a_lens_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no such file; fit the lens with minigpt lens .*run --kind jacobian --train"):
+    with pytest.raises(
+        CheckpointError, match=r"no such file; fit the lens with minigpt lens .*run --kind jacobian --train"
+    ):
         jacobian_lens(in_a_run(tmp_path), "ABC")
