@@ -93,10 +93,10 @@ def test_words_that_yaml_takes_for_numbers_are_told(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("ids", [torch.ones(3, dtype=torch.bool), [True, False], torch.ones(3), torch.ones(3) * 1j])
 def test_ids_that_are_no_whole_numbers_are_refused_by_their_type(ids: object) -> None:
     study = minigpt.Study.of(random_model(tiny_config("gpt2")))
-    with pytest.raises(DataError, match=r"token ids: are of type torch\.(bool|float32|complex64); expected whole"):
+    with pytest.raises(DataError, match=r"token ids: have dtype torch\.(bool|float32|complex64); expected an integer"):
         study.logits(ids)  # type: ignore[arg-type]
     if isinstance(ids, torch.Tensor):
-        with pytest.raises(DataError, match="are of type"):
+        with pytest.raises(DataError, match="have dtype"):
             study.top_contexts(("resid_post", 0), text=ids)
 
 

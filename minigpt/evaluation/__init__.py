@@ -1,1 +1,1 @@
-"""Loss, perplexity and bits per byte of a model on held-out text."""
+"""Evaluation: loss, perplexity and bits per byte of a model on held-out text."""

@@ -26,18 +26,18 @@ LOGITS_AT_ONCE = 2**25
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the predicted tokens; the figures people quote follow from them."""
+    """Sums over the predicted tokens, and the metrics computed from them."""
 
     nats: float
     """Sum of -ln p over the predicted tokens."""
     tokens: int
-    """How many were predicted."""
+    """Number of predicted tokens."""
     bytes: int
-    """How many bytes of the text as given they stand for (special tokens stand for none)."""
+    """Number of bytes of the original text that these tokens represent (special tokens: none)."""
 
     @property
     def loss(self) -> float:
-        """Nats a token: the mean cross-entropy."""
+        """Mean cross-entropy in nats per token."""
         return self.nats / self.tokens
 
     @property
@@ -47,12 +47,12 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte of the text as given, comparable between tokenizers."""
+        """Bits per byte of the original text, comparable between tokenizers; NaN without bytes."""
         return self.nats / math.log(2) / self.bytes if self.bytes else float("nan")
 
 
 def bytes_per_token(token_bytes: list[bytes], vocab_size: int) -> Tensor:
-    """How many bytes each id stands for, (V) int64; 0 for special tokens and for ids beyond the tokenizer's."""
+    """Number of bytes of each id, (V) int64; 0 for special tokens and for ids beyond the tokenizer's vocabulary."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     known = min(len(token_bytes), vocab_size)
     lengths[:known] = torch.tensor([len(piece) for piece in token_bytes[:known]], dtype=torch.int64)
@@ -60,10 +60,10 @@ def bytes_per_token(token_bytes: list[bytes], vocab_size: int) -> Tensor:
 
 
 def byte_lengths(corpus: Corpus, split: str, tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """How many bytes of a split's text each id stands for, (V) float64.
+    """Number of bytes of the original text that each id represents in a split, (V) float64.
 
-    Those of its piece, where the pieces join to the text. Where the tokenizer puts a space in front or changes the
-    text, they are scaled so that the whole split stands for the bytes that were read when it was prepared.
+    For verbatim tokenizers this is the length of the id's piece. If the tokenizer adds a space or normalizes the text,
+    the lengths are scaled so that they sum to the bytes of the split as read during preparation.
     """
     lengths = bytes_per_token(tokenizer.token_bytes(), vocab_size).double()
     if tokenizer.verbatim:
@@ -87,23 +87,24 @@ def evaluate(
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Cross-entropy of every target in the windows, each window on its own.
+    """Compute the cross-entropy of every target in the windows; windows are independent.
 
     Args:
-        model: ids (B, T) -> logits (B, T, V). Its training mode is put back afterwards; no random number is drawn.
-        windows: what to predict; padded targets are left out of every sum.
-        byte_lengths: (V), how many bytes each id stands for.
-        rank: this process's number; it takes every world_size-th forward.
-        world_size: how many processes share the work.
+        model: maps ids (B, T) to logits (B, T, V). Its training mode is restored afterwards; no random numbers are
+            used.
+        windows: the evaluation windows; padded targets are ignored.
+        byte_lengths: (V), number of bytes of each id.
+        rank: rank of this process; it computes every world_size-th batch.
+        world_size: number of processes.
         reduce: sums a tensor over all processes.
-        on_rows: told how many windows are done.
+        on_rows: called with the number of windows done.
 
     Returns:
-        The sums over all processes, the same on each.
+        The sums over all processes, the same on each process.
     """
     device = next(model.parameters()).device
     block_size = windows.block_size
-    # As many windows a forward as keep the tokens and the logits at a few hundred megabytes.
+    # Windows per forward pass, limited so that activations and logits take a few hundred megabytes.
     rows = max(1, min(TOKENS_AT_ONCE // block_size, LOGITS_AT_ONCE // (block_size * len(byte_lengths))))
     nats = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)  # tokens, bytes
@@ -111,7 +112,7 @@ def evaluate(
     model.eval()
     try:
         for first in range(0, len(windows), rows * world_size):
-            # Who has none left joins the last forward all the same: weights in pieces are gathered by all together.
+            # A process without windows left still joins the forward pass, because sharded weights need all processes.
             begin = first + rank * rows
             idle = begin >= len(windows)
             ids, targets = windows.read(slice(0, 1) if idle else slice(begin, begin + rows))

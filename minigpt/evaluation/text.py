@@ -16,27 +16,26 @@ from minigpt.tokenizer.config import TokenizerConfig
 
 
 def corpus_of(run: Run, folder: str | None = None) -> Corpus:
-    """The corpus that a run was trained on, opened or prepared anew.
+    """Open the corpus that a run was trained on; prepare it again if necessary.
 
     Args:
-        run: from `minigpt.load`.
-        folder: where prepared corpora are kept; None: where they were when the run was trained.
+        run: a run from `minigpt.load`.
+        folder: folder of prepared corpora; None: the folder used in training.
 
-    Raises ConfigError where the folder was not written by a training run, and DataError where the text is another by
-    now.
+    Raises ConfigError if the model was not trained with minigpt, and DataError if the text has changed.
     """
     if not run.config:
-        raise ConfigError(f"{run.path}: was not trained here, so it has no text of its own; give --data.source FILE")
+        raise ConfigError(f"{run.path}: not trained with minigpt, so it has no corpus; give --data.source FILE")
     values = dict(run.config["data"])
     data = DataConfig(**{**values, "clean": CleanConfig(**values["clean"])})
     if folder is not None:
         data = replace(data, folder=folder)
     then = run.state.get("corpus")
     corpus = prepare(data, TokenizerConfig(**run.config["tokenizer"]), trained_on=then)
-    if then != corpus.hash:  # before the tokenizers are compared: other text gives another one
+    if then != corpus.hash:  # checked before the tokenizers, because another text can give another tokenizer
         raise DataError(
-            f"data.source: {data.source} has changed since {run.path} was trained on it (its tokens hash to "
-            f"{corpus.hash[:12]}, then {str(then)[:12]}); restore it, or name the text with --data.source FILE"
+            f"data.source: {data.source} has changed since {run.path} was trained on it (hash of its tokens: now "
+            f"{corpus.hash[:12]}, then {str(then)[:12]}); restore it, or give the text with --data.source FILE"
         )
     corpus.check_tokenizer(run.tokenizer)
     return corpus

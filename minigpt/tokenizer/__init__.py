@@ -1,1 +1,1 @@
-"""Text <-> token ids: bytes, characters, byte-pair encoding (published or trained on your text), tokenizer.json."""
+"""Tokenizers: bytes, characters, byte-pair encoding (published or trained on your text), tokenizer.json."""

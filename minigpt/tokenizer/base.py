@@ -27,21 +27,21 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer(ABC):
-    """Text <-> ids. Subclasses set the attributes below and say how to encode; decoding is the same for all.
+    """Base class of tokenizers. Subclasses set the attributes below and implement encoding; decoding is shared.
 
-    A caller's own object need not be one: with encode, decode and vocab_size it is taken, see `given.as_tokenizer`.
+    Objects of other classes work too if they have encode, decode and vocab_size; see `given.as_tokenizer`.
 
     Attributes:
-        kind: the name of the kind, as in `TokenizerConfig.kind`.
-        vocab_size: ids are 0 .. vocab_size-1, special tokens included; a published vocabulary may leave some unused.
-        eot: id of the token that ends a document, or None where there is none.
-        prefix_ids: what is put in front of a text that a model reads, such as a begin-of-text token; see `prompt_ids`.
-        cut: matches (zero-width) where a document may be cut so that the ids of the pieces, joined, are the ids of
-            the whole; None where no such place is known.
-        pieces: the bytes of each id, special tokens as their text, unused ids as b"".
-        specials: text of each special token -> its id. That text inside a document is ordinary text.
-        verbatim: whether the bytes of a text's ids (`token_bytes`) are the bytes of the text itself. A tokenizer.json
-            may put a space in front, or change the text before it is cut.
+        kind: name of the kind, as in `TokenizerConfig.kind`.
+        vocab_size: ids are 0 .. vocab_size-1, including special tokens; some ids of a published vocabulary are unused.
+        eot: id of the end-of-text token, or None.
+        prefix_ids: ids that precede every text, such as a beginning-of-text token; see `prompt_ids`.
+        cut: zero-width pattern that matches where a document can be cut without changing its ids; None if no such place
+            is known.
+        pieces: bytes of each id: the text of special tokens, b"" for unused ids.
+        specials: text of each special token -> its id. Inside a document the same text is ordinary text.
+        verbatim: whether the bytes of a text's ids (`token_bytes`) equal the bytes of the text. A tokenizer.json may
+            add a leading space or normalize the text.
     """
 
     kind: str
@@ -55,50 +55,50 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, 1-D uint32. A lone surrogate, which is no character, is encoded as U+FFFD."""
+        """Encode texts to ids, one 1-D uint32 array per text. Lone surrogates are encoded as U+FFFD."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description, complete by itself: `from_dict` makes the same tokenizer of it, offline."""
+        """Return a self-contained JSON description, from which `from_dict` rebuilds the tokenizer offline."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text. Special tokens inside it are ordinary text."""
+        """Encode one text to ids. Special tokens inside it are ordinary text."""
         return self.encode_batch([text])[0].tolist()
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a text as a model reads it from its beginning: `prefix_ids`, then the text's own."""
+        """Encode a text as the start of a model's input: `prefix_ids`, then the ids of the text."""
         return [*self.prefix_ids, *self.encode(text)]
 
     @property
     def given_ids(self) -> list[int]:
-        """The ids that each text is given, and no model has to predict: of `prefix_ids` all but the end-of-text."""
+        """Ids that no model has to predict: `prefix_ids` without the end-of-text token."""
         return [id for id in self.prefix_ids if id != self.eot]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for, special tokens as their text. An id outside the vocabulary is a DataError."""
+        """Decode ids to bytes, special tokens to their text. Raises DataError for an id outside the vocabulary."""
         ids = self._checked(ids)
         return b"".join([self._opening(i) for i in ids[:1]] + [self.pieces[i] for i in ids[1:]])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids to text; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder for ids that come one at a time."""
+        """Create a decoder for ids that arrive one at a time."""
         return ByteStreamDecoder(self)
 
     def token_bytes(self) -> list[bytes]:
-        """The bytes of text each id stands for: b"" for special tokens and unused ids."""
+        """Bytes of text of each id; b"" for special tokens and unused ids."""
         special = set(self.specials.values())
         return [b"" if i in special else piece for i, piece in enumerate(self.pieces)]
 
     @cached_property
     def hash(self) -> str:
-        """Sha256 (hex) of the canonical JSON of `to_dict`: equal hashes, equal ids for every text."""
+        """Sha256 (hex) of the canonical JSON of `to_dict`; equal hashes mean equal ids for every text."""
         return sha256_of(self.to_dict())
 
     def _opening(self, id: int) -> bytes:
-        """The bytes of an id that opens a text; some vocabularies drop a space there."""
+        """Bytes of an id at the start of a text; some vocabularies drop a leading space there."""
         return self.pieces[id]
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
@@ -106,8 +106,8 @@ class Tokenizer(ABC):
         for extreme in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= extreme < self.vocab_size:
                 raise DataError(
-                    f"token id {extreme} is not in the {self.kind} vocabulary, its ids are 0 .. {self.vocab_size - 1}; "
-                    "decode with the tokenizer that made the ids, or mask a model's padded ids while sampling"
+                    f"token id {extreme} is not in the {self.kind} vocabulary (0 .. {self.vocab_size - 1}); decode "
+                    "with the tokenizer that produced the ids, or mask a model's padded ids while sampling"
                 )
         return ids
 
@@ -116,19 +116,19 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder(ABC):
-    """Ids to text as they come. All that `push` and the last `flush` return, joined, is `decode` of all the ids."""
+    """Decodes ids one at a time. The concatenated results of `push` and `flush` equal `decode` of all ids."""
 
     @abstractmethod
     def push(self, id: int) -> str:
-        """The characters that this id completes; '' while one is still incomplete."""
+        """Add an id; return the characters that it completes, '' if there are none."""
 
     @abstractmethod
     def flush(self) -> str:
-        """What is left when no more ids come: U+FFFD for an incomplete character. The decoder is then as new."""
+        """Return the remaining text after the last id (U+FFFD for an incomplete character), and reset the decoder."""
 
 
 class ByteStreamDecoder(StreamDecoder):
-    """For tokenizers whose ids stand for bytes wherever they are in a text, the first one perhaps excepted."""
+    """For tokenizers whose ids always decode to the same bytes, except possibly at the start of a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -147,11 +147,11 @@ class ByteStreamDecoder(StreamDecoder):
 
 
 class TextStreamDecoder(StreamDecoder):
-    """For decoders that look at a token's neighbour: what a token adds is the text with it less the text without it."""
+    """For decoders that depend on neighbouring tokens: the difference of decoding with and without the new ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.shown: list[int] = []  # the last ids whose text is out
+        self.shown: list[int] = []  # the last ids whose text was returned
         self.held: list[int] = []  # ids whose text may still change
 
     def push(self, id: int) -> str:
@@ -172,9 +172,9 @@ class TextStreamDecoder(StreamDecoder):
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for each surrogate: Python strings can hold them, UTF-8 and thus token ids cannot."""
+    """Replace lone surrogates by U+FFFD. Python strings can contain them, but UTF-8 cannot represent them."""
     try:
-        text.encode("utf-8")  # far quicker than a search, and nearly always enough
+        text.encode("utf-8")  # much faster than a regex search, and nearly always sufficient
     except UnicodeEncodeError:
         return _SURROGATE.sub("\ufffd", text)
     return text

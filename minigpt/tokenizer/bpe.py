@@ -1,8 +1,8 @@
-"""Byte-pair encoding: text is split by a pattern, then in each split the neighbours that were merged first in training
-are merged again, until none is left. A token's id is its rank: the lower, the earlier it was merged.
+"""Byte-pair encoding (BPE), run by tiktoken.
 
-Trained and published vocabularies are the same thing here, a pattern and the tokens in rank order, and the same code
-runs them: tiktoken's.
+A pattern splits the text. In each split, adjacent tokens are merged in the order of the merges learned in training. The
+id of a token is its rank: lower ranks were merged earlier. Trained and published vocabularies have the same form: a
+pattern, and the tokens in rank order.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import tiktoken
 
 from minigpt.tokenizer.base import END_OF_TEXT, Tokenizer, well_formed
 
-# Every pattern here ends a split between a line's end and a letter, and none looks further back than the split's start
-# or further ahead than one character, so a document can be cut there. Behind whitespace it cannot: blanks are split
-# by what follows them.
+# A document can be cut between a line end and a letter: every pattern here ends a split there, and none looks back
+# beyond the start of the split or ahead by more than one character. After other whitespace a cut is not safe, because
+# the split of whitespace depends on what follows it.
 LINE_START = re.compile(r"(?<=\S\n)(?=[^\W\d_])")
 
-# tiktoken's pattern engine keeps a stack entry for each blank it may have to give back, and panics at a million.
+# tiktoken's regex engine keeps a backtracking entry per whitespace character, and panics at a million.
 MOST_BLANKS = 500_000
 _BLANKS = re.compile(r"\s{64,}")
 
@@ -34,9 +34,9 @@ class BPETokenizer(Tokenizer):
 
     Args:
         kind: "bpe" or the name of a published vocabulary.
-        pattern: how text is split before merging, in the syntax that tiktoken reads.
-        tokens: the bytes of each token in rank order; all 256 single bytes are among them.
-        specials: text -> id of the special tokens, with <|endoftext|> among them; ids may lie beyond the last token's.
+        pattern: regular expression that splits the text before merging, in tiktoken's syntax.
+        tokens: bytes of each token in rank order, including all 256 single bytes.
+        specials: text -> id of the special tokens, including <|endoftext|>; ids may be beyond the last token.
     """
 
     def __init__(self, kind: str, pattern: str, tokens: Sequence[bytes], specials: Mapping[str, int]) -> None:
@@ -54,7 +54,7 @@ class BPETokenizer(Tokenizer):
         self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text. Special tokens inside it are ordinary text."""
+        """Encode one text to ids. Special tokens inside it are ordinary text."""
         first, *others = _few_blanks(well_formed(text))
         ids = self._encoding.encode_ordinary(first)
         for portion in others:
@@ -62,14 +62,14 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, 1-D uint32, on all cores. A run of over 500,000 blanks is split at each 500,000."""
+        """Encode texts on all cores, one 1-D uint32 array each. Whitespace runs are split every 500,000 characters."""
         if len(texts) == 1:
             return [self._encode_to_array(texts[0])]
         with ThreadPoolExecutor(_cores()) as pool:
             return list(pool.map(self._encode_to_array, texts))
 
     def _encode_to_array(self, text: str) -> np.ndarray:
-        # Through a list of ints: tiktoken's own encode_to_numpy also looks for special tokens and is slower by a third.
+        # Via a list of ints: tiktoken's encode_to_numpy also searches for special tokens and is slower by a third.
         return np.array(self.encode(text), dtype=np.uint32)
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,13 +78,13 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, description: dict[str, Any]) -> BPETokenizer:
-        """The tokenizer that `to_dict` described."""
+        """Rebuild a tokenizer from the output of `to_dict`."""
         tokens = [base64.b64decode(token) for token in description["tokens"].split(" ")]
         return cls(description["kind"], description["pattern"], tokens, description["specials"])
 
 
 def _few_blanks(text: str) -> Iterator[str]:
-    """The text in portions without a run of more than `MOST_BLANKS` whitespace characters; nearly always the text."""
+    """Split a text so that no part has more than `MOST_BLANKS` consecutive whitespace characters."""
     start = 0
     if len(text) > MOST_BLANKS:
         for run in _BLANKS.finditer(text):
@@ -95,14 +95,14 @@ def _few_blanks(text: str) -> Iterator[str]:
 
 
 def _cores() -> int:
-    """The number of cores this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _byte_characters() -> dict[str, int]:
-    """The character -> byte map with which GPT-2's files (and Hugging Face's) spell bytes as printable text.
+    """Character -> byte map of GPT-2 and Hugging Face, whose files represent bytes as printable characters.
 
-    Printable Latin-1 characters stand for themselves, the other bytes are U+0100, U+0101, ... in order: a space is 'Ġ'.
+    Printable Latin-1 characters represent themselves; other bytes are U+0100, U+0101, ... in order. A space is 'Ġ'.
     """
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]

@@ -24,26 +24,26 @@ FORMAT = 1
 
 
 def needs_corpus(config: TokenizerConfig) -> bool:
-    """Whether the vocabulary is learned from the corpus."""
+    """Whether the tokenizer takes its vocabulary from the corpus."""
     return config.kind in ("char", "bpe")
 
 
 def build_tokenizer(
     config: TokenizerConfig, texts: Callable[[], Iterable[str]] | None = None, show: bool = True
 ) -> Tokenizer:
-    """The tokenizer that a config asks for.
+    """Create the tokenizer for a config.
 
     Args:
-        config: which one.
-        texts: gives a fresh iterator over pieces of the corpus; called only by the kinds that `needs_corpus` names.
+        config: the tokenizer config.
+        texts: returns a new iterator over pieces of the corpus; only called if `needs_corpus`.
         show: whether to show progress and notices.
 
     Raises:
         ConfigError: the corpus is needed and `texts` is None.
-        DataError: the corpus is empty, or a vocabulary or tokenizer file is missing or altered.
+        DataError: the corpus is empty, or a vocabulary or tokenizer file is missing or modified.
     """
     if needs_corpus(config) and texts is None:
-        raise ConfigError(f"tokenizer.kind '{config.kind}' learns its vocabulary from a corpus, and none was given")
+        raise ConfigError(f"tokenizer.kind '{config.kind}' takes its vocabulary from a corpus, but none was given")
     if config.kind == "byte":
         return ByteTokenizer()
     if config.kind == "char":
@@ -63,7 +63,7 @@ def build_tokenizer(
 
 
 def tokenizer_from_dict(description: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `Tokenizer.to_dict` described."""
+    """Rebuild a tokenizer from the output of `Tokenizer.to_dict`."""
     kind = description["kind"]
     if kind == "byte":
         return ByteTokenizer.from_dict(description)
@@ -74,14 +74,16 @@ def tokenizer_from_dict(description: dict[str, Any]) -> Tokenizer:
 
         return HuggingFaceTokenizer.from_dict(description)
     if kind not in KINDS:
-        raise DataError(f"tokenizer kind '{kind}' is not one of {', '.join(KINDS)}; use the minigpt that wrote it")
+        raise DataError(
+            f"tokenizer kind '{kind}' is not one of {', '.join(KINDS)}; use the minigpt version that wrote it"
+        )
     from minigpt.tokenizer.bpe import BPETokenizer
 
     return BPETokenizer.from_dict(description)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path:
-    """Write `minigpt_tokenizer.json` into a folder (made if need be), whole or not at all; returns its path."""
+    """Write `minigpt_tokenizer.json` to a folder atomically; create the folder if necessary. Returns the path."""
     path = Path(folder) / FILE_NAME
     record = {"format": FORMAT, "hash": tokenizer.hash, "tokenizer": tokenizer.to_dict()}
     with disk_errors(str(path)):
@@ -91,32 +93,30 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a file, or of a folder: minigpt's if it holds one, else Hugging Face's tokenizer.json.
+    """Load a tokenizer from a file, or from a folder: minigpt's file if present, else Hugging Face's tokenizer.json.
 
     Raises:
-        DataError: there is none, or it cannot be read, or its hash is not that of its content.
+        DataError: the file is missing or unreadable, or its hash does not match its content.
     """
     path = named_path(path, "a tokenizer's file or folder")
     if path.is_dir():
         found = [path / name for name in (FILE_NAME, HUGGING_FACE_NAME) if (path / name).is_file()]
         if not found:
             raise DataError(
-                f"{path} holds neither {FILE_NAME} nor {HUGGING_FACE_NAME}; name a checkpoint folder, or a folder that "
-                "a fast Hugging Face tokenizer was saved in"
+                f"{path} contains neither {FILE_NAME} nor {HUGGING_FACE_NAME}; give a checkpoint folder, or a folder "
+                "with a saved fast Hugging Face tokenizer"
             )
         path = found[0]
     try:
         content = path.read_text(encoding="utf-8")
         record = json.loads(content)
     except FileNotFoundError as error:
-        raise DataError(
-            f"tokenizer file {path} does not exist; name a {HUGGING_FACE_NAME} or the folder that holds it"
-        ) from error
+        raise DataError(f"tokenizer file {path} does not exist; give a {HUGGING_FACE_NAME} or its folder") from error
     except (OSError, ValueError) as error:
         raise DataError(f"tokenizer file {path} cannot be read as JSON ({error}); copy or save it again") from error
     if not isinstance(record, dict):
         raise DataError(
-            f"tokenizer file {path} holds a JSON {type(record).__name__}, not a tokenizer; name another file"
+            f"tokenizer file {path} contains a JSON {type(record).__name__}, not a tokenizer; give another file"
         )
     if path.name != FILE_NAME and "format" not in record:
         from minigpt.tokenizer.huggingface import load_hugging_face
@@ -132,12 +132,12 @@ def _from_record(record: dict[str, Any], path: Path) -> Tokenizer:
         raise DataError(f"tokenizer file {path} has no field {missing}; copy or save the tokenizer again") from None
     if version != FORMAT:
         raise DataError(
-            f"tokenizer file {path} has format {version!r}, this minigpt reads format {FORMAT}; "
+            f"tokenizer file {path} has format {version!r}, expected format {FORMAT}; "
             "use the version that wrote it, or save the tokenizer again"
         )
     if sha256_of(description) != recorded:
         raise DataError(
-            f"tokenizer file {path} was altered: its content does not give the hash it records, {recorded}; "
-            "copy it again from where it was saved"
+            f"tokenizer file {path} was modified: its content does not match its hash {recorded}; "
+            "copy the original file again"
         )
     return tokenizer_from_dict(description)

@@ -14,14 +14,14 @@ SMALLEST_BPE = 257  # the 256 bytes and <|endoftext|>
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer turns text into ids.
+    """Selects the tokenizer.
 
     Args:
-        kind: byte (257 ids, nothing to learn), char (the characters of the corpus), bpe (byte-pair encoding trained on
-            the corpus), gpt2, cl100k, o200k (published by OpenAI for GPT-2, GPT-4 and GPT-4o), or file (a saved one).
-        vocab_size: number of ids of a trained vocabulary, <|endoftext|> included; at least 257. Only kind bpe reads it.
-        path: a tokenizer.json, or a folder holding one (minigpt's or Hugging Face's). Only kind file reads it.
-        unknown: what encoding does with a character the corpus did not hold: error or drop. Only kind char reads it.
+        kind: byte (257 ids, no training), char (the characters of the corpus), bpe (byte-pair encoding trained on the
+            corpus), gpt2, cl100k, o200k (published by OpenAI for GPT-2, GPT-4 and GPT-4o), or file (a saved one).
+        vocab_size: size of the trained vocabulary, including <|endoftext|>; at least 257. Only for kind bpe.
+        path: a tokenizer.json, or a folder that contains a tokenizer of minigpt or Hugging Face. Only for kind file.
+        unknown: handling of characters that are not in the corpus: error or drop. Only for kind char.
     """
 
     kind: str = "byte"
@@ -34,17 +34,17 @@ class TokenizerConfig:
         _one_of("unknown", self.unknown, UNKNOWN)
         if self.kind == "bpe" and self.vocab_size < SMALLEST_BPE:
             raise ConfigError(
-                f"tokenizer.vocab_size is {self.vocab_size}; a trained vocabulary holds the 256 bytes and "
-                f"<|endoftext|>, so give at least {SMALLEST_BPE}"
+                f"tokenizer.vocab_size is {self.vocab_size}; expected at least {SMALLEST_BPE} (the 256 bytes and "
+                f"<|endoftext|>)"
             )
         if self.kind == "file" and not self.path:
             raise ConfigError(
-                "tokenizer.kind is 'file' but tokenizer.path is empty; name a tokenizer.json or its folder"
+                "tokenizer.kind is 'file' but tokenizer.path is empty; give a tokenizer.json or its folder"
             )
         if self.kind != "file" and self.path is not None:
             raise ConfigError(
-                f"tokenizer.path is '{self.path}' but tokenizer.kind is '{self.kind}'; only kind 'file' reads a path: "
-                "set tokenizer.kind to file or leave the path out"
+                f"tokenizer.path is '{self.path}' but tokenizer.kind is '{self.kind}'; only kind 'file' uses a path: "
+                "set tokenizer.kind to file or omit the path"
             )
 
 

@@ -17,8 +17,8 @@ from minigpt.tokenizer.base import END_OF_TEXT
 
 CONFIG = "tokenizer_config.json"
 SPACE_MARK = "▁"  # U+2581, SentencePiece's space
-# Keys of tokenizer_config.json without effect on ids here: how batches are padded or cut, what slow tokenizers and
-# chats need. Those of special tokens are checked against the vocabulary.
+# Keys of tokenizer_config.json that do not affect ids: padding and truncation of batches, slow tokenizers, chat.
+# Special tokens are checked against the vocabulary.
 HARMLESS = frozenset(
     {
         *("tokenizer_class", "processor_class", "model_max_length", "max_length", "backend", "is_local"),
@@ -34,17 +34,14 @@ HARMLESS = frozenset(
 
 
 class Folder:
-    """The small files of a folder that a tokenizer.json lies in.
-
-    Raises DataError for one that is no JSON.
-    """
+    """The small files in the folder of a tokenizer.json. Raises DataError for a file that is not JSON."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = self._read(CONFIG)
         self.model = self._read("config.json")
         self.generation = self._read("generation_config.json")
-        # As transformers has it: the older file of special tokens counts where the newer one lists no added tokens.
+        # As in transformers: the older file of special tokens is used if the newer one lists no added tokens.
         older = {} if "added_tokens_decoder" in self.config else self._read("special_tokens_map.json")
         self.named = {**self.config, **older}
 
@@ -59,7 +56,7 @@ class Folder:
         return fields if isinstance(fields, dict) else {}
 
     def end_of_text(self, vocabulary: Mapping[str, int]) -> int | None:
-        """The id of the token that ends a document."""
+        """Id of the end-of-text token; None if there is none."""
         text = _content(self.named.get("eos_token"))
         if text in vocabulary:
             return vocabulary[text]
@@ -71,8 +68,9 @@ class Folder:
         return next((vocabulary[text] for text in (END_OF_TEXT, "</s>") if text in vocabulary), None)
 
     def apply(self, spec: dict[str, Any]) -> None:
-        """Change a tokenizer.json in the one thing that tokenizer_config.json decides over it, add_prefix_space, under
-        the two classes of transformers that read it there.
+        """Apply add_prefix_space, the only key of tokenizer_config.json that overrides tokenizer.json.
+
+        It only takes effect for the two tokenizer classes of transformers that use it.
         """
         kind = str(self.config.get("tokenizer_class") or self.model.get("tokenizer_class") or "").removesuffix("Fast")
         if kind == "GPT2Tokenizer" or (not kind and self.model.get("model_type") == "gpt2"):
@@ -87,27 +85,27 @@ class Folder:
             _remove(spec, "decoder", "decoders", {"type": "Strip", "content": " ", "start": 1, "stop": 0})
 
     def name_unheard(self, spec: Mapping[str, Any], vocabulary: Mapping[str, int], around: Around) -> None:
-        """One notice of what these files ask for that is not done."""
+        """Print one notice about all settings in these files that have no effect in minigpt."""
         unheard = [key for key, value in self.config.items() if value not in (None, False) and not self._is_known(key)]
         for flag, ids in (("add_bos_token", around.before), ("add_eos_token", around.after)):
             if flag in self.config and bool(self.config[flag]) != bool(ids):
                 unheard.append(f"{flag} {str(self.config[flag]).lower()} (tokenizer.json's template decides)")
         if around.after:
-            unheard.append(f"the template's tokens {around.after} after a text (they would end it)")
+            unheard.append(f"the template's tokens {around.after} after a text (they would end the text)")
         missing = {text: key for text, key in self._tokens() if text not in vocabulary}
-        unheard += [f"{key} {text} (tokenizer.json does not hold it)" for text, key in missing.items()]
+        unheard += [f"{key} {text} (not in tokenizer.json)" for text, key in missing.items()]
         if others := self._redefined(spec):
             unheard.append(f"added_tokens_decoder, which differs from tokenizer.json for {', '.join(others)}")
         if spec["model"].get("dropout"):
-            unheard.append(f"dropout {spec['model']['dropout']} (the same text gives the same ids)")
+            unheard.append(f"dropout {spec['model']['dropout']} (encoding is deterministic)")
         if unheard:
-            notice_once(f"{self.path}: minigpt's tokenizer does not act on {'; '.join(unheard)} (see docs/interop.md)")
+            notice_once(f"{self.path}: minigpt's tokenizer ignores {'; '.join(unheard)} (see docs/interop.md)")
 
     def _is_known(self, key: str) -> bool:
         return key in HARMLESS or key.endswith("_token")
 
     def _tokens(self) -> list[tuple[str, str]]:
-        """The texts of all tokens that the files name, each with the key that names it."""
+        """Texts of all tokens in the files, each with its key."""
         found = []
         for key, value in self.named.items():
             if key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
@@ -118,7 +116,7 @@ class Folder:
         return found
 
     def _redefined(self, spec: Mapping[str, Any]) -> list[str]:
-        """Tokens that tokenizer_config.json gives another id or other flags than tokenizer.json does."""
+        """Tokens whose id or flags in tokenizer_config.json differ from tokenizer.json."""
         known = {token["content"]: token for token in spec.get("added_tokens", [])}
         others = []
         for id, token in (self.config.get("added_tokens_decoder") or {}).items():
@@ -129,7 +127,7 @@ class Folder:
 
 
 class Around:
-    """What a tokenizer.json's post_processor puts before and after a text: ids."""
+    """Ids that the post_processor of a tokenizer.json adds before and after a text."""
 
     def __init__(self, processor: Mapping[str, Any] | None) -> None:
         self.before: list[int] = []
@@ -145,7 +143,7 @@ class Around:
                         sides[after].extend(step["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
             elif step["type"] in ("RobertaProcessing", "BertProcessing"):
                 sides = ([step["cls"][1]], [step["sep"][1]])
-            else:  # ByteLevel: of offsets alone
+            else:  # ByteLevel only affects offsets
                 continue
             self.before, self.after = sides[0] + self.before, self.after + sides[1]
 

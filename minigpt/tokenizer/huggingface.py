@@ -27,12 +27,12 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The tokenizer of a `tokenizer.json`.
+    """A tokenizer from a `tokenizer.json`.
 
     Args:
-        content: the text of the file.
-        eot: id of the token that ends a document, which the file itself does not tell; None for none.
-        prefix_ids: what is put in front of a text.
+        content: text of the file.
+        eot: id of the end-of-text token, which the file does not specify; None for none.
+        prefix_ids: ids that precede every text.
     """
 
     def __init__(self, content: str, eot: int | None = None, prefix_ids: Sequence[int] = ()) -> None:
@@ -46,11 +46,11 @@ class HuggingFaceTokenizer(Tokenizer):
         spec.setdefault("added_tokens", [])
         spec["truncation"] = spec["padding"] = None
         if "dropout" in spec["model"]:
-            spec["model"]["dropout"] = None  # the same text gives the same ids
+            spec["model"]["dropout"] = None  # makes encoding deterministic
         for token in spec["added_tokens"]:
-            token["special"] |= token["id"] == eot  # some chat models forget to mark it
+            token["special"] |= token["id"] == eot  # not marked as special by some chat models
         self._engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self._engine.encode_special_tokens = True  # as ordinary text
+        self._engine.encode_special_tokens = True  # encode them as ordinary text
         _hide_specials(self._engine, spec)
         added = self._engine.get_added_tokens_decoder()
         vocabulary = self._engine.get_vocab(with_added_tokens=True)
@@ -63,7 +63,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._set_pieces(texts, literal, spec.get("decoder"))
 
     def _set_pieces(self, texts: list[str], literal: dict[int, bytes], decoder: dict[str, Any] | None) -> None:
-        """Find what bytes each id stands for within a text (`pieces`) and as its first token (`_openings`)."""
+        """Compute the bytes of each id inside a text (`pieces`) and at its start (`_openings`)."""
         steps = _steps(decoder)
         names = [step["type"] for step in steps]
         self.decodes_bytes = True
@@ -89,13 +89,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for, special tokens as their text. An id outside the vocabulary is a DataError."""
+        """Decode ids to bytes, special tokens to their text. Raises DataError for an id outside the vocabulary."""
         if self.decodes_bytes:
             return super().decode_bytes(ids)
         return self._run_decoder(self._checked(ids)).encode("utf-8")
 
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder for ids that come one at a time."""
+        """Create a decoder for ids that arrive one at a time."""
         return super().stream_decoder() if self.decodes_bytes else TextStreamDecoder(self)
 
     def _opening(self, id: int) -> bytes:
@@ -106,20 +106,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         description = {"kind": self.kind, "tokenizer_json": self.content, "eot": self.eot}
-        # Left out where there is none, which is also what older files mean.
+        # Omitted if empty; older files do not have the key.
         return {**description, "prefix_ids": list(self.prefix_ids)} if self.prefix_ids else description
 
     @classmethod
     def from_dict(cls, description: dict[str, Any]) -> HuggingFaceTokenizer:
-        """The tokenizer that `to_dict` described."""
+        """Rebuild a tokenizer from the output of `to_dict`."""
         return cls(description["tokenizer_json"], description["eot"], description.get("prefix_ids", ()))
 
 
 def load_hugging_face(path: Path, content: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a `tokenizer.json` whose text is given, with what the files beside it say; see `Folder`.
+    """Create the tokenizer of a `tokenizer.json` from its text and the files next to it; see `Folder`.
 
     Raises:
-        DataError: the library cannot read it, or a file beside it is not JSON.
+        DataError: the library cannot read it, or a file next to it is not JSON.
     """
     try:
         spec, beside = json.loads(content), Folder(path.parent)
@@ -133,13 +133,13 @@ def load_hugging_face(path: Path, content: str) -> HuggingFaceTokenizer:
         raise
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(
-            f"tokenizer file {path} is no tokenizer.json that tokenizers {tokenizers.__version__} can read "
-            f"({error!r}); save it again with a current transformers"
+            f"tokenizer file {path} cannot be read by tokenizers {tokenizers.__version__} ({error!r}); save it again "
+            f"with a current version of transformers"
         ) from None
 
 
 def _vocabulary(spec: dict[str, Any]) -> dict[str, int]:
-    """Text -> id, of the model's tokens (a list in Unigram models) and the added ones."""
+    """Text -> id of the model's tokens (a list in Unigram models) and of the added tokens."""
     tokens = spec["model"]["vocab"]
     if isinstance(tokens, list):
         tokens = {text: id for id, (text, _) in enumerate(tokens)}
@@ -147,7 +147,7 @@ def _vocabulary(spec: dict[str, Any]) -> dict[str, int]:
 
 
 def _hide_specials(engine: tokenizers.Tokenizer, spec: dict[str, Any]) -> None:
-    """Keep the model from finding a special token's text by itself, as Unigram models do: split it everywhere."""
+    """Split the text of special tokens, so that the model itself (as Unigram does) cannot encode it as one token."""
     model = spec["model"]
     exposed = {token["content"] for token in spec["added_tokens"] if token["special"] and len(token["content"]) > 1}
     exposed &= engine.get_vocab(with_added_tokens=False).keys()
@@ -167,7 +167,7 @@ def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _is_sentencepiece(steps: list[dict[str, Any]]) -> bool:
-    """Whether these are the steps that the converters write: marks to spaces, byte tokens to bytes, strip one space."""
+    """Whether the decoder is a converted SentencePiece one: marks to spaces, byte tokens to bytes, strip one space."""
     names = [step["type"] for step in steps if step["type"] != "ByteFallback"]
     if names not in (["Replace", "Fuse"], ["Replace", "Fuse", "Strip"]) or steps[0]["type"] != "Replace":
         return False
@@ -178,7 +178,7 @@ def _is_sentencepiece(steps: list[dict[str, Any]]) -> bool:
 
 
 def _byte_level(text: str) -> bytes:
-    """The bytes that a byte-level token spells; its own UTF-8 if it is not spelled that way, as the library has it."""
+    """Bytes of a byte-level token; like the library, the token's UTF-8 if it has other characters."""
     try:
         return bytes(BYTE_OF[character] for character in text)
     except KeyError:

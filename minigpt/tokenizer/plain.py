@@ -15,7 +15,7 @@ ANYWHERE = re.compile("")
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 .. 255 are the bytes of UTF-8, 256 is <|endoftext|>. Nothing to learn, no text it cannot spell."""
+    """Ids 0 .. 255 are the UTF-8 bytes, 256 is <|endoftext|>. Needs no training and encodes any text."""
 
     def __init__(self) -> None:
         self.kind = "byte"
@@ -33,24 +33,22 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, description: dict[str, Any]) -> ByteTokenizer:
-        """The tokenizer that `to_dict` described."""
+        """Rebuild a tokenizer from the output of `to_dict`."""
         return cls()
 
 
 class CharTokenizer(Tokenizer):
-    """Every character of the corpus is an id, in code-point order, as nanoGPT's `sorted(set(text))`. No special tokens.
+    """One id per character of the corpus, in code-point order, as nanoGPT's `sorted(set(text))`. No special tokens.
 
     Args:
-        characters: the vocabulary; order and repetition do not matter.
-        unknown: what a character outside it does in `encode`: "error" raises a DataError, "drop" leaves it out.
+        characters: the vocabulary, in any order; duplicates are ignored.
+        unknown: handling of other characters in `encode`: "error" raises DataError, "drop" skips them.
     """
 
     def __init__(self, characters: Iterable[str], unknown: str = "error") -> None:
         self.characters = sorted({well_formed(character) for character in characters})
         if not self.characters:
-            raise DataError(
-                "the corpus holds no characters; kind 'char' takes its vocabulary from them: give it some text"
-            )
+            raise DataError("the corpus is empty; tokenizer kind 'char' takes its vocabulary from it: give a text")
         self.unknown = unknown
         self.kind = "char"
         self.vocab_size = len(self.characters)
@@ -59,13 +57,13 @@ class CharTokenizer(Tokenizer):
         self.specials = {}
         self.pieces = [character.encode("utf-8") for character in self.characters]
         codes = np.array([ord(character) for character in self.characters])
-        # Code point -> id, -1 where there is none; one entry past the last character answers for all beyond it.
+        # Code point -> id, -1 for unknown; one extra entry at the end covers all larger code points.
         self._ids = np.full(codes[-1] + 2, -1, np.int32)
         self._ids[codes] = np.arange(self.vocab_size)
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], unknown: str = "error") -> CharTokenizer:
-        """The tokenizer of all the characters in some texts."""
+        """Create a tokenizer from all characters in some texts."""
         characters: set[str] = set()
         for text in texts:
             characters.update(text)
@@ -84,7 +82,7 @@ class CharTokenizer(Tokenizer):
                 raise DataError(
                     f"character {character!r} (U+{ord(character):04X}) at position {position} of the text is not in "
                     f"the vocabulary of {self.vocab_size} characters from the corpus; remove it, train on text that "
-                    "holds it, or leave such characters out with --tokenizer.unknown drop"
+                    "contains it, or skip unknown characters with --tokenizer.unknown drop"
                 )
             ids = ids[known]
         return ids.astype(np.uint32)
@@ -94,5 +92,5 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, description: dict[str, Any]) -> CharTokenizer:
-        """The tokenizer that `to_dict` described."""
+        """Rebuild a tokenizer from the output of `to_dict`."""
         return cls(description["characters"], description["unknown"])

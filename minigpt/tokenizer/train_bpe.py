@@ -21,34 +21,34 @@ from minigpt.terminal import notice, progress
 from minigpt.tokenizer.base import END_OF_TEXT, well_formed
 from minigpt.tokenizer.bpe import BYTE_OF, LINE_START, BPETokenizer
 
-# GPT-4's way of splitting, changed in three points that matter to a small vocabulary: numbers go by two digits, not
-# three (100 ids instead of 1000); marks belong to the word they are written on (Hindi, Thai, decomposed accents); and
-# 's, 't, 'll are split off only at a word's end, so that 'tis stays whole. tokenizers and tiktoken read it alike.
+# GPT-4's split pattern with three changes for small vocabularies: numbers are split into two digits, not three (100 ids
+# instead of 1000); combining marks belong to their word (Hindi, Thai, decomposed accents); and 's, 't, 'll are split
+# off only at the end of a word, so that 'tis stays whole. tokenizers and tiktoken give the same splits for it.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)(?!\p{L})"  # the end of it's, we'll
-    r"|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"  # a word, with one blank or sign before it
+    r"|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"  # a word, with one space or punctuation character before it
     r"|\p{N}{1,2}"  # digits
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"  # signs, with a space before and line ends after
-    r"|\s*[\r\n]"  # blanks up to a line's end
-    r"|\s+(?!\S)"  # blanks, all but the last before a word
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"  # punctuation, with a space before and line ends after
+    r"|\s*[\r\n]"  # whitespace up to a line end
+    r"|\s+(?!\S)"  # whitespace, except the last character before a word
     r"|\s+"
 )
-LEAST_COUNT = 2  # a pair seen once would only learn the corpus by heart
-PORTION = 1 << 18  # characters handed to the trainer at a time; it holds offsets for each of them
+LEAST_COUNT = 2  # minimum frequency of a merged pair; merging pairs that occur once would memorize the corpus
+PORTION = 1 << 18  # characters passed to the trainer at a time; it stores offsets for each of them
 
-# Characters of one split that are counted together. The trainer takes time by the square of a split's length, and a
-# line of a million dashes, letters or blanks is one split. Cut, it loses one pair in so many; a power of two keeps the
-# tokens of a run of one character (2, 4, 8, ... of it) as they are. Only training cuts, encoding never does.
+# Maximum characters of a split in training. The trainer's time is quadratic in the length of a split, and a line of a
+# million dashes, letters or spaces is one split. Cutting loses one pair per LONGEST characters. A power of two keeps
+# the tokens of runs of one character (2, 4, 8, ... of it) unchanged. Only training cuts, encoding never does.
 LONGEST = 256
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, show: bool = True) -> BPETokenizer:
-    """A tokenizer of kind "bpe" whose ids are the 256 bytes, the learned tokens, and last <|endoftext|>.
+    """Train a tokenizer of kind "bpe". Its ids are the 256 bytes, the learned tokens, and finally <|endoftext|>.
 
     Args:
         texts: pieces of the corpus; long ones are cut at line starts.
-        vocab_size: number of ids, at least 257. A corpus too small for it gives a smaller vocabulary, with a notice.
-        show: whether to show progress and that notice.
+        vocab_size: number of ids, at least 257. If the corpus is too small, the vocabulary is smaller, with a notice.
+        show: whether to show progress and the notice.
 
     Raises:
         DataError: the texts are empty.
@@ -75,24 +75,24 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show: bool = True) -> BPETo
     with progress(f"learning {vocab_size} tokens", None, "characters", show=show) as bar:
         tokenizer.train_from_iterator(portions(), trainer)
     if not read:
-        raise DataError("the corpus holds no text; kind 'bpe' learns its vocabulary from it: give it some text")
+        raise DataError("the corpus is empty; tokenizer kind 'bpe' is trained on it: give a text")
     spelled = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     learned = [bytes(BYTE_OF[character] for character in token) for token, _ in spelled[len(BYTE_OF) :]]
     tokens = [bytes([byte]) for byte in range(256)] + learned
     if show and len(tokens) + 1 < vocab_size:
         notice(
-            f"the corpus of {read} characters gives {len(tokens) + 1} tokens, not the {vocab_size} of "
-            "tokenizer.vocab_size: no further pair of tokens is seen twice"
+            f"the corpus of {read} characters gives {len(tokens) + 1} tokens instead of tokenizer.vocab_size "
+            f"{vocab_size}: no further pair of tokens occurs twice"
         )
     return BPETokenizer("bpe", SPLIT_PATTERN, tokens, {END_OF_TEXT: len(tokens)})
 
 
 def splitter(pattern: str, longest: int | None = None) -> Sequence:
-    """The pattern as `tokenizers` applies it, with bytes spelled as characters.
+    """Create a pre-tokenizer of `tokenizers` that splits by a pattern and maps bytes to characters.
 
     Args:
-        pattern: what a split is.
-        longest: characters after which a split is cut again, for training; None: it stays whole.
+        pattern: regular expression of a split.
+        longest: maximum characters of a split, for training; None: no maximum.
     """
     steps = [pattern] if longest is None else [pattern, rf"[\s\S]{{{longest}}}"]
     splits = [Split(Regex(step), behavior="isolated") for step in steps]

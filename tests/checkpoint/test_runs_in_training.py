@@ -201,4 +201,4 @@ def test_curves_leave_out_checkpoints_that_are_pruned_meanwhile(
     assert next(rows)["step"] == 8
     shutil.rmtree(folder.with_name("step-00000009"))
     assert [row["step"] for row in rows] == [10]
-    assert "step-00000009: was pruned before it was read" in capsys.readouterr().err
+    assert "step-00000009: pruned before it was read" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_a_new_run_on_a_missing_text_is_refused_as_ever(moved: Path, trained: Pa
         replace(config, data=replace(config.data, val_fraction=0.2)),
         replace(config, tokenizer=TokenizerConfig(kind="char")),
     ):
-        with pytest.raises(ConfigError, match=r"is neither a file, a folder nor a known corpus; known are: [\w, ]+$"):
+        with pytest.raises(ConfigError, match=r"neither a file, a folder nor a known corpus; known corpora: [\w, ]+$"):
             train(other)
     assert os.listdir(moved / "runs") == ["run"]
 

@@ -290,7 +290,7 @@ def test_flags_lie_over_a_file_that_lies_over_the_checkpoint(printed, tmp_path: 
         (["--prompt", "a", "--suppress_tokens", "[0,1,2,3,4]"], "Suppress left no token to choose from"),
         (["--prompt", "a", "--suppress_tokens", "[0,1,2,3,4]", "--show_work"], "Suppress left no token to choose from"),
         (["--prompt", "a", "--logit_bias", "{9: 1.0}"], "names token 9; expected an id below"),
-        (["--prompt", "a", "--device", "tpu"], "--device tpu: not here"),
+        (["--prompt", "a", "--device", "tpu"], "--device tpu: not available"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2(

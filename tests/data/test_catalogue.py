@@ -91,7 +91,7 @@ def test_the_repeats_corpus_is_made_without_a_download_and_takes_no_file(tmp_pat
     assert len(text_of(source)) == made["documents"] * made["length"]
     assert text_of(source) == text_of(source)
     assert source.fingerprint == {"name": "repeats", **made}
-    with pytest.raises(ConfigError, match="'repeats', which is no download"):
+    with pytest.raises(ConfigError, match="'repeats', which is not downloaded"):
         find_source(DataConfig(source="repeats", file="x.txt"))
 
 
@@ -145,7 +145,7 @@ def test_an_archive_without_the_text_is_refused(server, tmp_path, content):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("other", TEXT)
     server.files["/a.zip"] = (tmp_path / "a.zip").read_bytes() if content is TEXT else content
-    with pytest.raises(DataError, match=r"no .zip with a sound 'inside'.*--data.file PATH"):
+    with pytest.raises(DataError, match=r"not a .zip with a valid 'inside'.*--data.file PATH"):
         download("tiny", entry_of(f"{server.address}/a.zip", member="inside"), tmp_path / "inside", show=False)
 
 
@@ -209,7 +209,7 @@ def test_a_given_file_needs_a_named_corpus(tmp_path):
 
 def test_a_name_in_the_catalogue_cannot_lead_out_of_the_folder(monkeypatch):
     monkeypatch.setattr("minigpt.data.corpus.catalogue", lambda: {"../evil": entry_of("https://example.invalid/a")})
-    with pytest.raises(ConfigError, match=r"lists '\.\./evil', which cannot name a folder"):
+    with pytest.raises(ConfigError, match=r"'\.\./evil' is not a valid folder name"):
         find_source(DataConfig(source="../evil"))
 
 

@@ -96,12 +96,12 @@ def test_an_unknown_source_names_the_nearest_and_all(tmp_path):
 
 def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="folder without files"):
+    with pytest.raises(DataError, match="folder without text files"):
         find(tmp_path / "empty")
 
 
 def test_the_root_of_the_file_system_gives_no_name():
-    with pytest.raises(ConfigError, match="gives the corpus no name"):
+    with pytest.raises(ConfigError, match="has no file name for the corpus folder"):
         find("/")
 
 
@@ -115,7 +115,7 @@ def test_standard_input_can_be_read_twice(tmp_path, monkeypatch):
 
 def test_empty_standard_input_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(b"")))
-    with pytest.raises(DataError, match="empty standard input"):
+    with pytest.raises(DataError, match="standard input is empty"):
         find("-", folder=str(tmp_path))
     assert list((tmp_path / "stdin" / "source").iterdir()) == []
 
@@ -173,7 +173,7 @@ def test_names_that_are_no_utf_8_are_names(tmp_path, capsys):
     for source in (folder, folder + b"/caf\xe9.txt", folder + b"/caf?.txt"):
         data = DataConfig(source=os.fsdecode(source), folder=str(tmp_path / "data"))
         corpus = prepare(data, BYTE)
-        assert "1 invalid sequences" in (said := capsys.readouterr().err) or "2 invalid sequences" in said
+        assert "invalid byte sequences" in (said := capsys.readouterr().err) or "2 invalid sequences" in said
         assert find_prepared(data, BYTE).folder == corpus.folder == open_corpus(corpus.folder).folder
         assert open_corpus(corpus.folder).manifest["source"]["name"] == os.fsdecode(source)
         made.add(corpus.manifest["request"])
@@ -207,5 +207,5 @@ def test_the_empty_file_among_others_is_told(tmp_path, capsys):
 def test_a_folder_in_which_nothing_is_text_says_what_there_was(tmp_path):
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "a.bin").write_bytes(b"\0" * 9)
-    with pytest.raises(DataError, match=r"no text left \(no documents; left out .*a\.bin\)"):
+    with pytest.raises(DataError, match=r"no text left \(no documents; skipped, not text: .*a\.bin\)"):
         prepare(DataConfig(source=str(tmp_path / "books"), folder=str(tmp_path / "data")), BYTE)

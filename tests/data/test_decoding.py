@@ -104,7 +104,7 @@ def test_what_is_no_text_is_refused_alone_and_left_out_among_others(content, tmp
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content))
     (tmp_path / "z.txt").write_text("text")
     for name in ("a.txt", "a.txt.gz"):
-        with pytest.raises(NotText, match=rf"{name} is not text: there are NUL bytes"):
+        with pytest.raises(NotText, match=rf"{name} is not text: it starts with NUL bytes"):
             of_source(tmp_path / name)
         with pytest.raises(ConfigError, match=rf"^--text .*{name} is not text"):
             read_text("--text", str(tmp_path / name))
@@ -112,7 +112,7 @@ def test_what_is_no_text_is_refused_alone_and_left_out_among_others(content, tmp
         log = ReadingLog()
         assert of_source(source, log) == ["text"]
         assert log.skipped == [str(tmp_path / "a.txt"), str(tmp_path / "a.txt.gz")]
-        assert "left out what does not look like text" in log.notices()[0]
+        assert "skipped, not text" in log.notices()[0]
     pipe(monkeypatch, content)
     with pytest.raises(ConfigError, match=r"^--text standard input is not text"):
         read_text("--text", "-")
@@ -125,7 +125,7 @@ def test_a_nul_here_and_there_is_text_and_is_told(tmp_path):
         log = ReadingLog()
         assert of_source(source, log) == [content.decode()]
         assert log.skipped == []
-        assert log.notices() == [f"3 NUL characters (U+0000) are part of the text, the first in {tmp_path / 'a.txt'}"]
+        assert log.notices() == [f"the text contains 3 NUL characters (U+0000), the first in {tmp_path / 'a.txt'}"]
 
 
 def test_a_nul_far_from_the_beginning_is_told_too(tmp_path):
@@ -141,7 +141,7 @@ def test_latin_1_is_read_with_u_fffd_and_the_notice_says_what_to_do(tmp_path, ca
     log = ReadingLog()
     assert of_source(tmp_path, log) == ["sound", "d\ufffdj\ufffd vu"]
     [line] = log.notices()
-    assert line.startswith(f"2 invalid sequences of bytes became U+FFFD, the first in {tmp_path / 'b.txt'}; ")
+    assert line.startswith(f"2 invalid byte sequences were replaced by U+FFFD, the first in {tmp_path / 'b.txt'}; ")
     assert "iconv -f LATIN1 -t UTF-8" in line
     assert read_text("--text", str(tmp_path / "b.txt")) == "d\ufffdj\ufffd vu"
     assert capsys.readouterr().err == f"--text {tmp_path / 'b.txt'}: {line}\n"

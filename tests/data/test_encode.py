@@ -154,6 +154,6 @@ def test_a_tokenizer_that_exceeds_its_vocabulary_is_refused(tmp_path):
     writers = {split: ShardWriter(tmp_path, split, "uint16") for split in ("train", "val")}
     with (
         progress("", None, "", show=False) as bar,
-        pytest.raises(DataError, match=r"words tokenizer made token id 3, .* only 3 ids"),
+        pytest.raises(DataError, match=r"words tokenizer produced token id 3, .* 3 ids"),
     ):
         encode_parts([Part("train", "a b c", True, True)], words, writers, bar)

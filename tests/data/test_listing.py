@@ -68,7 +68,7 @@ def test_links_to_folders_do_not_lead_round_in_a_circle_and_are_named(tree: Path
             f"{prefix / 'itself'} (a broken link)",
             f"{prefix / 'loop'} (a link to a folder)",
             f"{prefix / 'one' / 'again'} (a link to a folder)",
-            f"{prefix / 'pipe'} (no file)",
+            f"{prefix / 'pipe'} (not a file)",
         ]
     assert Path("loop/a.txt") in list_pattern("*/a.txt").files  # a link that is one step of the way
 
@@ -77,10 +77,10 @@ def test_what_is_left_out_reaches_the_notice(tree: Path) -> None:
     (tree / "gone.txt").symlink_to("nowhere.txt")
     log = ReadingLog()
     list(find_source(DataConfig(source=str(tree))).documents(log))
-    assert log.notices() == [f"left out what does not look like text: {tree / 'gone.txt'} (a broken link)"]
+    assert log.notices() == [f"skipped, not text: {tree / 'gone.txt'} (a broken link)"]
     (tree / "empty").mkdir()
     (tree / "empty" / "gone.txt").symlink_to("nowhere.txt")
-    with pytest.raises(DataError, match=r"without files \(there is .*gone\.txt \(a broken link\)\)"):
+    with pytest.raises(DataError, match=r"without text files \(skipped: .*gone\.txt \(a broken link\)\)"):
         find_source(DataConfig(source=str(tree / "empty")))
 
 
@@ -107,5 +107,5 @@ def test_a_file_that_vanishes_after_the_listing_is_named(tree: Path) -> None:
 
 def test_a_source_that_is_there_but_no_file_says_so(tree: Path) -> None:
     os.mkfifo(tree / "pipe")
-    with pytest.raises(DataError, match="'pipe' is no plain file; pipe it in"):
+    with pytest.raises(DataError, match="'pipe' is not a regular file; pipe it in"):
         find_source(DataConfig(source="pipe"))

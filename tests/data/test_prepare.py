@@ -174,9 +174,9 @@ def test_what_was_left_out_is_announced_and_recorded(config, tmp_path, capsys):
         (folder / name).write_bytes(content)
     corpus = prepare(replace(config, source=str(folder)), BYTE)
     said = capsys.readouterr().err
-    assert "mixed: left out what does not look like text: " in said
+    assert "mixed: skipped, not text: " in said
     assert "b.bin" in said
-    assert "mixed: 2 invalid sequences of bytes became U+FFFD, the first in " in said
+    assert "mixed: 2 invalid byte sequences were replaced by U+FFFD, the first in " in said
     assert "mixed: dropped 1 empty of 3 documents" in said
     assert (corpus.manifest["invalid"], corpus.manifest["dropped"]) == (2, {"empty": 1})
 
@@ -273,7 +273,7 @@ def test_one_altered_bit_is_found_by_verify(config, place):
 def test_an_id_outside_the_vocabulary_never_reaches_a_batch(config):
     corpus = prepare(config, BYTE, show=False)
     damage(corpus, "train-00000.bin", lambda c: c[:200] + (999).to_bytes(2, "little") + c[202:])
-    with pytest.raises(DataError, match=r"train-00000.bin holds token id 999 at token 100, .* 257 ids"):
+    with pytest.raises(DataError, match=r"train-00000.bin contains id 999 at token 100, .* 257 ids"):
         tokens_of(open_corpus(corpus.folder).train)
 
 
@@ -297,7 +297,7 @@ def test_a_tampered_manifest_is_named(config, change):
 
 
 def test_a_folder_without_a_manifest_holds_no_corpus(tmp_path):
-    with pytest.raises(DataError, match="holds no prepared corpus"):
+    with pytest.raises(DataError, match="is not a prepared corpus"):
         open_corpus(tmp_path)
 
 

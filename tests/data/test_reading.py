@@ -128,10 +128,10 @@ def test_each_line_of_jsonl_is_a_document(tmp_path, small_blocks):
     ("line", "message"),
     [
         (b"{", "line 3 is not JSON"),
-        (b"[1]", "line 3 holds list"),
+        (b"[1]", "line 3 is list"),
         (b'{"body": 1}', "line 3 has no field 'text'; its fields are 'body'.*--data.field"),
-        (b'{"text": 1}', "line 3: field 'text' holds int"),
-        (b'{"text": null}', "line 3: field 'text' holds NoneType"),
+        (b'{"text": 1}', "line 3: field 'text' is int"),
+        (b'{"text": null}', "line 3: field 'text' is NoneType"),
         (b"[" * 100_000, "line 3 is not JSON"),
     ],
 )

@@ -48,7 +48,7 @@ def test_an_id_outside_the_vocabulary_is_named_where_it_lies(tmp_path, counts):
     stream = stream_of(tmp_path, tokens, counts)
     stream.read(np.array([0, 100]), 50)
     shard, offset = (0, 150) if len(counts) == 1 else (1, 50)
-    with pytest.raises(DataError, match=rf"train-0000{shard}.bin holds token id 60000 at token {offset}, .* 50000 ids"):
+    with pytest.raises(DataError, match=rf"train-0000{shard}.bin contains id 60000 at token {offset}, .* 50000 ids"):
         stream.read(np.array([0, 140]), 20)
 
 

@@ -143,7 +143,7 @@ def test_bad_lengths_are_refused() -> None:
         cache.truncate(torch.tensor([8, 6]))
     with pytest.raises(ConfigError, match="cannot be truncated"):
         cache.truncate(torch.tensor([8]))
-    with pytest.raises(ConfigError, match="keeps 2 rows"):
+    with pytest.raises(ConfigError, match="needs 2 row indices"):
         cache.gather(torch.tensor([0]), start=1)
 
 

@@ -121,7 +121,7 @@ def test_what_is_there_is_used_and_what_is_not_has_a_default():
 
 
 def test_what_it_cannot_do_is_told_in_one_line(tmp_path: Path):
-    with pytest.raises(ConfigError, match="tokenizer: object has no encode, decode, vocab_size; expected"):
+    with pytest.raises(ConfigError, match="tokenizer: object has no encode, decode, vocab_size; it needs"):
         Sampler(MODEL, object())
     with pytest.raises(ConfigError, match="tokenizer: object has no"):
         Study.of(MODEL, object())

@@ -185,7 +185,7 @@ def test_our_file_is_read_where_a_folder_holds_both(tmp_path):
 @pytest.mark.parametrize("content", ['{"model": {"type": "BPE"}}', '{"version": "1.0"}'])
 def test_a_file_that_the_library_cannot_read_is_named(content, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'tokenizer.json'} is no tokenizer.json")):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'tokenizer.json'} cannot be read by tokenizers")):
         load_tokenizer(tmp_path)
 
 

@@ -144,7 +144,7 @@ def test_ids_may_be_arrays():
 
 
 def test_an_empty_corpus_has_no_characters():
-    with pytest.raises(DataError, match="holds no characters"):
+    with pytest.raises(DataError, match="the corpus is empty"):
         char_tokenizer("")
 
 
@@ -153,7 +153,7 @@ def test_only_char_and_bpe_need_a_corpus():
         "char",
         "bpe",
     ]
-    with pytest.raises(ConfigError, match="learns its vocabulary from a corpus"):
+    with pytest.raises(ConfigError, match="takes its vocabulary from a corpus"):
         build_tokenizer(TokenizerConfig(kind="char"))
 
 

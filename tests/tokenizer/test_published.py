@@ -200,7 +200,7 @@ def test_a_wrong_file_is_named_and_the_next_place_tried(tiny, nowhere, monkeypat
     wrong = tmp_path / "vocab.bpe"
     wrong.write_bytes(tiny + b"x y\n")
     monkeypatch.setenv("MINIGPT_VOCAB_DIR", str(tmp_path))
-    with pytest.raises(DataError, match="sha256 is wrong: " + str(wrong)):
+    with pytest.raises(DataError, match="wrong sha256: " + str(wrong)):
         published_tokenizer("gpt2")
     nowhere.mkdir()
     (nowhere / VOCABULARIES["gpt2"].cache_name).write_bytes(tiny)
@@ -229,7 +229,7 @@ def test_a_cache_that_cannot_be_written_costs_a_notice_only(tiny, nowhere, monke
     nowhere.write_text("a file where the folder should be")
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(tiny))
     assert published_tokenizer("gpt2").encode(" t") == [256]
-    assert "vocab.bpe could not be kept" in capsys.readouterr().err
+    assert "vocab.bpe could not be cached" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
@@ -254,6 +254,6 @@ def test_offline_the_error_says_which_file_to_put_where(kind, nowhere):
 def test_a_network_that_never_answers_is_given_up(monkeypatch):
     released = threading.Event()
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: released.wait())
-    with pytest.raises(OSError, match=r"nothing came for 0\.01 s"):
+    with pytest.raises(OSError, match=r"no data for 0\.01 s"):
         published._download("https://example.org/file", "file", show=False, patience=0.01)
     released.set()

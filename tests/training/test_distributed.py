@@ -125,7 +125,7 @@ def test_two_processes_lose_nothing_whatever_happens_to_them(tmp_path: Path) -> 
         assert not started.workers()
     assert code == 8
     assert "process 0 on " in errors and "has had no heartbeat" in errors
-    assert "process 0 hung and was ended; go on with --run_name run" in errors
+    assert "process 0 hung and was stopped; go on with --run_name run" in errors
 
     step = steps_saved(started.run)[-1]  # the first is killed, in a step
     assert forked(config, signal_itself(0, signal.SIGKILL, step + 7)) == {0: -9, 1: 8}
@@ -208,7 +208,7 @@ def test_processes_started_with_other_flags_are_refused(tmp_path: Path, capfd: p
     said = capfd.readouterr().err
     assert said.count("process 1 on ") == 2
     assert "was started with another config than process 0" in said
-    assert "eval.tokens 5 (process 0: 1000000), seed 4 (process 0: 3); start all of them with the same" in said
+    assert "eval.tokens 5 (process 0: 1000000), seed 4 (process 0: 3); start all processes with the same" in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -286,7 +286,7 @@ def test_a_port_that_is_taken_or_silent_is_named(monkeypatch: pytest.MonkeyPatch
         place(monkeypatch, rank, port)
         with pytest.raises(
             DistributedError,
-            match=rf"process {rank} cannot connect to the other processes at 127\.0\.0\.1:{port} \({why}",
+            match=rf"process {rank} cannot meet the others at 127\.0\.0\.1:{port} \({why}",
         ):
             join.connect()
 

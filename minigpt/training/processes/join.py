@@ -112,7 +112,7 @@ def serve(listening: socket.socket) -> dist.TCPStore:
 
 
 def store_of_one_start(store: dist.Store) -> dist.Store:
-    """The namespace of minigpt in the store. It differs per restart, so a group restarted by torchrun reads no old keys."""
+    """The namespace of minigpt in the store; it differs per restart, so a restarted group reads no old keys."""
     return dist.PrefixStore(f"minigpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 

@@ -58,8 +58,8 @@ def rewind_metrics(path: Path, step: int) -> None:
 class Metrics(EachStep):
     """Writes a row every log_every_n_steps, updates the progress bar, and passes rows to Lightning's loggers.
 
-    Only process 0 writes. If a logger fails, one notice says so and the logger is not used again; metrics.jsonl is always
-    written.
+    Only process 0 writes. If a logger fails, one notice says so and the logger is not used again; metrics.jsonl is
+    always written.
     """
 
     def __init__(

@@ -128,7 +128,7 @@ class TrainingModule(LightModule):
             if self.unusable_steps >= UNUSABLE_STEPS:
                 raise NotLearning(
                     f"step {step}: the gradient of every parameter was exactly zero {UNUSABLE_STEPS} steps in a row, "
-                    f"although the loss is {float(self.step_loss):.4f}; {remedy()}"
+                    f"though the loss is {float(self.step_loss):.4f}; {remedy()}"
                 )
             return
         for parameter in self.model.parameters():

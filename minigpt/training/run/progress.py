@@ -24,7 +24,7 @@ class LightModule(pl.LightningModule):
 
 
 class NoProfiler(PassThroughProfiler):
-    """A profiler that measures nothing, without creating a generator at each of the about fifty profiled places per step."""
+    """A profiler that measures nothing and creates no generator at the about fifty profiled places per step."""
 
     nothing: AbstractContextManager[None] = nullcontext()
 

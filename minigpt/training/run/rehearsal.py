@@ -28,9 +28,9 @@ from minigpt.training.run.module import TrainingModule
 class Rehearsal(pl.Callback):
     """Runs forward and backward of one micro-batch, drops the gradients, and runs one forward pass of validation.
 
-    It uses the code of a training step, so a compiled step is compiled here and compared with the uncompiled one. Random
-    numbers, weights and optimizer do not change. (The optimizer allocates its state in the first step, which is still
-    before anything is written.)
+    It uses the code of a training step, so a compiled step is compiled here and compared with the uncompiled one.
+    Random numbers, weights and optimizer do not change. (The optimizer allocates its state in the first step, which is
+    still before anything is written.)
     """
 
     def __init__(

@@ -50,15 +50,15 @@ def test_patch_prints_the_change_at_each_site(run: str, capsys: pytest.CaptureFi
     ("arguments", "code", "message"),
     [
         (["heads", "--kinds", "inductive"], 2, "kind 'inductive': expected one of previous"),
-        (["heads", "--text", "abc", "--kinds", "duplicate"], 4, "or one that repeats"),
+        (["heads", "--text", "abc", "--kinds", "duplicate"], 4, "or one with repetitions"),
         (["heads", "--offset", "99"], 2, "offset: 99"),
         (["heads", "--text", "abc" * 9], 2, "27 tokens do not fit"),
         (["patch", *TEXTS], 2, "--answer: not given"),
         (["patch", *TEXTS[:3], "abc", "--answer", "c"], 4, "1 x 6 tokens and 1 x 3 tokens"),
         (["patch", *TEXTS, "--answer", "cd"], 4, "'cd': is 2 tokens"),
         (["patch", *TEXTS, "--answer", "c", "--at", "zz"], 2, "at: 'zz'; expected one of resid_pre"),
-        (["patch", *TEXTS, "--answer", "c", "--by", "head"], 2, "expected any of pos, beside the layer"),
-        (["patch", *TEXTS, "--answer", "c", "--position", "9"], 2, "position: 9 is none of the text's 6"),
+        (["patch", *TEXTS, "--answer", "c", "--by", "head"], 2, "expected any of pos for"),
+        (["patch", *TEXTS, "--answer", "c", "--position", "9"], 2, "position: 9 is outside the text; expected -6 .. 5"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_one_line(
@@ -72,7 +72,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
 def test_a_text_in_which_nothing_repeats_has_the_other_kinds(run: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["heads", run, "--text", "abc"]) == 0
     told = capsys.readouterr()
-    assert "no duplicate scores: no token of this text" in told.err and "no induction scores" in told.err
+    assert "no duplicate scores: no position of this text" in told.err and "no induction scores" in told.err
     assert "previous" in told.out and "duplicate" not in told.out
     assert main(["heads", run, "--text", "ab"]) == 0
     assert "no offset scores: the text has 2 tokens" in capsys.readouterr().err

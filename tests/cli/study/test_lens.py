@@ -48,7 +48,7 @@ def test_a_lens_is_a_table_or_json(trained: Path, said, tmp_path: Path) -> None:
 def test_lenses_that_learn_are_made_and_then_read(trained: Path, said) -> None:
     for kind, more in (("tuned", ("--steps", "2", "--tokens", "64")), ("jacobian", ("--tokens", "64"))):
         code, _, err = said(str(trained), "the", "--kind", kind)
-        assert code == 5 and f"make it with minigpt lens {trained} --kind {kind} --train" in err
+        assert code == 5 and f"fit the lens with minigpt lens {trained} --kind {kind} --train" in err
         code, out, err = said(str(trained), "--kind", kind, "--train", *more)
         assert code == 0 and f"{kind} kl" in out, err
         code, out, _ = said(str(trained), "the", "--kind", kind)
@@ -62,7 +62,7 @@ def test_lenses_that_learn_are_made_and_then_read(trained: Path, said) -> None:
         ((), "expected a run and a text"),
         (("the", "--stat", "best"), "'top', 'probability'"),
         (("the", "--at", "attn_out"), "expected some of resid_pre"),
-        (("the", "--answer", "ab"), "expected one"),
+        (("the", "--answer", "ab"), "expected exactly one"),
         (("the", "--steps", "3"), "is for --train"),
         (("--train",), "the logit lens learns nothing"),
         (("the", "--train", "--kind", "tuned"), "leave the text out"),

@@ -75,9 +75,9 @@ def test_bad_input_is_told_in_one_line(run: str, capsys: pytest.CaptureFixture[s
         ([run, "trian"], 2, "expected minigpt sae RUN train, show or eval"),
         ([run, "eval"], 2, "holds no autoencoder"),
         ([run, "show", "--autoencoder", "x"], 2, "there is no such"),
-        ([run, "train", "--layer", "0"], 2, "has no corpus of its own; give a text"),
+        ([run, "train", "--layer", "0"], 2, "has no corpus; give a text"),
         ([run, "train", "--text", "nowhere"], 2, "--text nowhere: cannot be read as text"),
-        ([run, "train", "--k", "0"], 2, "no whole number from 1"),
+        ([run, "train", "--k", "0"], 2, "is not a whole number from 1"),
         ([run, "train", "--kind", "relu"], 2, "Expected one of"),
         ([run, "train", "--layer", "9"], 2, "layers are 0 .. 1"),
         ([run, "train"], 2, "add --layer, from 0 to 1"),
@@ -115,7 +115,7 @@ def test_an_autoencoder_says_how_much_text_is_sensible(
     small = ["sae", str(run), "train", "--layer", "1", "--k", "2", "--d_sae", "8", "--steps", "2", "--batch", "16"]
     assert main([*small, "--text", str(tmp_path / "enough")]) == 0
     told = capsys.readouterr().err
-    assert "480 tokens are little for 8 features" in told and "use at least 800 tokens" in told
+    assert "480 tokens for 8 features is little" in told and "use at least 800 tokens" in told
     assert "holds an autoencoder" not in told
     kept = (run / "autoencoders/1.resid_post-topk/sae_weights.safetensors").read_bytes()
     assert main([*small, "--text", str(tmp_path / "few")]) == 4

@@ -30,7 +30,7 @@ def test_values_are_found_by_label_and_ranked() -> None:
     assert GRID.top(1, smallest=True) == [(("L0", "H1"), -2.0)]
     holed = Result("x", np.array([np.nan, 1.0, 2.0]), (Axis("token", ["a", "b", "c"]),))
     assert holed.top(5) == [(("c",), 2.0), (("b",), 1.0)]
-    with pytest.raises(ConfigError, match="head 'H9': none of H0, H1, H2"):
+    with pytest.raises(ConfigError, match="head 'H9': not one of H0, H1, H2"):
         GRID["L0", "H9"]
 
 

@@ -106,5 +106,5 @@ def test_what_cannot_be_taken_away_is_refused() -> None:
         ablate(study, ids, "resample", sample=ids[:, :4])
     with pytest.raises(ConfigError, match="call it outside"), study.hooks({("z", 0): 0.0}):
         ablate(study, ids)
-    with pytest.raises(DataError, match="one token has no loss"):
+    with pytest.raises(DataError, match="needs at least two tokens"):
         ablate(study, ids[:, :1])

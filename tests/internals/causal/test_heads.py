@@ -66,7 +66,7 @@ def test_every_earlier_occurrence_counts() -> None:
 
 
 def test_what_a_text_cannot_tell_is_refused() -> None:
-    with pytest.raises(DataError, match="repeats"):
+    with pytest.raises(DataError, match="repetitions"):
         pattern_score(looking([0, 1, 2]), LOOKS["duplicate"](torch.tensor([[1, 2, 3]]), 2))
 
 

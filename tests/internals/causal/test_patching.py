@@ -161,7 +161,7 @@ def test_axes_are_named_in_python_as_on_the_command_line(at: str, spellings: lis
     for guess in guesses:
         assert guess.axes == first.axes
         np.testing.assert_array_equal(guess.values, guesses[0].values)
-    with pytest.raises(ConfigError, match=f"beside the layer .at {at}."):
+    with pytest.raises(ConfigError, match=f"for {at}."):
         patch(study, CLEAN, CORRUPTED, ANSWER, at, "token")
 
 

@@ -137,7 +137,7 @@ def test_a_run_that_has_nothing_to_show_says_what_to_do(
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.0}\n')
     with pytest.raises(DataError, match=r"has no snapshots .* --internals\.every log, .* --checkpoints"):
         of_run(tmp_path)
-    with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no complete checkpoint"):
         list(of_checkpoints(tmp_path))
     assert main(["dynamics", str(tmp_path / "nothing")]) == CheckpointError.exit_code
     assert "contains no metrics.jsonl; give the folder of a run" in capsys.readouterr().err

@@ -255,8 +255,8 @@ def test_features_show_their_contexts_and_what_they_say() -> None:
 def test_numbers_and_files_that_make_no_autoencoder_are_refused(tmp_path: Path) -> None:
     for settings, message in (
         ({"kind": "relu"}, "not one of topk"),
-        ({"k": 0}, "k: 0 is no whole number"),
-        ({"k": 9, "d_sae": 8}, "more than there are features"),
+        ({"k": 0}, "k: 0 is not a whole number"),
+        ({"k": 9, "d_sae": 8}, "more than the number of features"),
         ({"learning_rate": -1.0}, "not a positive number"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -264,7 +264,7 @@ def test_numbers_and_files_that_make_no_autoencoder_are_refused(tmp_path: Path) 
     site = "blocks.1.hook_resid_post"
     with (
         study_of("gpt2").hooks(identity(site, site, 31).edits()) as study,
-        pytest.raises(ConfigError, match="made for 31"),
+        pytest.raises(ConfigError, match="expects width 31"),
     ):
         study.logits([1, 2])
     folder = identity(site, site, 32).save(tmp_path / "a")

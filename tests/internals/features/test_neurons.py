@@ -92,12 +92,12 @@ def test_questions_without_an_answer_are_refused() -> None:
     study = study_of("gpt2")
     for call, error, message in (
         (lambda: study.top_contexts(("post", 0)), ConfigError, "was not trained with minigpt"),
-        (lambda: study.top_contexts(("post", 0), text="A"), DataError, "holds 1 tokens"),
-        (lambda: study.top_contexts(("post", 0), text=[1, 99]), DataError, "the model's are 0 .. 60"),
-        (lambda: study.top_contexts(("pattern", 0), text="ABC"), ConfigError, "begins with batch, pos"),
-        (lambda: study.top_contexts(("post", 0), 0, text="ABC"), ConfigError, "no number of contexts"),
-        (lambda: study.neuron_effect(2, 0), ConfigError, "the model's are 0 .. 1"),
-        (lambda: study.neuron_effect(0, 128), ConfigError, "a block's are 0 .. 127"),
+        (lambda: study.top_contexts(("post", 0), text="A"), DataError, "has 1 tokens"),
+        (lambda: study.top_contexts(("post", 0), text=[1, 99]), DataError, "expected 0 .. 60"),
+        (lambda: study.top_contexts(("pattern", 0), text="ABC"), ConfigError, "start with batch, pos"),
+        (lambda: study.top_contexts(("post", 0), 0, text="ABC"), ConfigError, "0 contexts; expected 1 or more"),
+        (lambda: study.neuron_effect(2, 0), ConfigError, "expected 0 .. 1"),
+        (lambda: study.neuron_effect(0, 128), ConfigError, "expected 0 .. 127"),
     ):
         with pytest.raises(error, match=message):
             call()

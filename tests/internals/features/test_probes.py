@@ -92,7 +92,7 @@ def test_labels_that_cannot_be_learned_from_are_refused() -> None:
         (["a"] * 7, {}, DataError, "7 labels for 8 texts"),
         (["a"] * 8, {}, DataError, "with 1 different values"),
         (["a", "b"] * 4, {"held_out": 1.0}, ConfigError, "not between 0 and 1"),
-        (["a", "b"] * 4, {"at": "pattern"}, ConfigError, "expected one that begins with batch, pos"),
+        (["a", "b"] * 4, {"at": "pattern"}, ConfigError, "expected one whose axes start with batch, pos"),
     ):
         with pytest.raises(error, match=message):
             study.probe(texts, labels, **options)  # type: ignore[arg-type]

@@ -112,10 +112,10 @@ def test_a_file_or_a_flag_that_does_not_fit_is_told_in_one_line(
     for name, code, told in (
         ("missing", 5, "no such file"),
         ("other", 5, "not a steering vector"),
-        ("nan", 5, "finite numbers"),
+        ("nan", 5, "non-finite values"),
         ("torn", 5, "cannot be read"),
-        ("narrow", 2, "is (31,), but blocks.0.hook_resid_post of this model is (32,)"),
-        ("deep", 2, "none of that name"),
+        ("narrow", 2, "has shape (31,), but blocks.0.hook_resid_post of this model has (32,)"),
+        ("deep", 2, "no such activation"),
     ):
         assert main(["sample", run, "--prompt", "AB", "--steer", str(tmp_path / f"{name}.safetensors")]) == code
         captured = capsys.readouterr()

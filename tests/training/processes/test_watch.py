@@ -133,7 +133,7 @@ def test_a_process_that_is_stopped_is_named(
     assert codes == {1 - stopped: 8, stopped: -9}  # the harness kills what does not leave, as the launcher does
     said = capfd.readouterr().err
     assert f"process {stopped} on " in said and "has had no heartbeat for" in said
-    assert f"except of process {stopped}, which does not respond" in said
+    assert f"except of process {stopped}, which does not answer" in said
     assert (tmp_path / f"runs/run/stacks/rank-{1 - stopped}.txt").is_file()
     assert_whole(tmp_path / "runs/run")
 

@@ -278,7 +278,7 @@ def test_the_two_configs_of_gpt2_are_one_run() -> None:
 
 
 def test_a_corpus_to_be_supplied_says_how_and_then_reads_the_copy(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"get it from https://\S+ and name the file or folder .* with --data.file"):
+    with pytest.raises(DataError, match=r"get it from https://\S+ and give the file or folder .* with --data.file"):
         find_source(DataConfig(source="fineweb_edu"))
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     for given in (tmp_path, tmp_path / "a.jsonl"):

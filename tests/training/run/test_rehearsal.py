@@ -50,15 +50,11 @@ def test_memory_that_does_not_suffice_is_found_before_anything_is_written(
 
     real = training_module.next_token_loss
     monkeypatch.setattr(training_module, "next_token_loss", too_large)
-    with pytest.raises(
-        MemoryExceeded, match=r"with 8 sequences .* give --batch\.micro_batch_size 4 \(2 forward passes"
-    ):
+    with pytest.raises(MemoryExceeded, match=r"with 8 rows .* give --batch\.micro_batch_size 4: 2 forward passes"):
         train(tiny_run(tmp_path))
     run = tmp_path / "runs/run"
     assert not (run / "metrics.jsonl").exists() and not list((run / "checkpoints").iterdir())
-    with pytest.raises(
-        MemoryExceeded, match=r"with 4 sequences .* give --batch\.micro_batch_size 2 \(4 forward passes"
-    ):
+    with pytest.raises(MemoryExceeded, match=r"with 4 rows .* give --batch\.micro_batch_size 2: 4 forward passes"):
         train(tiny_run(tmp_path, batch__micro_batch_size=4))
     _, rows = run_and_read(tiny_run(tmp_path, batch__micro_batch_size=2))
     assert len(losses(rows)) == 8
@@ -82,15 +78,15 @@ def test_memory_that_does_not_suffice_to_validate_is_found_as_early(
         (
             160,
             None,
-            r"with 10 rows of 16 tokens per forward; give --batch\.micro_batch_size 5: a step is then 2 forwards",
+            r"with 10 rows of 16 tokens per forward; give --batch\.micro_batch_size 5: 2 forward passes per step",
         ),
-        (144, 3, r"with 3 rows of 16 tokens per forward; give --batch\.micro_batch_size 1: a step is then 9 forwards"),
+        (144, 3, r"with 3 rows of 16 tokens per forward; give --batch\.micro_batch_size 1: 9 forward passes per step"),
         (
             112,
             None,
-            r"with 7 rows of 16 tokens per forward; give --batch\.micro_batch_size 1: a step is then 7 forwards",
+            r"with 7 rows of 16 tokens per forward; give --batch\.micro_batch_size 1: 7 forward passes per step",
         ),
-        (128, 1, r"with 1 rows of 16 tokens per forward; give a smaller --model\.block_size"),
+        (128, 1, r"with 1 rows of 16 tokens per forward; use a smaller --model\.block_size"),
     ],
 )
 def test_the_advice_keeps_the_step_and_divides_it(tokens: int, micro: int | None, advice: str, tmp_path: Path) -> None:
