@@ -273,7 +273,7 @@ def test_numbers_and_files_that_make_no_autoencoder_are_refused(tmp_path: Path) 
     for change, message in (
         ({"architecture": "gated"}, "architecture is 'gated'"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
-        ({"metadata": {}}, "names no activation"),
+        ({"metadata": {}}, "activation .metadata.hook_name. missing"),
         ({"k": -1}, "k is -1"),
         ({"architecture": "jumprelu"}, "expected W_enc, b_enc, W_dec, b_dec, threshold"),
     ):
@@ -288,7 +288,7 @@ def test_numbers_and_files_that_make_no_autoencoder_are_refused(tmp_path: Path) 
     weights.write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="cannot be read"):
         Autoencoder.load(folder)
-    with pytest.raises(CheckpointError, match=r"holds no cfg\.json"):
+    with pytest.raises(CheckpointError, match=r"contains no cfg\.json"):
         Autoencoder.load(tmp_path)
 
 
