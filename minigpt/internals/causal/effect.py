@@ -29,7 +29,7 @@ MEASURES = ("loss", "KL", "flips")
 
 def changes(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
     """What a change did, (..., 3): the loss's change in nats per token, KL(before || after) in nats, and the share of
-    positions whose likeliest token is another now.
+    positions whose most likely token changes.
 
     Args:
         before: logits (B, T, V).
@@ -67,8 +67,8 @@ def effect(
         position: where the answer is due: after this position.
 
     Returns:
-        The change of loss (nats per token), KL(before || after) (nats), the share of positions whose likeliest token
-        changes, and the change of the answer's logit or of the difference of the two.
+        The change of loss (nats per token), KL(before || after) (nats), the fraction of positions whose most likely
+        token changes, and the change of the answer's logit or of the difference of the two.
     """
     ids = study.ids(text)
     before = study.logits(ids)
