@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -45,8 +46,9 @@ def appearing_folder(folder: Path) -> Iterator[Path]:
 def _sweep(home: Path) -> None:
     """Remove unfinished folders that are older than _STALE seconds."""
     for left in home.glob(f"{_UNFINISHED}*"):
-        if left.stat().st_mtime < time.time() - _STALE:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+            if left.stat().st_mtime < time.time() - _STALE:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -348,3 +348,18 @@ def test_many_shards_are_one_stream(config, monkeypatch):
     assert len(corpus.train.paths) > 5
     assert (tokens_of(corpus.train) == whole).all()
     corpus.verify()
+
+
+def test_a_folder_that_goes_while_old_ones_are_swept_away_is_no_error(config, monkeypatch):
+    home = Path(config.folder) / "book"
+    (home / ".preparing-gone").mkdir(parents=True)
+    real = Path.stat
+
+    def stat(path, **options):
+        if path.name == ".preparing-gone" and path.exists():
+            path.rmdir()
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "exists", lambda path: os.path.exists(path))
+    monkeypatch.setattr(Path, "stat", stat)
+    assert len(prepare(config, BYTE, show=False).train)
