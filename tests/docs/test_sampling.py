@@ -373,7 +373,7 @@ def test_commands_print_what_the_page_says(folder: Path, capsys: pytest.CaptureF
 
 def test_the_shell_examples_run(folder: Path, capsys: pytest.CaptureFixture):
     lines = [line for kind, text in FENCED.findall(PAGE) if kind == "bash" for line in text.splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 5
     for line in lines:
         python, script, *arguments = shlex.split(line, comments=True)
         assert (python, script) == ("python", "sample.py")

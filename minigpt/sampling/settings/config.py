@@ -30,24 +30,24 @@ class SamplingConfig(Shape, Length):
     # Penalties.
 
     repetition_penalty: Number = setting(None, rules.FACTOR, off=1)
-    """Divides positive logits of tokens seen before and multiplies negative ones; above 1 discourages."""
+    """Divides positive logits of tokens seen before and multiplies negative ones; above 1 discourages; 1 is off."""
     repetition_scope: Literal["prompt", "output", "both"] = setting("both", rules.SCOPE)
     """Which tokens repetition_penalty counts as seen."""
     repetition_normalised: bool = setting(False, rules.YES_OR_NO)
     """Apply repetition_penalty to log-probabilities, so that a constant added to all logits has no effect."""
     encoder_repetition_penalty: Number = setting(None, rules.FACTOR, off=1)
-    """Above 1 encourages tokens of the prompt."""
+    """Above 1 encourages tokens of the prompt; 1 is off."""
     presence_penalty: Number = setting(None, rules.ADDED, off=0)
-    """Subtracted from the logits of tokens seen before."""
+    """Subtracted from the logits of tokens seen before; 0 is off."""
     frequency_penalty: Number = setting(None, rules.ADDED, off=0)
-    """Subtracted from a token's logit once for each time the token was seen."""
+    """Subtracted from a token's logit once for each time the token was seen; 0 is off."""
     penalty_scope: Literal["prompt", "output", "both"] = setting("output", rules.SCOPE)
     """Which tokens presence_penalty and frequency_penalty count as seen."""
     penalty_window: int | None = setting(None, rules.COUNT_OR_NONE)
     """Repetition, presence and frequency penalty: count only the last this many tokens of the scope; null: all."""
     dry_multiplier: Number = setting(None, rules.NOT_NEGATIVE, off=0)
     """DRY: penalty for a token that would extend a repeated sequence; times dry_base for each token of length beyond
-    dry_allowed_length.
+    dry_allowed_length; 0 is off.
     """
     dry_base: float = setting(1.75, rules.AT_LEAST_ONE, each=True)
     """DRY: growth of the penalty per token of the repeated sequence."""
@@ -58,9 +58,9 @@ class SamplingConfig(Shape, Length):
     dry_window: int | None = setting(None, rules.COUNT_OR_NONE)
     """DRY: look back only this many tokens; null: all."""
     no_repeat_ngram_size: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """Never generate an n-gram of this size that already occurred, in the prompt or in the output."""
+    """Never generate an n-gram of this size that already occurred, in the prompt or in the output; 0 is off."""
     encoder_no_repeat_ngram_size: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """Never generate an n-gram of this size that occurs in the prompt."""
+    """Never generate an n-gram of this size that occurs in the prompt; 0 is off."""
 
     # Biases and bans.
 

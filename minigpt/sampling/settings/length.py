@@ -20,9 +20,9 @@ class Length:
     max_new_tokens: int = setting(256, rules.COUNT_OR_ZERO, each=True)
     """Maximum number of new tokens; 0 generates none."""
     min_new_tokens: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """Forbid end-of-text until this many new tokens are generated."""
+    """Forbid end-of-text until this many new tokens are generated; 0 is off."""
     min_length: int | None = setting(None, rules.COUNT_OR_ZERO, off=0)
-    """Forbid end-of-text until prompt and new tokens together reach this length."""
+    """Forbid end-of-text until prompt and new tokens together reach this length; 0 is off."""
     eos_token_id: int | list[int] | None = setting(None, rules.IDS_OR_NONE)
     """Token ids that end a sample; null uses the tokenizer's end-of-text."""
     ignore_eos: bool = setting(False, rules.YES_OR_NO)

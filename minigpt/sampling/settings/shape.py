@@ -24,40 +24,43 @@ class Shape:
     temperature: float = setting(0.8, rules.TEMPERATURE, each=True)
     """Divides the logits: below 1 is more predictable, above 1 more varied; 0 is greedy."""
     dynatemp_range: Number = setting(None, rules.NOT_NEGATIVE, off=0)
-    """Dynamic temperature: temperature +- this, higher where the entropy is high."""
+    """Dynamic temperature: temperature +- this, higher where the entropy is high; 0 is off."""
     dynatemp_exponent: Number = setting(None, rules.NOT_NEGATIVE, off=1)
-    """Dynamic temperature: exponent of the normalised entropy."""
+    """Dynamic temperature: exponent of the normalised entropy; 1 is linear."""
     smoothing_factor: Number = setting(None, rules.FACTOR_OR_ZERO, off=0)
-    """Quadratic smoothing of the logits: flattens the top of the distribution and cuts the tail."""
+    """Quadratic smoothing of the logits: flattens the top of the distribution and cuts the tail; 0 is off."""
     smoothing_curve: Number = setting(None, rules.ONE_TO_THREE, off=1)
-    """1 .. 3: how steep the curve of smoothing_factor is."""
+    """1 .. 3: how steep the curve of smoothing_factor is; 1 changes nothing."""
     top_k: int | None = setting(None, rules.COUNT_OR_ZERO, off=0, filter="truncation.TopK")
-    """Keep the k most likely tokens, and those that tie with the k-th."""
+    """Keep the k most likely tokens, and those that tie with the k-th; 0 is off."""
     exact_top_k: bool = setting(False, rules.YES_OR_NO, filter="truncation.ExactTopK", needs="top_k")
     """top_k keeps exactly k tokens; of tokens that tie with the k-th, those with the lowest ids."""
     top_p: Number = setting(None, rules.FRACTION, off=1, filter="truncation.TopP")
-    """Nucleus sampling: keep the smallest set of most likely tokens with total probability of at least p."""
+    """Nucleus sampling: keep the smallest set of most likely tokens with total probability of at least p; 1 is off."""
     min_p: Number = setting(None, rules.FRACTION, off=0, filter="borders.MinP")
-    """Remove tokens with less than this fraction of the highest probability."""
+    """Remove tokens with less than this fraction of the highest probability; 0 is off."""
     typical_p: Number = setting(None, rules.POSITIVE_FRACTION, off=1, filter="truncation.Typical")
-    """Locally typical sampling: keep tokens with surprise closest to the entropy, up to this total probability."""
+    """Locally typical sampling: keep tokens with surprise closest to the entropy, up to this total probability; 1 is
+    off.
+    """
     epsilon_cutoff: Number = setting(None, rules.BELOW_ONE, off=0, filter="borders.Epsilon")
-    """Remove tokens with a probability below this."""
+    """Remove tokens with a probability below this; 0 is off."""
     eta_cutoff: Number = setting(None, rules.BELOW_ONE, off=0, filter="borders.Eta")
-    """Remove tokens with a probability below a threshold that falls as the entropy rises."""
+    """Remove tokens with a probability below a threshold that falls as the entropy rises; 0 is off."""
     top_a: Number = setting(None, rules.FRACTION, off=0, filter="borders.TopA")
-    """Remove tokens with a probability below this times the square of the highest one."""
+    """Remove tokens with a probability below this times the square of the highest one; 0 is off."""
     tail_free: Number = setting(None, rules.FRACTION, off=1, filter="truncation.TailFree")
-    """Tail-free sampling: cut where the second differences of the sorted probabilities reach this share of their sum.
+    """Tail-free sampling: cut where the second differences of the sorted probabilities reach this share of their sum;
+    1 is off.
     """
     top_n_sigma: Number = setting(None, rules.NOT_NEGATIVE, off=0, filter="borders.TopNSigma")
-    """Remove tokens whose logit is more than this many standard deviations below the highest."""
+    """Remove tokens whose logit is more than this many standard deviations below the highest; 0 is off."""
     top_h: Number = setting(None, rules.POSITIVE_FRACTION, off=1, filter="truncation.TopH")
-    """Keep the most likely tokens that make up this share of the entropy."""
+    """Keep the most likely tokens that make up this share of the entropy; 1 is off."""
     p_less: bool = setting(False, rules.YES_OR_NO, filter="borders.PLess")
     """Remove tokens less likely than the probability that two draws agree (the sum of squared probabilities)."""
     xtc_probability: Number = setting(None, rules.FRACTION, off=0, filter="xtc.XTC")
-    """XTC: probability of removing all tokens of at least xtc_threshold except the least likely of them."""
+    """XTC: probability of removing all tokens of at least xtc_threshold except the least likely of them; 0 is off."""
     xtc_threshold: float = setting(0.1, rules.FRACTION, each=True, needs="xtc_probability")
     """XTC: probability from which a token counts as a top choice; above 0.5 XTC does nothing."""
     adaptive_target: Number = setting(None, rules.FRACTION_OR_NONE)
