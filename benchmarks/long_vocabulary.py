@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import Unembed
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 from minigpt.training.recipe.loss import CPU_LOGITS, GPU_LOGITS, chunked_loss, plain_loss
 from runs import machine
 

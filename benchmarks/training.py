@@ -29,7 +29,7 @@ from minigpt.data.batches import Batches
 from minigpt.model.gpt import GPT
 from minigpt.training.config import TrainConfig
 from minigpt.training.recipe.average import Average
-from minigpt.training.recipe.loss import compiled_loss, next_token_loss
+from minigpt.training.recipe.loss import Objective, compiled
 from minigpt.training.recipe.optimizer import make_optimizer
 from minigpt.training.recipe.schedule import learning_rate
 from minigpt.training.run import fit as fit_module
@@ -51,7 +51,7 @@ class PlainLoop:
         self.optimizer = make_optimizer(self.model, config.optimizer)
         decay = config.optimizer.ema_decay
         self.average = Average(self.model, decay) if decay else None
-        self.compute_loss = compiled_loss() if config.trainer.compile else next_token_loss
+        self.objective = compiled(Objective()) if config.trainer.compile else Objective()
 
     def step(self) -> None:
         """One optimizer step."""
@@ -63,7 +63,7 @@ class PlainLoop:
             rows = slice(micro * config.micro_batch_size, (micro + 1) * config.micro_batch_size)
             ids, targets = self.batches.read(self.done, rows)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
-                loss = self.compute_loss(self.model, ids, targets)
+                loss = self.objective(self.model, ids, targets).total
             (loss / config.accumulation).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.trainer.gradient_clip_val or float("inf"))
         self.optimizer.step()

@@ -17,6 +17,8 @@ FLOORS = {
     "errors": 0,
     "terminal": 0,
     "durable": 0,
+    "choices": 0,
+    "plugins": 1,
     "tokenizer": 1,
     "model": 1,
     "data": 2,

@@ -5,6 +5,7 @@
         minigpt_tokenizer.json              the tokenizer
         generation_config.json              sampling defaults
         train_config.yaml                   the resolved config of the run that wrote it
+        logits.json                         the logits of a dozen ids, computed again on loading
         training_state.safetensors, .json   optimizer moments by parameter name (raw weights beside averages), counters
         manifest.json                       size and sha256 of every file, written last
 
@@ -14,6 +15,7 @@ whatever is killed or fills up, the last good checkpoint is whole. Nothing in it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from minigpt.checkpoint.filling import filled_model
+from minigpt.checkpoint.filling import filled_model, load_weights
 from minigpt.checkpoint.foreign import reconciled, sampling_from_huggingface
 from minigpt.checkpoint.formats import FORMAT, check_format, migrate_model
+from minigpt.checkpoint.identity import check_logits, refuse_other_classes
 from minigpt.checkpoint.manifest import MANIFEST, read_json, verify_once
 from minigpt.checkpoint.runs import read_checkpoint
 from minigpt.checkpoint.tensors import load_tensors, refuse_nonfinite
@@ -33,11 +36,13 @@ from minigpt.checkpoint.weights import (
     from_huggingface,
     untied_where_they_differ,
 )
+from minigpt.choices import UnknownChoice
 from minigpt.durable import read_text
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.model.config import GPTConfig
 from minigpt.model.device import pick_device
 from minigpt.model.gpt import GPT
+from minigpt.plugins import naming
 from minigpt.terminal import notice, notice_once
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.build import load_tokenizer
@@ -79,7 +84,13 @@ def _weights_in(folder: Path) -> dict[str, Tensor]:
     )
 
 
-def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Run:
+def load(
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    model: Callable[[GPTConfig], GPT] | None = None,
+) -> Run:
     """Load a model with its tokenizer from a run, a checkpoint folder, or a Hugging Face GPT-2 or Llama folder.
 
     Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
@@ -92,12 +103,23 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
 
     What a Hugging Face folder asks for is done, refused by name, or named in a notice: docs/interop.md.
 
-    Raises CheckpointError for a folder that holds no model, a damaged one, or an unknown architecture.
+    A checkpoint whose model has parts of plug-ins needs them registered before (see minigpt.register); it names the
+    modules that the run used and never imports them. A model of classes that its config does not describe, such as a
+    subclass of GPT, needs `model`: a function that makes one from the config. The loaded model must compute the logits
+    that were stored with it.
+
+    Raises CheckpointError for a folder that holds no model, a damaged one, an unknown architecture, or another model.
     """
-    return read_checkpoint(path, lambda folder: _load(folder, device, dtype, lazily=folder == Path(path)), notice)
+    return read_checkpoint(path, lambda folder: _load(folder, device, dtype, folder == Path(path), model), notice)
 
 
-def _load(folder: Path, device: torch.device | str, dtype: torch.dtype, lazily: bool) -> Run:
+def _load(
+    folder: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    lazily: bool,
+    make: Callable[[GPTConfig], GPT] | None,
+) -> Run:
     if (folder / MANIFEST).is_file():
         verify_once(folder)
     if (folder / "adapter_config.json").is_file():
@@ -106,7 +128,13 @@ def _load(folder: Path, device: torch.device | str, dtype: torch.dtype, lazily: 
     if not lazily:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
     device = pick_device() if device == "auto" else device
-    model = filled_model(config, weights, folder, dtype=dtype, device=device)
+    if make is None:
+        refuse_other_classes(_needs(folder), folder)
+        model = filled_model(config, weights, folder, dtype=dtype, device=device)
+    else:
+        model = make(config).to(dtype=dtype, device=device)
+        load_weights(model, weights, folder)
+    check_logits(model.eval(), folder)
     tokenizer = _read_tokenizer(folder)
     if tokenizer.vocab_size > model.vocab_size:
         notice_once(
@@ -114,7 +142,7 @@ def _load(folder: Path, device: torch.device | str, dtype: torch.dtype, lazily: 
             f"ids from {model.vocab_size} on cannot be read"
         )
     return Run(
-        model=model.eval(),
+        model=model,
         tokenizer=tokenizer,
         config=read_yaml(folder / "train_config.yaml") if (folder / "train_config.yaml").is_file() else {},
         sampling=_read_sampling(folder, model.vocab_size),
@@ -161,12 +189,35 @@ def read_config(folder: Path) -> GPTConfig:
     try:
         if "minigpt" in values:
             ours = dict(values["minigpt"])
+            ours.pop("needs", None)
             written = check_format(ours.pop("format", FORMAT), str(path))
             config = GPTConfig.from_dict(migrate_model(ours, written))
             return config if values.get("model_type") == "minigpt" else reconciled(config, values, str(path))
         return config_from_huggingface(values, str(path))
+    except UnknownChoice as error:
+        raise CheckpointError(f"{path}: {_with_plugins(error, folder)}") from error
     except (ConfigError, AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not describe a valid model ({error})") from error
+
+
+def _needs(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says that it needs besides its config; plain values, of which nothing is imported."""
+    ours = read_json(folder / "config.json").get("minigpt")
+    needs = ours.get("needs") if isinstance(ours, dict) else None
+    return needs if isinstance(needs, dict) else {}
+
+
+def _with_plugins(error: UnknownChoice, folder: Path) -> str:
+    """The message about an unknown part, with the plug-ins of the run or the modules that the checkpoint names."""
+    path = folder / "train_config.yaml"
+    plugins = read_yaml(path).get("plugins") if path.is_file() else None
+    parts = _needs(folder).get("parts")
+    named = plugins or (sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else [])
+    try:
+        with naming(named):
+            raise error
+    except UnknownChoice as told:
+        return str(told)
 
 
 def read_weights(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from minigpt.errors import CheckpointError
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import GPT, outline
-from minigpt.model.layers import Rotary
+from minigpt.model.positions import Rotary
 
 
 def load_weights(model: GPT, state: dict[str, Tensor], where: Path | str) -> None:
@@ -50,12 +50,23 @@ def empty_model(config: GPTConfig, *, dtype: torch.dtype, device: torch.device |
 
 
 def _fill_tables(model: GPT, device: torch.device | str) -> None:
-    """Make the rotary tables, once for all layers. Not by to_empty, which imports sympy for a tensor without memory."""
-    rotaries = [module for module in model.modules() if isinstance(module, Rotary)]
-    for rotary in rotaries[:1]:
-        rotary.reset_buffers(device)
-    for rotary in rotaries[1:]:
-        rotary.cos, rotary.sin = rotaries[0].cos, rotaries[0].sin
+    """Make the buffers, rotary tables once for all layers. Not by to_empty, which imports sympy for a tensor without
+    memory. Buffers of a plug-in's part come from a model that is made with memory.
+    """
+    first: Rotary | None = None
+    for module in model.modules():
+        if isinstance(module, Rotary) and first is not None:
+            module.cos, module.sin = first.cos, first.sin
+        elif hasattr(module, "reset_buffers"):
+            module.reset_buffers(device)  # type: ignore[operator]
+            first = module if isinstance(module, Rotary) else first
+    if any(buffer.is_meta for buffer in model.buffers()):
+        with torch.random.fork_rng(devices=[]):
+            made = GPT(model.config)
+        for name, buffer in made.named_buffers():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if owner._buffers[name.rpartition(".")[2]].is_meta:  # type: ignore[union-attr]
+                owner._buffers[name.rpartition(".")[2]] = buffer.to(device)
 
 
 def filled_model(

@@ -141,7 +141,7 @@ def _gpt2_config(values: Values, where: str) -> GPTConfig:
         n_embd=_whole(values, "n_embd", where),
         n_inner=values["n_inner"],
         norm_eps=values["layer_norm_epsilon"],
-        activation=GPT2_ACTIVATIONS[values["activation_function"]],  # type: ignore[arg-type]
+        activation=GPT2_ACTIVATIONS[values["activation_function"]],
         dropout=values["resid_pdrop"],
         attn_dropout=values["attn_pdrop"],
         tie_embeddings=_flag(values, "tie_word_embeddings", where),

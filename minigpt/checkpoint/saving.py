@@ -12,6 +12,8 @@ import yaml
 from torch import Tensor
 
 from minigpt.checkpoint.formats import FORMAT
+from minigpt.checkpoint.identity import FILE as LOGITS
+from minigpt.checkpoint.identity import needs_of, to_store
 from minigpt.checkpoint.manifest import verify, write_manifest
 from minigpt.checkpoint.tensors import check_written, refuse_nonfinite, write_tensors
 from minigpt.checkpoint.weights import (
@@ -64,6 +66,8 @@ def save_checkpoint(
     layout = to_huggingface(model.config, own)
     hf_config, tensors = layout or ({"model_type": "minigpt", "architectures": ["GPT"]}, own)
     config = {**hf_config, "minigpt": {"format": FORMAT, **model.config.to_dict()}}
+    if needs := needs_of(model):
+        config["minigpt"]["needs"] = needs
     if tokenizer.eot is not None:
         config["bos_token_id"] = config["eos_token_id"] = tokenizer.eot
 
@@ -79,6 +83,7 @@ def save_checkpoint(
         with disk_errors(str(folder), needed=needed):
             write_tensors(temporary / "model.safetensors", tensors)
             (temporary / "config.json").write_text(to_json(config), encoding="utf-8")
+            (temporary / LOGITS).write_text(to_json(to_store(model, own)), encoding="utf-8")
             save_tokenizer(tokenizer, temporary)
             (temporary / "generation_config.json").write_text(to_json(sampling or {}), encoding="utf-8")
             if train_config is not None:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from minigpt.cli.plugins import described, own_settings
 from minigpt.durable import json_text, named_path
 from minigpt.errors import ConfigError
+from minigpt.plugins import table
+
+# Config fields that name a row of a table, with the table's kind.
+FIELDS_WITH_TABLE = {
+    "model.norm": "norm",
+    "model.position": "position",
+    "model.activation": "activation",
+    "optimizer.name": "optimizer",
+    "optimizer.schedule": "schedule",
+    "tokenizer.kind": "tokenizer",
+    "log": "logger",
+}
 
 
 def shipped(name: str, folder: str = "") -> Path | None:
@@ -52,11 +65,16 @@ def make_parser(command: str, description: str, positional: str = "", folder: st
         allow_abbrev=False,  # else --optimizer.nam is taken for --optimizer.name
     )
     parser.shipped_folder = folder  # type: ignore[attr-defined]
+    parser.epilog = ""
     parser.add_argument(
         "--config",
         action=jsonargparse.ActionConfigFile,
         help="YAML file of settings, or the name of a shipped one; may be repeated",
     )
+    if command.rpartition(" ")[2] not in ("train", "plan"):  # their configs have the field
+        parser.add_argument(
+            "--plugins", type=list[str], default=[], help="module or .py file to load first; runs its code; repeatable"
+        )
     return parser
 
 
@@ -68,10 +86,22 @@ def parse(parser: Any, argv: list[str]) -> Any:
         _shipped_config(previous, item, parser.shipped_folder)
         for previous, item in zip(["", *argv], argv, strict=False)
     ]
+    describe_choices(parser)
     try:
-        return parser.instantiate(parser.parse_args(argv))
+        return parser.instantiate(parser.parse_args(own_settings(parser, argv)))
     except argparse.ArgumentError as error:
+        if isinstance(error.__context__, ConfigError):
+            raise error.__context__ from error
         raise ConfigError(_explain(parser, str(error))) from error
+
+
+def describe_choices(parser: Any) -> None:
+    """Add to the help the names that each choice has, and the flags of plug-ins."""
+    for action in parser._actions:
+        field = FIELDS_WITH_TABLE.get(action.dest)
+        if field is not None and action.help and "%(" not in action.help:
+            action.help = f"{action.help.rstrip('.')}: {table(field).described()}".replace("%", "%%")
+    parser.epilog = described(parser)
 
 
 def _shipped_config(previous: str, item: str, folder: str) -> str:
@@ -160,7 +190,7 @@ def add_training_settings(parser: Any) -> None:
     from minigpt.training.config import TrainConfig
 
     parser.add_class_arguments(TrainConfig)
-    parser.set_defaults({f"model.{f.name}": f.default for f in fields(GPTConfig)})
+    parser.set_defaults({f"model.{f.name}": f.default for f in fields(GPTConfig) if f.default is not MISSING})
 
 
 def fields_of(values: Any, kind: Any) -> dict[str, Any]:

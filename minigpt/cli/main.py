@@ -6,48 +6,42 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 
-from minigpt.cli.eval import evaluate
-from minigpt.cli.info import info
-from minigpt.cli.plan import plan
-from minigpt.cli.prepare import prepare
-from minigpt.cli.sample import sample
-from minigpt.cli.study.dynamics import dynamics
-from minigpt.cli.study.heads import heads
-from minigpt.cli.study.inspect import inspect
-from minigpt.cli.study.lens import lens
-from minigpt.cli.study.patch import patch
-from minigpt.cli.study.sae import sae
-from minigpt.cli.train import train
+from minigpt.choices import Row, Table
+from minigpt.cli.plugins import take_plugins
 from minigpt.errors import ConfigError, MinigptError, leave
 from minigpt.terminal import show_what_can_be_shown, spelled
 
 PROG = "minigpt"
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {
-    "train": train,
-    "sample": sample,
-    "prepare": prepare,
-    "eval": evaluate,
-    "info": info,
-    "plan": plan,
-    "inspect": inspect,
-    "lens": lens,
-    "heads": heads,
-    "patch": patch,
-    "dynamics": dynamics,
-    "sae": sae,
-}
+VERBS = Table(
+    "verb",
+    "minigpt",
+    {  # the help of a verb is its docstring up to the first colon
+        "train": Row("minigpt.cli.train:train", ""),
+        "sample": Row("minigpt.cli.sample:sample", ""),
+        "prepare": Row("minigpt.cli.prepare:prepare", ""),
+        "eval": Row("minigpt.cli.eval:evaluate", ""),
+        "info": Row("minigpt.cli.info:info", ""),
+        "plan": Row("minigpt.cli.plan:plan", ""),
+        "inspect": Row("minigpt.cli.study.inspect:inspect", ""),
+        "lens": Row("minigpt.cli.study.lens:lens", ""),
+        "heads": Row("minigpt.cli.study.heads:heads", ""),
+        "patch": Row("minigpt.cli.study.patch:patch", ""),
+        "dynamics": Row("minigpt.cli.study.dynamics:dynamics", ""),
+        "sae": Row("minigpt.cli.study.sae:sae", ""),
+    },
+)
 
 
 def usage() -> str:
     """What `minigpt --help` prints."""
     lines = [f"usage: {PROG} VERB ...   ({PROG} VERB --help lists its settings)", ""]
     for name, verb in VERBS.items():
-        summary = re.sub(r"\s+", " ", verb.__doc__ or "").split(": ", 1)[0]
+        summary = VERBS.rows[name].help or re.sub(r"\s+", " ", verb.__doc__ or "").split(": ", 1)[0]
         lines.append(f"  {name:8} {summary}")
     return "\n".join(lines)
 
@@ -58,6 +52,13 @@ def main(argv: Iterable[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [item for item in arguments if item != "--debug"]
+    try:
+        arguments = take_plugins(arguments)
+    except MinigptError as error:
+        if debug:
+            raise
+        print(spelled(f"{PROG}: {error}"), file=sys.stderr)
+        return error.exit_code
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from minigpt.cli.arguments import add_training_settings, fields_of, make_parser, parse
+from minigpt.plugins import loaded, naming
 
 
 def train(argv: list[str]) -> None:
@@ -16,7 +18,11 @@ def train(argv: list[str]) -> None:
 
     parser = make_parser("minigpt train", train.__doc__ or "")
     add_training_settings(parser)
-    config = TrainConfig(**fields_of(parse(parser, [*_stored_config(argv), *argv]), TrainConfig))
+    stored = _stored_config(argv)
+    with naming(_plugins_of(stored)):
+        config = TrainConfig(**fields_of(parse(parser, [*stored, *argv]), TrainConfig))
+        config = replace(config, plugins=list(loaded()))  # those of a stored config are not loaded
+        config.check()
     from minigpt.training.launch import train as run_training
 
     run = run_training(config)
@@ -38,6 +44,17 @@ def _stored_config(argv: list[str]) -> list[str]:
     if not stored.is_file():  # every checkpoint carries a copy
         stored = max(run.glob("checkpoints/step-*/train_config.yaml"), default=stored)
     return ["--config", str(stored), *_settings_since(stored)] if stored.is_file() else []
+
+
+def _plugins_of(stored: list[str]) -> list[str]:
+    """The plug-ins that a stored run used, by name; for the message that one is missing."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(stored[1]).read_text(encoding="utf-8"))
+        return [str(name) for name in values.get("plugins") or []]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError):
+        return []
 
 
 def _settings_since(stored: Path) -> list[str]:

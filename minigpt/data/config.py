@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from minigpt.choices import Row, Table, under
 from minigpt.errors import ConfigError
+
+# Suffix of a file -> its reader; "text" reads the files whose suffix is not in the table.
+READERS = Table(
+    "reader",
+    "data.reader",
+    {
+        "text": Row("minigpt.data.reading:whole_file", "the whole file is a document"),
+        ".jsonl": Row("minigpt.data.reading:json_lines", "a JSON object per line, with a document in data.field"),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,14 @@ class DataConfig:
     """
     clean: CleanConfig = CleanConfig()
     """How text is cleaned before it is tokenized."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # `field` is a setting here
+    """Settings of plug-ins, by dotted name: {"reader.csv.column": "text"}, on the command line --data.reader.csv.column
+    text.
+    """
+
+    def own(self, suffix: str) -> dict[str, Any]:
+        """The settings of the reader of a suffix that are its own."""
+        return under(f"reader.{suffix.removeprefix('.')}", self.settings)
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, for invalid values.
@@ -63,6 +83,13 @@ class DataConfig:
         ):
             if getattr(self, name) == "":
                 raise ConfigError(f"data.{name} is empty; give {expected}")
+        for name in self.settings:
+            way, _, rest = name.partition(".")
+            suffix, _, setting = rest.partition(".")
+            if way != "reader" or not setting:
+                raise ConfigError(f"data.settings: {name!r} is not of the form reader.SUFFIX.NAME")
+            READERS.check(f".{suffix}", f"data.reader.{suffix}")
+            READERS.own(f".{suffix}", self.own(suffix), f"data.reader.{suffix}")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(
                 f"data.val_fraction is {self.val_fraction}; expected a fraction from 0 to below 1, such as 0.1"

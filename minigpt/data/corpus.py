@@ -18,7 +18,7 @@ from minigpt.data.catalogue import catalogue, check_copy, download, python_topic
 from minigpt.data.config import DataConfig
 from minigpt.data.decoding import NotText, ReadingLog
 from minigpt.data.listing import Listing, list_folder, list_pattern
-from minigpt.data.reading import BLOCK, COMPRESSED, Piece, check_readers, read_documents, standard_input
+from minigpt.data.reading import BLOCK, COMPRESSED, Piece, check_readers, read_documents, readers_of, standard_input
 from minigpt.durable import canonical_json, file_sha256, sha256_of
 from minigpt.errors import ConfigError, DataError, DiskError
 
@@ -61,7 +61,7 @@ def find_source(data: DataConfig) -> Source:
     if os.path.isdir(path):
         return _folder(_folder_name(path.resolve().name, data.source), path, data, f"data.source {data.source!r}")
     if os.path.isfile(path):
-        return _files(_folder_name(_stem(path), data.source), Listing([path]), path.parent, data.field, many=False)
+        return _files(_folder_name(_stem(path), data.source), Listing([path]), path.parent, data, many=False)
     if glob.has_magic(data.source):
         listing = list_pattern(str(path))
         if not listing.files:
@@ -69,7 +69,7 @@ def find_source(data: DataConfig) -> Source:
                 f"data.source {data.source!r} matches no file{_beside(listing)}; check the pattern and the current "
                 "folder"
             )
-        return _files(_folder_name(data.source, data.source), listing, Path("."), data.field, many=True)
+        return _files(_folder_name(data.source, data.source), listing, Path("."), data, many=True)
     try:
         os.stat(path)
         raise DataError(f"data.source {data.source!r} is not a regular file; pipe it in with --data.source -")
@@ -124,7 +124,7 @@ def _named(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
             download(name, entry, path, show)
 
     fingerprint = {"name": name, "sha256": entry["sha256"]}
-    return Source(name, fingerprint, entry["bytes"], lambda log: read_documents(path, data.field, log), settle)
+    return Source(name, fingerprint, entry["bytes"], lambda log: read_documents(path, data, log), settle)
 
 
 def _supplied(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
@@ -137,21 +137,21 @@ def _supplied(name: str, entry: dict[str, Any], data: DataConfig) -> Source:
     path = Path(data.file).expanduser()
     if os.path.isdir(path):
         return _folder(name, path, data, f"data.file {data.file!r}")
-    return _files(name, Listing([path]), path.parent, data.field, many=False)
+    return _files(name, Listing([path]), path.parent, data, many=False)
 
 
 def _folder(name: str, path: Path, data: DataConfig, what: str) -> Source:
     listing = list_folder(path, Path(data.folder))
     if not listing.files:
         raise DataError(f"{what} is a folder without text files{_beside(listing)}; put text files into it")
-    return _files(name, listing, path, data.field, many=True)
+    return _files(name, listing, path, data, many=True)
 
 
 def _beside(listing: Listing) -> str:
     return f" (skipped: {', '.join(listing.left_out[:3])})" if listing.left_out else ""
 
 
-def _files(name: str, found: Listing, base: Path, field: str, many: bool) -> Source:
+def _files(name: str, found: Listing, base: Path, data: DataConfig, many: bool) -> Source:
     """Create a source from files. With `many`, files that are not text are skipped."""
     sizes, listing, files = 0, hashlib.sha256(), found.files
     for file in files:
@@ -167,12 +167,14 @@ def _files(name: str, found: Listing, base: Path, field: str, many: bool) -> Sou
         "bytes": sizes,
         "listing_sha256": listing.hexdigest(),
     }
+    if readers := readers_of(files, data):
+        fingerprint["readers"] = readers
 
     def documents(log: ReadingLog) -> Iterator[Piece]:
         log.skipped += found.left_out
         for file in files:
             try:
-                yield from read_documents(file, field, log)
+                yield from read_documents(file, data, log)
             except NotText:
                 if not many:
                     raise
@@ -203,4 +205,4 @@ def _standard_input(data: DataConfig) -> Source:
     finally:
         spool.unlink(missing_ok=True)
     fingerprint = {"path": "-", "sha256": digest.hexdigest()}
-    return Source("stdin", fingerprint, size, lambda log: read_documents(path, data.field, log))
+    return Source("stdin", fingerprint, size, lambda log: read_documents(path, data, log))

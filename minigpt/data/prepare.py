@@ -17,7 +17,7 @@ from minigpt.data.survey import Split, SurveyedText, survey
 from minigpt.durable import sha256_of
 from minigpt.errors import ConfigError, DataError
 from minigpt.terminal import notice, progress, readable
-from minigpt.tokenizer.config import TokenizerConfig
+from minigpt.tokenizer.config import KINDS, TokenizerConfig
 
 if TYPE_CHECKING:
     from minigpt.tokenizer.base import Tokenizer
@@ -142,15 +142,7 @@ def _request(source: Source, data: DataConfig, tokenizer: TokenizerConfig | Toke
     if not isinstance(tokenizer, TokenizerConfig):
         asked["tokenizer"]["hash"] = tokenizer.hash
         return sha256_of(asked)
-    if tokenizer.kind == "bpe":
-        asked["tokenizer"]["vocab_size"] = tokenizer.vocab_size
-    if tokenizer.kind == "char":
-        asked["tokenizer"]["unknown"] = tokenizer.unknown
-    if tokenizer.kind == "file" and tokenizer.path is not None:
-        path = Path(tokenizer.path)
-        files = sorted((path if path.is_dir() else path.parent).glob("*.json"))  # they change ids and end-of-text too
-        found = [(str(file), file.stat()) for file in files if file.is_file()]
-        asked["tokenizer"]["files"] = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+    asked["tokenizer"] |= KINDS[tokenizer.kind].asked(tokenizer)
     return sha256_of(asked)
 
 
@@ -184,14 +176,15 @@ def _tokenizer_at_hand(tokenizer: TokenizerConfig | Tokenizer, show: bool) -> To
 
 
 def _learned_tokenizer(config: TokenizerConfig | Tokenizer, text: SurveyedText, split: Split, show: bool) -> Tokenizer:
-    """Characters come from the whole text, so that validation can be encoded; merges only from the training text."""
+    """The tokenizer, with a vocabulary from the part of the text that its kind learns from."""
     from minigpt.tokenizer.build import build_tokenizer
 
     assert isinstance(config, TokenizerConfig)
+    learns = KINDS[config.kind].learns
 
     def texts() -> Iterator[str]:
         for part in text.parts(split):
-            if config.kind == "char" or part.split == "train":
+            if learns == "all" or part.split == learns:
                 yield part.text
 
     return build_tokenizer(config, texts, show)

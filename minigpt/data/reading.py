@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import inspect
+import io
 import json
 import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from minigpt.data.config import READERS, DataConfig
 from minigpt.data.decoding import ReadingLog, as_utf8, decode_utf8
+from minigpt.durable import sha256_of
 from minigpt.errors import ConfigError, DataError, imported
 from minigpt.terminal import notice
 
@@ -44,28 +48,119 @@ def check_readers(files: Iterable[Path]) -> None:
             return
 
 
-def read_documents(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
-    """The documents of one file: one per line for .jsonl, else the whole file. Line ends stay as they are.
+class Stream(io.BufferedReader):
+    """What a reader reads: the decompressed bytes of one file.
+
+    Attributes:
+        path: the file.
+        log: records statistics and problems.
+        blocks: the bytes in blocks of about a megabyte, for readers that need no file object.
+    """
+
+    def __init__(self, path: Path, log: ReadingLog) -> None:
+        self.path, self.log, self.blocks = path, log, _blocks(path, log)
+        super().__init__(_Raw(self.blocks), BLOCK)
+
+
+class _Raw(io.RawIOBase):
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self.blocks, self.left = blocks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, room: Any) -> int:
+        while not self.left:
+            block = next(self.blocks, None)
+            if block is None:
+                return 0
+            self.left = block
+        count = min(len(room), len(self.left))
+        room[:count], self.left = self.left[:count], self.left[count:]
+        return count
+
+
+def reader_of(path: Path) -> str:
+    """The row of READERS that reads a file: the suffix of its format, else "text"."""
+    suffix = content_suffix(path)
+    return suffix if suffix in READERS else "text"
+
+
+def readers_of(files: Iterable[Path], data: DataConfig) -> dict[str, Any]:
+    """The plug-ins that read some of these files, each with its version and settings; part of what identifies a corpus.
+
+    The version is the function's attribute `version`, else a hash of its source.
+    """
+    found = {}
+    for name in sorted({reader_of(path) for path in files}):
+        row = READERS.rows[name]
+        if row.module is not None:
+            version = getattr(row.target, "version", None) or sha256_of(inspect.getsource(row.target))[:12]
+            found[name] = {"module": row.module, "version": version, "settings": data.own(name)}
+    return found
+
+
+def read_documents(path: Path, data: DataConfig, log: ReadingLog) -> Iterator[Piece]:
+    """The documents of one file, by the reader of its suffix. Line ends stay as they are.
 
     Args:
         path: the file; .gz and .zst are decompressed on the fly.
-        field: field of the .jsonl objects that holds the document.
+        data: settings of the readers, such as the field of .jsonl objects that holds the document.
         log: records statistics and problems.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a valid document.
+        DataError: the file cannot be read, or a document is not valid.
         NotText: the file is not text; raised before the first piece.
         MissingExtra: a .zst file without the package zstandard.
     """
+    name = reader_of(path)
+    reader = READERS.bound(name, data.own(name))
+    stream = Stream(path, log)
     try:
-        if content_suffix(path) == ".jsonl":
-            yield from _json_lines(path, field, log)
-        else:
-            for block in whole_lines(as_utf8(_blocks(path, log), str(path), log), BLOCK):
-                yield Piece(decode_utf8(block, str(path), log), False)
-            yield Piece("", True)
+        for found in reader(stream, data):
+            yield found if isinstance(found, Piece) else _document(found, name, stream)
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+    except (DataError, ConfigError):
+        raise
+    except Exception as error:  # a plug-in's reader can raise anything
+        if READERS.rows[name].module is None:
+            raise
+        where = f"reader '{name}' ({READERS.rows[name].module})"
+        raise DataError(f"{path}: {where} failed ({type(error).__name__}: {error})") from error
+
+
+def _document(text: Any, reader: str, stream: Stream) -> Piece:
+    if not isinstance(text, str):
+        raise DataError(
+            f"{stream.path}: reader '{reader}' yielded {type(text).__name__}; expected the text of a document"
+        )
+    return Piece(stream.log.read(_without_surrogates(text, stream), str(stream.path)), True)
+
+
+def _without_surrogates(text: str, stream: Stream) -> str:
+    if _SURROGATES.search(text):  # a lone \ud800 is valid JSON but not a character
+        text, count = _SURROGATES.subn("\ufffd", text)
+        stream.log.replaced(count, str(stream.path))
+    return text
+
+
+def whole_file(stream: Stream, settings: DataConfig) -> Iterator[Piece]:
+    """The whole file as one document, in pieces."""
+    name = str(stream.path)
+    for block in whole_lines(as_utf8(stream.blocks, name, stream.log), BLOCK):
+        yield Piece(decode_utf8(block, name, stream.log), False)
+    yield Piece("", True)
+
+
+def json_lines(stream: Stream, settings: DataConfig) -> Iterator[str]:
+    """One JSON object per line, with the document in settings.field."""
+    number, name = 0, str(stream.path)
+    for block in whole_lines(as_utf8(stream.blocks, name, stream.log), limit=None):
+        for line in block.removesuffix(b"\n").split(b"\n"):
+            number += 1
+            if line.strip():
+                yield _json_text(decode_utf8(line, name, stream.log), settings.field, f"{name} line {number}")
 
 
 def read_text(flag: str, path: str) -> str:
@@ -171,19 +266,6 @@ def _counted(blocks: Iterator[bytes], raw: BinaryIO, log: ReadingLog) -> Iterato
         log.bytes += here - before
         before = here
         yield block
-
-
-def _json_lines(path: Path, field: str, log: ReadingLog) -> Iterator[Piece]:
-    number, name = 0, str(path)
-    for block in whole_lines(as_utf8(_blocks(path, log), name, log), limit=None):
-        for line in block.removesuffix(b"\n").split(b"\n"):
-            number += 1
-            if line.strip():
-                text = _json_text(decode_utf8(line, name, log), field, f"{path} line {number}")
-                if _SURROGATES.search(text):  # a lone \ud800 is valid JSON but not a character
-                    text, count = _SURROGATES.subn("\ufffd", text)
-                    log.replaced(count, name)
-                yield Piece(log.read(text, name), True)
 
 
 def _json_text(line: str, field: str, where: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.data.batches import IGNORED, ValidationWindows
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 
 if TYPE_CHECKING:
     from minigpt.data.shards import Corpus
@@ -34,6 +34,8 @@ class Evaluation:
     """Number of predicted tokens."""
     bytes: int
     """Number of bytes of the original text that these tokens represent (special tokens: none)."""
+    added: Mapping[str, float] = field(default_factory=dict)
+    """Mean of every added loss per token, by name; not part of `loss`."""
 
     @property
     def loss(self) -> float:
@@ -86,6 +88,7 @@ def evaluate(
     world_size: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     on_rows: Callable[[int], None] = lambda done: None,
+    added: Any = None,
 ) -> Evaluation:
     """Compute the cross-entropy of every target in the windows; windows are independent.
 
@@ -98,6 +101,7 @@ def evaluate(
         world_size: number of processes.
         reduce: sums a tensor over all processes.
         on_rows: called with the number of windows done.
+        added: a training objective (minigpt/training/recipe/loss.py) whose added losses are measured too.
 
     Returns:
         The sums over all processes, the same on each process.
@@ -108,6 +112,7 @@ def evaluate(
     rows = max(1, min(TOKENS_AT_ONCE // block_size, LOGITS_AT_ONCE // (block_size * len(byte_lengths))))
     nats = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)  # tokens, bytes
+    others = torch.zeros(len(added.names) - 1 if added else 0, dtype=torch.float64)
     training = model.training
     model.eval()
     try:
@@ -123,10 +128,14 @@ def evaluate(
                 logits, targets.to(device).flatten(), ignore_index=IGNORED, reduction="none"
             )  # (B T), 0 where padded
             nats += loss.cpu().double().sum()
+            if added:
+                others += added.per_token(logits, targets.to(device).flatten())[1:].cpu().double().sum(1)
             real = targets[targets != IGNORED]
             counts += torch.tensor([real.numel(), byte_lengths[real].sum()], dtype=torch.float64)
             on_rows(min(begin + rows * world_size, len(windows)))
     finally:
         model.train(training)
     nats, counts = reduce(nats), reduce(counts)
-    return Evaluation(nats=float(nats), tokens=int(counts[0]), bytes=round(float(counts[1])))
+    means = (reduce(others) / counts[0]).tolist() if added else []
+    named = dict(zip(added.names[1:], means, strict=True)) if added else {}
+    return Evaluation(nats=float(nats), tokens=int(counts[0]), bytes=round(float(counts[1])), added=named)

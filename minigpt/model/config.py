@@ -7,14 +7,38 @@ Fields that depend on the preset default to None in the signature; an instance a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from minigpt.choices import Row, Table, under
 from minigpt.errors import ConfigError
 
-Norm = Literal["layernorm", "rmsnorm"]
-Position = Literal["learned", "rope"]
-Activation = Literal["gelu", "gelu_exact", "relu2", "swiglu"]
+NORMS = Table(
+    "norm",
+    "model.norm",
+    {
+        "layernorm": Row("minigpt.model.norms:LayerNorm", "subtracts the mean, divides by the standard deviation"),
+        "rmsnorm": Row("minigpt.model.norms:RMSNorm", "divides by the root mean square"),
+    },
+)
+POSITIONS = Table(
+    "position",
+    "model.position",
+    {
+        "learned": Row("minigpt.model.positions:Learned", "an embedding per position", {"embed": True}),
+        "rope": Row("minigpt.model.positions:Rotary", "rotary, half-split pairs", {"rotate": True, "even": True}),
+    },
+)
+ACTIVATIONS = Table(
+    "activation",
+    "model.activation",
+    {
+        "gelu": Row("minigpt.model.activations:gelu", "tanh approximation"),
+        "gelu_exact": Row("minigpt.model.activations:gelu_exact", "erf"),
+        "relu2": Row("minigpt.model.activations:relu2", "squared ReLU"),
+        "swiglu": Row("minigpt.model.activations:swiglu", "gated", {"gated": True}),
+    },
+)
 
 # Fields set by each preset. "gpt2" equals Hugging Face's GPT2LMHeadModel, "llama" its LlamaForCausalLM.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,6 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "trigram_rows": 0,
     },
 }
+TABLES = {"norm": NORMS, "position": POSITIONS, "activation": ACTIVATIONS}
 
 
 @dataclass(frozen=True)
@@ -81,23 +106,23 @@ class GPTConfig:
     head_dim: int | None = None
     """Width of a head; n_embd / n_head if not given."""
     n_inner: int | None = None
-    """Hidden width of the MLP; 4 n_embd if not given (swiglu: 8/3 n_embd, rounded up to a multiple of 32)."""
+    """Hidden width of the MLP; 4 n_embd if not given (gated: 8/3 n_embd, rounded up to a multiple of 32)."""
     dropout: float = 0.0
     """Dropout probability of embeddings and block outputs during training."""
     attn_dropout: float | None = None
     """Dropout probability of attention weights; equal to dropout if not given. 0 allows the fused kernel on a CPU."""
-    norm: Norm | None = None
-    """Type of normalization: layernorm or rmsnorm."""
+    norm: str | None = field(default=None, metadata={"table": NORMS})
+    """Type of normalization."""
     norm_eps: float = 1e-5
     """Added to the variance in a norm."""
     norm_weight: bool | None = None
     """Whether rmsnorm has a learned weight per channel; layernorm always has one."""
-    position: Position | None = None
-    """learned (position embeddings) or rope (rotary, half-split pairs)."""
+    position: str | None = field(default=None, metadata={"table": POSITIONS})
+    """Positions."""
     rope_theta: float = 10000.0
     """Base of the rope frequencies."""
-    activation: Activation | None = None
-    """MLP activation: gelu (tanh approximation), gelu_exact (erf), relu2 (squared ReLU) or swiglu (gated)."""
+    activation: str | None = field(default=None, metadata={"table": ACTIVATIONS})
+    """MLP activation."""
     qk_norm: bool | None = None
     """Apply RMSNorm to queries and keys of each head before the rotation."""
     bias: bool | None = None
@@ -113,6 +138,8 @@ class GPTConfig:
     """Rows of an embedding table indexed by the hash of each token and the one before it; 0: no table."""
     trigram_rows: int | None = None
     """Rows of an embedding table indexed by the hash of each token and the two before it; 0: no table."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of plug-ins, by dotted name: {"norm.alpha": 0.3}, on the command line --model.norm.alpha 0.3."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -126,10 +153,33 @@ class GPTConfig:
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        for name, table in TABLES.items():
+            table.check(getattr(self, name))
         if self.n_inner is None:
-            gated = self.activation == "swiglu"
-            object.__setattr__(self, "n_inner", -(-8 * self.n_embd // 96) * 32 if gated else 4 * self.n_embd)
+            inner = -(-8 * self.n_embd // 96) * 32 if self.gated else 4 * self.n_embd
+            object.__setattr__(self, "n_inner", inner)
         self._check()
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation multiplies a gate, so that the MLP has a third matrix."""
+        return bool(ACTIVATIONS.fact(str(self.activation), "gated", False))
+
+    def own(self, part: str) -> dict[str, Any]:
+        """The settings of a part (norm, position or activation) that are its own."""
+        return under(part, self.settings)
+
+    def adds(self, way: str, layer: int | None = None) -> bool:
+        """Whether positions act in this way, in this layer (None: in any).
+
+        Args:
+            way: "embed" (added to the stream), "rotate" (applied to queries and keys) or "bias" (added to scores).
+            layer: index of the block.
+        """
+        name = str(self.position)
+        layers = POSITIONS.fact(name, "layers")
+        acts = POSITIONS.fact(name, way) is not None
+        return acts and (layer is None or layers is None or bool(layers(layer)))
 
     def _check(self) -> None:
         for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner", "vocab_size"):
@@ -151,9 +201,10 @@ class GPTConfig:
                 f"model.n_head: {self.n_head} does not divide n_embd ({self.n_embd}); "
                 f"choose a divisor of it, or give model.head_dim"
             )
-        if self.position == "rope" and self.head_dim % 2:  # type: ignore[operator]
+        if POSITIONS.fact(str(self.position), "even") and self.head_dim % 2:  # type: ignore[operator]
             raise ConfigError(
-                f"model.head_dim: {self.head_dim} is odd; rope rotates pairs of channels and needs an even value"
+                f"model.head_dim: {self.head_dim} is odd; {self.position} rotates pairs of channels and needs an even "
+                f"value"
             )
         for name in ("dropout", "attn_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -163,16 +214,19 @@ class GPTConfig:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not a positive number")
         if not 0.0 <= self.logit_softcap < float("inf"):  # type: ignore[operator]
             raise ConfigError(f"model.logit_softcap: {self.logit_softcap} is not 0 (off) or a positive number")
-        choices = {"norm": Norm, "position": Position, "activation": Activation}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
-                raise ConfigError(
-                    f"model.{name}: '{getattr(self, name)}' is not one of {', '.join(allowed.__args__)}"  # type: ignore[attr-defined]
-                )
+        known = [name for name in self.settings if name.partition(".")[0] in TABLES and "." in name]
+        if len(known) < len(self.settings):
+            unknown = next(name for name in self.settings if name not in known)
+            raise ConfigError(
+                f"model.settings: {unknown!r} is not one of {', '.join(f'{name}.NAME' for name in TABLES)}"
+            )
+        for name, table in TABLES.items():
+            table.own(getattr(self, name), self.own(name))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields with their resolved values, ready for JSON."""
-        return asdict(self)
+        """All fields with their resolved values, ready for JSON; `settings` only if a plug-in has some."""
+        values = asdict(self)
+        return values if self.settings else {name: value for name, value in values.items() if name != "settings"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from minigpt.model.config import GPTConfig
+import torch
+from torch import Tensor, nn
+
+from minigpt.model.config import ACTIVATIONS, POSITIONS, GPTConfig
+from minigpt.model.gpt import outline
+from minigpt.model.norms import make_norm
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,6 @@ class Cost:
         """FLOPs per token of a training step: three forwards' worth (Kaplan et al. 2020, arXiv 2001.08361)."""
         return 3 * self.forward_flops
 
-    def optimizer_bytes(self, name: str) -> int:
-        """What the optimizer remembers in float32, but for a counter per tensor.
-
-        Args:
-            name: "adamw" (two moments per parameter) or "muon" (one for matrices inside blocks, two for the rest).
-        """
-        return 4 * (2 * self.parameters - (self.matrix_parameters if name == "muon" else 0))
-
 
 @dataclass(frozen=True)
 class Activations:
@@ -63,30 +61,28 @@ class Activations:
 
 
 def cost_of(config: GPTConfig) -> Cost:
-    """Compute the Cost of a model from its config. vocab_size must be set."""
-    assert config.vocab_size is not None and config.n_inner is not None
-    assert config.n_kv_head is not None and config.head_dim is not None
-    width, vocab, layers = config.n_embd, config.vocab_size, config.n_layer
-    qkv_width = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    attention = width * qkv_width + config.n_head * config.head_dim * width
-    mlp = (3 if config.activation == "swiglu" else 2) * width * config.n_inner
-    gates = config.n_inner if config.activation == "swiglu" else 0
-    biases = qkv_width + width + config.n_inner + gates + width if config.bias else 0
-    weighs = config.norm == "layernorm" or bool(config.norm_weight)
-    norm = width * (2 if config.norm == "layernorm" and config.bias else 1) * weighs
-    block = attention + mlp + biases + 2 * norm + (2 * config.head_dim if config.qk_norm and config.norm_weight else 0)
-    positions = config.block_size * width if config.position == "learned" else 0
-    ngrams = min(config.bigram_rows or 0, vocab * (vocab + 1)) * width
-    ngrams += min(config.trigram_rows or 0, vocab * (vocab + 1) ** 2) * width
-    matrices = layers * (attention + mlp)
-    scores = 4 * layers * config.n_head * config.head_dim * (config.block_size + 1) // 2
+    """Compute the Cost of a model from its config, whose vocab_size must be set.
+
+    Parameters are counted on a model without memory.
+    """
+    assert config.vocab_size is not None and config.n_kv_head is not None and config.head_dim is not None
+    layers = config.n_layer if POSITIONS.fact(str(config.position), "layers") else 1  # equal layers: one is enough
+    model = outline(replace(config, n_layer=layers))
+    blocks = list(model.trunk.blocks.parameters())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    matrices = config.n_layer * sum(each.numel() for each in blocks if each.dim() == 2) // layers
+    ends = sum(parameter.numel() for parameter in model.trunk.norm.parameters())
+    projection = config.vocab_size * config.n_embd
+    scores = 4 * config.n_layer * config.n_head * config.head_dim * (config.block_size + 1) // 2
+    in_blocks = sum(parameter.numel() for parameter in blocks)
+    unembedding = sizes.get("unembed.weight", 0)
     return Cost(
-        embedding_parameters=vocab * width + ngrams + positions,
-        block_parameters=layers * block + norm,
+        embedding_parameters=sum(sizes.values()) - in_blocks - ends - unembedding,
+        block_parameters=config.n_layer * in_blocks // layers + ends,
         matrix_parameters=matrices,
-        unembedding_parameters=0 if config.tie_embeddings else vocab * width,
-        forward_flops=2 * (matrices + vocab * width) + scores,
-        cache_bytes_per_token=2 * layers * config.n_kv_head * config.head_dim * 4,
+        unembedding_parameters=unembedding,
+        forward_flops=2 * (matrices + projection) + scores,
+        cache_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
     )
 
 
@@ -103,14 +99,38 @@ def activations_of(config: GPTConfig, half: bool = False, on_gpu: bool = True) -
     size = 2 if half else 4
     width, vocab = config.n_embd, config.vocab_size
     keys, heads = config.n_kv_head * config.head_dim, config.n_head * config.head_dim
-    norm = 4 * width + (2 if half else 4) * width  # its input, and its output in the dtype of the matrix products
+    norm = make_norm(config, SMALL)
+    each = _kept(norm, torch.zeros(1, SMALL)) / SMALL - 4 if not getattr(norm, "divides", False) else 4
+    read = round(each * width) + size * width  # what the norm keeps, and its output in the dtype of the products
     attends = size if on_gpu else 4
-    attention = attends * (heads + 2 * keys)  # queries, keys and values before norm and rope
+    attention = attends * (heads + 2 * keys)  # queries, keys and values before norm and positions
     if config.qk_norm:
         attention += 4 * (heads + keys)
-    if config.position == "rope":
+    if config.adds("rotate"):
         attention += 4 * (heads + keys)
+    if config.adds("bias"):
+        attention += 4 * config.n_head * config.block_size  # the scores, since the fused kernel does not take a bias
     attention += attends * heads + 4 * config.n_head  # output, and the log-sum-exp of the softmax
-    inner = size * config.n_inner * (4 if config.activation == "swiglu" else 2)
+    activation = ACTIVATIONS.bound(str(config.activation), config.own("activation"))
+    hidden = [torch.zeros(1, SMALL) for _ in range(2 if config.gated else 1)]
+    inner = size * config.n_inner * _kept(activation, *hidden) // (4 * SMALL)
     logits = 4 * vocab * (2 if config.logit_softcap else 1) + (2 * vocab if half else 0)
-    return Activations(block=2 * norm + attention + inner, stream=4 * width, ends=norm, logits=logits)
+    return Activations(block=2 * read + attention + inner, stream=4 * width, ends=read, logits=logits)
+
+
+SMALL = 64  # channels of the tensors that are counted
+
+
+def _kept(function: Callable[..., Tensor], *inputs: Tensor) -> int:
+    """Bytes of a function's result and of the distinct tensors that autograd keeps for it, without parameters."""
+    held: dict[int, Tensor] = {}
+    own = set(function.parameters()) if isinstance(function, nn.Module) else set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor not in own:
+            held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        keep(function(*(tensor.requires_grad_() for tensor in inputs)))
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())

@@ -14,7 +14,6 @@ the tap asks for them with a method `wants(name)`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,8 @@ from torch import Tensor, nn
 from minigpt.model.attention import Attention
 from minigpt.model.cache import KVCache, Step
 from minigpt.model.gpt import GPT, Block, Trunk
-from minigpt.model.layers import MLP, LayerNorm, RMSNorm, widen
-
-Tap = Callable[[str, Tensor], Tensor]
+from minigpt.model.layers import MLP
+from minigpt.model.norms import RMSNorm, Tap, explicit_norm
 
 
 def untouched(name: str, activation: Tensor) -> Tensor:
@@ -37,22 +35,8 @@ def wants(tap: Tap, name: str) -> bool:
     return hasattr(tap, "wants") and tap.wants(name)
 
 
-def explicit_norm(
-    norm: LayerNorm | RMSNorm, x: Tensor, tap: Tap = untouched, at: str = ""
-) -> Tensor:  # (..., C) -> (..., C)
-    """LayerNorm or RMSNorm with taps: hook_scale (..., 1) is the divisor of the (centred) input."""
-    wide = widen(x)
-    if isinstance(norm, LayerNorm):
-        wide = wide - wide.mean(-1, keepdim=True)
-    scale = tap(f"{at}hook_scale", (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt())
-    y = tap(f"{at}hook_normalized", (wide / scale).to(x.dtype))
-    y = y if norm.weight is None else y * norm.weight
-    bias = getattr(norm, "bias", None)
-    return y if bias is None else y + bias
-
-
 def separate_heads(
-    attn: Attention, norm: LayerNorm | RMSNorm, x: Tensor, tap: Tap, at: str = ""
+    attn: Attention, norm: nn.Module, x: Tensor, tap: Tap, at: str = ""
 ) -> Tensor:  # (B, T, C) -> (B, H + 2G, T, D)
     """Compute queries, keys and values with a separate copy of the residual stream per head.
 
@@ -86,17 +70,17 @@ def explicit_attention(
     q, k, v = heads.split(counts, dim=1)  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
     q, k, v = tapped("hook_q", q), tapped("hook_k", k), tapped("hook_v", v)
     q, k = normed(attn.q_norm, q, "q_norm."), normed(attn.k_norm, k, "k_norm.")
-    if attn.rotary is not None:
-        q = tapped("hook_rot_q", attn.rotary(q, step.positions))
-        k = tapped("hook_rot_k", attn.rotary(k, step.positions))
+    if attn.rotates:
+        q = tapped("hook_rot_q", attn.turned(q, step.positions))
+        k = tapped("hook_rot_k", attn.turned(k, step.positions))
     if cache is not None:
         k, v = cache.append(attn.layer, k, v, step)  # (B, G, S, D)
     group = attn.n_head // attn.n_kv_head
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # (B, H, S, D)
     scores = q @ k.transpose(-2, -1) / math.sqrt(attn.head_dim)  # (B, H, T, S)
-    slots = torch.arange(step.width, device=heads.device)
-    seen = slots <= step.positions.reshape(-1, 1, step.positions.shape[-1], 1)  # (1 or B, 1, T, S)
-    scores = tap(f"{at}hook_attn_scores", scores.masked_fill(~seen, -torch.inf))
+    bias = attn.score_bias(step, heads.device)
+    scores = scores if bias is None else scores + bias
+    scores = tap(f"{at}hook_attn_scores", scores.masked_fill(~attn.seen(step, heads.device), -torch.inf))
     pattern = tap(f"{at}hook_pattern", scores.softmax(-1))
     pattern = nn.functional.dropout(pattern, attn.dropout, attn.training)
     z = tapped("hook_z", pattern @ v)  # (B, H, T, D)
@@ -143,7 +127,7 @@ def explicit_trunk(trunk: Trunk, ids: Tensor, cache: KVCache | None = None, tap:
     for name, term in trunk.ngrams(ids, step, cache):
         x = x + tap(f"hook_{name}_embed", term)
     if trunk.position is not None:
-        x = x + tap("hook_pos_embed", trunk.position(step.positions).expand_as(x))
+        x = x + tap("hook_pos_embed", trunk.position.embed(step.positions).expand_as(x))  # type: ignore[operator]
     x = trunk.drop(x)
     for layer, block in enumerate(trunk.blocks):
         assert isinstance(block, Block)

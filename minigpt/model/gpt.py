@@ -20,7 +20,10 @@ from minigpt.errors import ConfigError
 from minigpt.model.attention import Attention
 from minigpt.model.cache import KVCache, Step, causal_step
 from minigpt.model.config import GPTConfig
-from minigpt.model.layers import MLP, NgramEmbedding, make_norm, widen
+from minigpt.model.layers import MLP, NgramEmbedding
+from minigpt.model.norms import make_norm
+from minigpt.model.positions import make_embedding
+from minigpt.model.precision import widen
 
 
 class Block(nn.Module):
@@ -51,7 +54,7 @@ class Trunk(nn.Module):
         ngrams = ((2, config.bigram_rows), (3, config.trigram_rows))
         tables = [NgramEmbedding(n, config.vocab_size, rows, config.n_embd) if rows else None for n, rows in ngrams]
         self.bigram, self.trigram = tables
-        self.position = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.position = make_embedding(config)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
@@ -86,7 +89,7 @@ class Trunk(nn.Module):
         for _, term in self.ngrams(ids, step, cache):
             x = x + term
         if self.position is not None:
-            x = x + self.position(step.positions)  # (T, C) or (B, T, C)
+            x = x + self.position.embed(step.positions)  # type: ignore[operator]  # (T, C) or (B, T, C)
         return self.drop(x)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
@@ -135,6 +138,11 @@ class GPT(nn.Module):
         self.unembed = Unembed(config)
         if config.tie_embeddings:
             self.tie()
+        kept = [n for m in self.modules() for n in m._buffers if n not in m._non_persistent_buffers_set]
+        if kept:
+            raise ConfigError(
+                f"model: buffer {kept[0]} would not be saved; register it with persistent=False, or make it a parameter"
+            )
         self.reset_parameters()
 
     def tie(self) -> None:
@@ -152,24 +160,45 @@ class GPT(nn.Module):
         ln V. The other matrices of the blocks are uniform with variance 1/fan-in, and the embeddings normal(0, 1)
         if they are untied.
         """
+        parts = self._parts()
+        inside = {id(parameter) for part in parts for parameter in part.parameters()}
+        for name, module in self.named_modules():
+            if module in parts and hasattr(module, "begin"):
+                module.begin(generator)
+            for short, parameter in module.named_parameters(recurse=False):
+                full = f"{name}.{short}"
+                tied = parameter is self.trunk.embed.weight and name == "unembed"
+                if id(parameter) not in inside and not tied:
+                    self._begin(full, parameter, generator)
+
+    def _parts(self) -> set[nn.Module]:
+        """The modules that set their own start values; without a method `begin`, their constructors' values stay."""
+        trunk = self.trunk
+        found = [trunk.norm, trunk.position, trunk.bigram, trunk.trigram]
+        for block in trunk.blocks:
+            assert isinstance(block, Block)
+            found += [block.norm1, block.norm2, block.attn.position, block.attn.q_norm, block.attn.k_norm]
+        return {part for part in found if part is not None}
+
+    def _begin(self, name: str, parameter: Tensor, generator: torch.Generator | None) -> None:
+        """The start values of the embedding, the unembedding and the linear layers."""
         config = self.config
-        for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                nn.init.ones_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
-            elif name.endswith(("attn.proj.weight", "mlp.down.weight")):
-                if config.zero_init:
-                    nn.init.zeros_(parameter)
-                else:
-                    nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer), generator=generator)
-            elif "gram.weight" in name or (config.zero_init and name == "unembed.weight"):
+        if parameter.dim() < 2:  # biases
+            nn.init.zeros_(parameter)
+        elif name.endswith(("attn.proj.weight", "mlp.down.weight")):
+            if config.zero_init:
                 nn.init.zeros_(parameter)
-            elif config.zero_init and name.startswith("trunk.blocks"):
-                bound = math.sqrt(3 / parameter.shape[1])
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
-            elif config.zero_init and not config.tie_embeddings:
-                nn.init.normal_(parameter, generator=generator)
             else:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer), generator=generator)
+        elif config.zero_init and name == "unembed.weight":
+            nn.init.zeros_(parameter)
+        elif config.zero_init and name.startswith("trunk.blocks"):
+            bound = math.sqrt(3 / parameter.shape[1])
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        elif config.zero_init and not config.tie_embeddings:
+            nn.init.normal_(parameter, generator=generator)
+        else:
+            nn.init.normal_(parameter, std=0.02, generator=generator)
 
     # The interface that decoding uses.
 
@@ -236,7 +265,7 @@ class _Unfilled(TorchFunctionMode):
 def outline(config: GPTConfig) -> GPT:
     """Create a GPT on the meta device: names and shapes without memory or values.
 
-    Before use, assign its tensors and call `Rotary.reset_buffers`.
+    Before use, assign its tensors and make its buffers (see checkpoint/filling.py).
     """
     with torch.device("meta"), _Unfilled():
         return GPT(config)

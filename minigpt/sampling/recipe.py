@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
+from minigpt.choices import under
 from minigpt.errors import ConfigError
 from minigpt.sampling.processors import adaptive, bans, endings, penalties, scaling, truncation
 from minigpt.sampling.processors.dry import DRY
@@ -14,7 +16,7 @@ from minigpt.sampling.processors.processors import AllowedVocabulary, Normalised
 from minigpt.sampling.settings.config import FIELDS, SamplingConfig
 from minigpt.sampling.settings.conflicts import switched_on
 from minigpt.sampling.settings.orders import CUSTOM, Order, resolve
-from minigpt.sampling.settings.shape import FILTERS, row
+from minigpt.sampling.settings.shape import FILTERS, OWN, own_steps, row
 
 EVERYTHING = 2**31  # a top-k that keeps every token, for prompts without top-k in a batch with others that have it
 
@@ -107,6 +109,13 @@ def _filter(name: str) -> Callable[[Settings], Any]:
     return lambda given: made(*(getattr(given, value) for value in values), keep=given.keep)
 
 
+def _own(name: str, extra: dict[str, Any], keep: int) -> Any:
+    """A registered processor: KIND(value, **settings); `keep` is passed to classes that have such a parameter."""
+    made = OWN.bound(name, under(name, extra), f"sampling: {name}")
+    keeps = {"keep": keep} if "keep" in inspect.signature(OWN[name]).parameters else {}
+    return made(extra[name], **keeps)
+
+
 def _counted(kind: Any, strength: str) -> Callable[[Settings], Any]:
     return lambda given: kind(getattr(given, strength), given.configs[0].penalty_scope, given.window)
 
@@ -184,12 +193,18 @@ def cook(
     steps = list(order.steps)
     if custom and CUSTOM not in steps:  # an order without CUSTOM runs the caller's processors right after "vocabulary"
         steps.insert(1, CUSTOM)
+    own = own_steps(configs[0].extra)
+    unplaced = [name for name in own if name not in steps]
+    at = steps.index(CUSTOM) + 1 if CUSTOM in steps else 1
+    steps[at:at] = unplaced
     processors: list[Any] = []
     for step in steps:
         if step == CUSTOM:
             processors += custom
             if custom and "vocabulary" in on:  # forbid invalid ids again, in case a custom processor allowed them
                 processors.append(MAKERS["vocabulary"](given))
+        elif step in own:
+            processors.append(_own(step, configs[0].extra, keep))
         elif step in on:
             made = MAKERS[step](given)
             processors += made if isinstance(made, list) else [made]
@@ -199,7 +214,7 @@ def cook(
 def spellings(tokenizer: Any, text: str) -> list[tuple[int, ...]]:
     """The distinct encodings of a text without and with a leading space."""
     spelled = [tuple(tokenizer.encode(text))]
-    if tokenizer.kind not in ("byte", "char"):  # in those, a space is a separate token
+    if not getattr(tokenizer, "spaces_apart", False):
         spelled.append(tuple(tokenizer.encode(" " + text)))
     return list(dict.fromkeys(spelled))
 

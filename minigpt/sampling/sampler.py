@@ -29,6 +29,7 @@ from minigpt.sampling.scoring import Score, score_ids, with_bytes
 from minigpt.sampling.search.search import SearchSettings, search_rows
 from minigpt.sampling.settings.config import FIELDS, PER_PROMPT, SamplingConfig
 from minigpt.sampling.settings.orders import Order
+from minigpt.sampling.settings.shape import OWN
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.given import as_tokenizer
 
@@ -305,6 +306,10 @@ class Sampler:
     def _configs(self, count: int, overrides: dict[str, Any]) -> tuple[SamplingConfig, list[SamplingConfig]]:
         """Apply the overrides: the settings shared by all `count` prompts, and the settings of each prompt."""
         several = {}
+        own = {name: value for name, value in overrides.items() if name in OWN}
+        overrides = {name: value for name, value in overrides.items() if name not in own}
+        if own:
+            overrides["extra"] = {**self.config.extra, **overrides.get("extra", {}), **own}
         for name, value in overrides.items():
             if name not in FIELDS:
                 near = difflib.get_close_matches(name, FIELDS, n=1)

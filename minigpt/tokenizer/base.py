@@ -13,14 +13,17 @@ from __future__ import annotations
 import codecs
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from minigpt.durable import sha256_of
 from minigpt.errors import DataError
+
+if TYPE_CHECKING:
+    from minigpt.tokenizer.config import TokenizerConfig
 
 END_OF_TEXT = "<|endoftext|>"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -40,6 +43,8 @@ class Tokenizer(ABC):
             is known.
         pieces: bytes of each id: the text of special tokens, b"" for unused ids.
         specials: text of each special token -> its id. Inside a document the same text is ordinary text.
+        learns: what a vocabulary is taken from: "train" (the training text), "all" (the whole text) or "" (no text).
+        spaces_apart: whether a space is always a token of its own, so that a word has one spelling.
         verbatim: whether the bytes of a text's ids (`token_bytes`) equal the bytes of the text. A tokenizer.json may
             add a leading space or normalize the text.
     """
@@ -52,6 +57,37 @@ class Tokenizer(ABC):
     pieces: list[bytes]
     specials: dict[str, int]
     verbatim: bool = True
+    learns: ClassVar[str] = ""
+    spaces_apart: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, config: TokenizerConfig, texts: Callable[[], Iterable[str]] | None, show: bool) -> Tokenizer:
+        """Create the tokenizer for a config: cls(**settings), or cls.from_texts(texts, **settings) if it learns.
+
+        Args:
+            config: its `own()` are the settings of a plug-in's tokenizer.
+            texts: returns a new iterator over pieces of the corpus; None unless the class `learns`.
+            show: whether to show progress and notices.
+        """
+        if texts is None:
+            return cls(**config.own())
+        return cls.from_texts(texts(), **config.own())
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], **settings: Any) -> Tokenizer:
+        """Take the vocabulary from texts; for classes that learn."""
+        raise NotImplementedError(f"{cls.__name__}.from_texts")
+
+    @classmethod
+    def from_dict(cls, description: dict[str, Any]) -> Tokenizer:
+        """Rebuild a tokenizer from the output of `to_dict`."""
+        raise NotImplementedError(f"{cls.__name__}.from_dict")
+
+    @classmethod
+    def asked(cls, config: TokenizerConfig) -> dict[str, Any]:
+        """What of a config decides about the ids, besides the kind; identifies a prepared corpus."""
+        own = config.own()
+        return {"settings": own} if own else {}
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import tiktoken
 
 from minigpt.tokenizer.base import END_OF_TEXT, Tokenizer, well_formed
+from minigpt.tokenizer.config import TokenizerConfig
 
 # A document can be cut between a line end and a letter: every pattern here ends a split there, and none looks back
 # beyond the start of the split or ahead by more than one character. After other whitespace a cut is not safe, because
@@ -38,6 +39,21 @@ class BPETokenizer(Tokenizer):
         tokens: bytes of each token in rank order, including all 256 single bytes.
         specials: text -> id of the special tokens, including <|endoftext|>; ids may be beyond the last token.
     """
+
+    learns = "train"
+
+    @classmethod
+    def build(cls, config: TokenizerConfig, texts: Callable[[], Iterable[str]] | None, show: bool) -> Tokenizer:
+        """Train merges on the training text."""
+        from minigpt.tokenizer.train_bpe import train_bpe
+
+        assert texts is not None
+        return train_bpe(texts(), config.vocab_size, show)
+
+    @classmethod
+    def asked(cls, config: TokenizerConfig) -> dict[str, Any]:
+        """The size of the vocabulary."""
+        return {"vocab_size": config.vocab_size}
 
     def __init__(self, kind: str, pattern: str, tokens: Sequence[bytes], specials: Mapping[str, int]) -> None:
         self.kind = kind

@@ -16,7 +16,6 @@ from minigpt.durable import canonical_json, disk_errors, named_path, sha256_of, 
 from minigpt.errors import ConfigError, DataError
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.config import KINDS, TokenizerConfig
-from minigpt.tokenizer.plain import ByteTokenizer, CharTokenizer
 
 FILE_NAME = "minigpt_tokenizer.json"
 HUGGING_FACE_NAME = "tokenizer.json"
@@ -25,7 +24,7 @@ FORMAT = 1
 
 def needs_corpus(config: TokenizerConfig) -> bool:
     """Whether the tokenizer takes its vocabulary from the corpus."""
-    return config.kind in ("char", "bpe")
+    return bool(KINDS[config.kind].learns)
 
 
 def build_tokenizer(
@@ -44,42 +43,18 @@ def build_tokenizer(
     """
     if needs_corpus(config) and texts is None:
         raise ConfigError(f"tokenizer.kind '{config.kind}' takes its vocabulary from a corpus, but none was given")
-    if config.kind == "byte":
-        return ByteTokenizer()
-    if config.kind == "char":
-        assert texts is not None
-        return CharTokenizer.from_texts(texts(), config.unknown)
-    if config.kind == "bpe":
-        from minigpt.tokenizer.train_bpe import train_bpe
-
-        assert texts is not None
-        return train_bpe(texts(), config.vocab_size, show)
-    if config.kind == "file":
-        assert config.path is not None
-        return load_tokenizer(config.path)
-    from minigpt.tokenizer.published import published_tokenizer
-
-    return published_tokenizer(config.kind, show)
+    return KINDS[config.kind].build(config, texts if needs_corpus(config) else None, show)
 
 
 def tokenizer_from_dict(description: dict[str, Any]) -> Tokenizer:
     """Rebuild a tokenizer from the output of `Tokenizer.to_dict`."""
     kind = description["kind"]
-    if kind == "byte":
-        return ByteTokenizer.from_dict(description)
-    if kind == "char":
-        return CharTokenizer.from_dict(description)
-    if kind == "file":
-        from minigpt.tokenizer.huggingface import HuggingFaceTokenizer
-
-        return HuggingFaceTokenizer.from_dict(description)
     if kind not in KINDS:
         raise DataError(
-            f"tokenizer kind '{kind}' is not one of {', '.join(KINDS)}; use the minigpt version that wrote it"
+            f"tokenizer kind '{kind}' is not one of {', '.join(KINDS)}; use the minigpt version that wrote it, or give "
+            f"the --plugins that the run used"
         )
-    from minigpt.tokenizer.bpe import BPETokenizer
-
-    return BPETokenizer.from_dict(description)
+    return KINDS[kind].from_dict(description)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path:

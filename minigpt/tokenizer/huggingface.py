@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tokenizers import pre_tokenizers
 from minigpt.errors import DataError
 from minigpt.tokenizer.base import StreamDecoder, TextStreamDecoder, Tokenizer, well_formed
 from minigpt.tokenizer.bpe import BYTE_OF
+from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.tokenizer.folder import SPACE_MARK, Around, Folder
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -34,6 +35,24 @@ class HuggingFaceTokenizer(Tokenizer):
         eot: id of the end-of-text token, which the file does not specify; None for none.
         prefix_ids: ids that precede every text.
     """
+
+    @classmethod
+    def build(cls, config: TokenizerConfig, texts: Callable[[], Iterable[str]] | None, show: bool) -> Tokenizer:
+        """Load the tokenizer of any kind that is saved at config.path."""
+        from minigpt.tokenizer.build import load_tokenizer
+
+        assert config.path is not None
+        return load_tokenizer(config.path)
+
+    @classmethod
+    def asked(cls, config: TokenizerConfig) -> dict[str, Any]:
+        """The .json files at and beside config.path, because they decide about ids and end-of-text."""
+        if config.path is None:
+            return {}
+        path = Path(config.path)
+        files = sorted((path if path.is_dir() else path.parent).glob("*.json"))
+        found = [(str(file), file.stat()) for file in files if file.is_file()]
+        return {"files": [(name, status.st_size, status.st_mtime_ns) for name, status in found]}
 
     def __init__(self, content: str, eot: int | None = None, prefix_ids: Sequence[int] = ()) -> None:
         self.content = content

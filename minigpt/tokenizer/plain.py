@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from minigpt.errors import DataError
 from minigpt.tokenizer.base import END_OF_TEXT, Tokenizer, well_formed
+from minigpt.tokenizer.config import TokenizerConfig
 
 ANYWHERE = re.compile("")
 
 
 class ByteTokenizer(Tokenizer):
     """Ids 0 .. 255 are the UTF-8 bytes, 256 is <|endoftext|>. Needs no training and encodes any text."""
+
+    spaces_apart = True
 
     def __init__(self) -> None:
         self.kind = "byte"
@@ -45,6 +48,9 @@ class CharTokenizer(Tokenizer):
         unknown: handling of other characters in `encode`: "error" raises DataError, "drop" skips them.
     """
 
+    learns = "all"  # so that validation can be encoded
+    spaces_apart = True
+
     def __init__(self, characters: Iterable[str], unknown: str = "error") -> None:
         self.characters = sorted({well_formed(character) for character in characters})
         if not self.characters:
@@ -62,7 +68,18 @@ class CharTokenizer(Tokenizer):
         self._ids[codes] = np.arange(self.vocab_size)
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], unknown: str = "error") -> CharTokenizer:
+    def build(cls, config: TokenizerConfig, texts: Callable[[], Iterable[str]] | None, show: bool) -> Tokenizer:
+        """Create the tokenizer of all characters in the corpus."""
+        assert texts is not None
+        return cls.from_texts(texts(), config.unknown)
+
+    @classmethod
+    def asked(cls, config: TokenizerConfig) -> dict[str, Any]:
+        """The handling of unknown characters."""
+        return {"unknown": config.unknown}
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], unknown: str = "error") -> CharTokenizer:  # type: ignore[override]
         """Create a tokenizer from all characters in some texts."""
         characters: set[str] = set()
         for text in texts:

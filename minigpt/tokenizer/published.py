@@ -15,14 +15,16 @@ import queue
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minigpt.errors import DataError
 from minigpt.terminal import notice, progress
-from minigpt.tokenizer.base import END_OF_TEXT
+from minigpt.tokenizer.base import END_OF_TEXT, Tokenizer
 from minigpt.tokenizer.bpe import BYTE_OF, BPETokenizer
+from minigpt.tokenizer.config import TokenizerConfig
 
 FOLDER_VARIABLE = "MINIGPT_VOCAB_DIR"
 PATIENCE = 10.0  # seconds without data after which a download fails
@@ -86,6 +88,27 @@ VOCABULARIES = {
         specials={END_OF_TEXT: 199999, "<|endofprompt|>": 200018},
     ),
 }
+
+
+class Published(BPETokenizer):
+    """How the kinds gpt2, cl100k and o200k are made; the tokenizer itself is a BPETokenizer."""
+
+    learns = ""
+
+    @classmethod
+    def build(cls, config: TokenizerConfig, texts: Callable[[], Iterable[str]] | None, show: bool) -> Tokenizer:
+        """Find or download the vocabulary."""
+        return published_tokenizer(config.kind, show)
+
+    @classmethod
+    def asked(cls, config: TokenizerConfig) -> dict[str, Any]:
+        """Nothing besides the kind."""
+        return {}
+
+    @classmethod
+    def from_dict(cls, description: dict[str, Any]) -> BPETokenizer:
+        """Rebuild a tokenizer from the output of `to_dict`."""
+        return BPETokenizer.from_dict(description)
 
 
 def published_tokenizer(kind: str, show: bool = True) -> BPETokenizer:

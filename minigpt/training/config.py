@@ -11,10 +11,45 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from minigpt.choices import Row, Table, under
 from minigpt.data.config import DataConfig
 from minigpt.errors import ConfigError
+from minigpt.model.config import TABLES as MODEL_TABLES
 from minigpt.model.config import GPTConfig
-from minigpt.tokenizer.config import TokenizerConfig
+from minigpt.tokenizer.config import KINDS, TokenizerConfig
+
+OPTIMIZERS = Table(
+    "optimizer",
+    "optimizer.name",
+    {
+        "muon": Row("minigpt.training.recipe.optimizer:muon", "Muon for matrices inside blocks, AdamW for the rest"),
+        "adamw": Row("minigpt.training.recipe.optimizer:adamw", "AdamW for all parameters"),
+    },
+)
+SCHEDULES = Table(
+    "schedule",
+    "optimizer.schedule",
+    {
+        "cosine": Row("minigpt.training.recipe.schedule:cosine", "half a cosine"),
+        "wsd": Row("minigpt.training.recipe.schedule:wsd", "constant, then linear decay"),
+        "constant": Row("minigpt.training.recipe.schedule:constant", "constant"),
+    },
+)
+LOSSES = Table("loss", "losses", {})
+LOGGERS = Table(
+    "logger",
+    "log",
+    {
+        "none": Row("minigpt.training.run.loggers:no_logger", "only metrics.jsonl"),
+        "wandb": Row("minigpt.training.run.loggers:wandb", "Weights & Biases; offline without a key"),
+        "tensorboard": Row("minigpt.training.run.loggers:tensorboard", "needs pip install 'minigpt-lab[tensorboard]'"),
+    },
+)
+
+
+def choice(default: str, table: Table) -> Any:
+    """A config field that names a row of a table."""
+    return field(default=default, metadata={"table": table})
 
 
 @dataclass(frozen=True)
@@ -31,8 +66,8 @@ class BatchConfig:
 class OptimizerConfig:
     """Optimizer, learning-rate schedule and weight averaging."""
 
-    name: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for the matrices inside blocks, AdamW for all other parameters. adamw: AdamW for all."""
+    name: str = choice("muon", OPTIMIZERS)
+    """Optimizer."""
     learning_rate: float = 8e-3
     """Peak learning rate of AdamW."""
     embedding_learning_rate: float = 0.05
@@ -45,8 +80,8 @@ class OptimizerConfig:
     """Muon: Newton-Schulz iterations that orthogonalise an update."""
     final_learning_rate: float = 0.0
     """Learning rate at the last step (cosine and wsd); all other rates fall to the same fraction of their peak."""
-    schedule: Literal["cosine", "wsd", "constant"] = "wsd"
-    """Learning-rate schedule after the warm-up: cosine, wsd (constant, then linear decay) or constant."""
+    schedule: str = choice("wsd", SCHEDULES)
+    """Learning-rate schedule after the warm-up."""
     warmup_steps: int = 50
     """Steps in which the learning rate rises linearly from 0."""
     decay_fraction: float = 0.6
@@ -65,6 +100,13 @@ class OptimizerConfig:
     """Decay per step of an exponential moving average of the weights, such as 0.99. The average is what is validated,
     saved and sampled. 0: no average.
     """
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of plug-ins, by dotted name: {"schedule.cycles": 4}, on the command line --optimizer.schedule.cycles 4.
+    """
+
+    def own(self, what: str) -> dict[str, Any]:
+        """The settings of the optimizer ("name") or the schedule ("schedule") that are its own."""
+        return under(what, self.settings)
 
 
 @dataclass(frozen=True)
@@ -160,8 +202,14 @@ class TrainConfig:
     """Time budget of the run in minutes. A short measurement before the first step sets trainer.max_steps, once."""
     seed: int = 1337
     """Random seed of initialisation, data order and dropout."""
-    log: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where to log metrics besides metrics.jsonl. tensorboard needs pip install 'minigpt-lab[tensorboard]'."""
+    log: str = choice("none", LOGGERS)
+    """Where to log metrics besides metrics.jsonl."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules or .py files that register parts, optimizers, losses and the like; runs their code. --plugins FILE."""
+    losses: dict[str, Any] = field(default_factory=dict)
+    """Losses to add to the cross-entropy, each with its weight: {"z_loss": 1e-4}, on the command line --losses.z_loss
+    1e-4. Settings of a loss: --losses.z_loss.NAME VALUE.
+    """
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind="bpe", vocab_size=1024))
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -207,6 +255,13 @@ class TrainConfig:
         """Gradient accumulation: forward passes per optimizer step on each process."""
         return self.batch_size // (self.processes * self.micro_batch_size)
 
+    def registered_in(self, module: str) -> list[str]:
+        """The config's choices that were registered in a module, such as "model.norm 'dyt'"."""
+        chosen = [(table, str(getattr(self.model, field))) for field, table in MODEL_TABLES.items()]
+        chosen += [(OPTIMIZERS, self.optimizer.name), (SCHEDULES, self.optimizer.schedule), (LOGGERS, self.log)]
+        chosen += [(KINDS, self.tokenizer.kind), *((LOSSES, name) for name in self.losses if "." not in name)]
+        return [f"{table.where} '{name}'" for table, name in chosen if table.rows[name].module == module]
+
     def check(self) -> None:
         """Raise ConfigError, naming the field, for a value that cannot be trained with or stored with a run."""
         for field_name, value in self.flat().items():
@@ -224,6 +279,7 @@ class TrainConfig:
         if not self.runs_dir:
             raise ConfigError("runs_dir is empty; give a folder, such as runs")
         self.data.check()
+        self._check_choices()
         for name in ("devices", "num_nodes"):
             if getattr(self.trainer, name) < 1:
                 raise ConfigError(f"trainer.{name}: {getattr(self.trainer, name)} is not positive; expected 1 or more")
@@ -291,6 +347,23 @@ class TrainConfig:
             )
         if self.trainer.threads is not None and self.trainer.threads < 1:
             raise ConfigError(f"trainer.threads: {self.trainer.threads} is not positive; expected 1 or more")
+
+    def _check_choices(self) -> None:
+        """Raise ConfigError for a name that is in no table, naming the plug-ins that the run had."""
+        OPTIMIZERS.own(self.optimizer.name, self.optimizer.own("name"))
+        SCHEDULES.own(self.optimizer.schedule, self.optimizer.own("schedule"))
+        if wrong := [name for name in self.optimizer.settings if name.partition(".")[0] not in ("name", "schedule")]:
+            raise ConfigError(f"optimizer.settings: {wrong[0]!r} is not of the form name.NAME or schedule.NAME")
+        LOGGERS.check(self.log)
+        for name, weight in self.losses.items():
+            loss, _, setting = name.partition(".")
+            if not setting:
+                LOSSES.check(loss, "losses")
+                LOSSES.own(loss, under(loss, self.losses), f"losses.{loss}")
+                if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not abs(weight) < float("inf"):
+                    raise ConfigError(f"losses.{loss}: {weight!r} is not a finite number; give the weight of the loss")
+            elif loss not in self.losses:
+                raise ConfigError(f"losses.{name}: is a setting of {loss}, which has no weight; add --losses.{loss} W")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from minigpt.errors import ConfigError, DistributedError, Interrupted, MinigptError
+from minigpt.plugins import modules_needed
 from minigpt.terminal import notice
 from minigpt.training.budget import plan, report
 from minigpt.training.config import TrainConfig
@@ -31,6 +33,12 @@ def train(config: TrainConfig) -> Path:
     Raises:
         MinigptError: see its subclasses in errors.py; saved checkpoints stay.
     """
+    config = replace(config, plugins=list(modules_needed()))
+    if config.processes > 1 and (own := config.registered_in("__main__")):
+        raise ConfigError(
+            f"{own[0]}: was registered in a script, which other processes do not run; put it into a module that the "
+            f"script imports"
+        )
     if all(name in os.environ for name in STARTED_BY_TORCHRUN):
         return _train_as_one_of_many(config)
     if config.trainer.num_nodes > 1:
@@ -53,9 +61,8 @@ def train(config: TrainConfig) -> Path:
 def _launch(job: Job) -> None:
     """Run the job in several processes on this machine."""
     name = f"{job.config.run_name}-{time.time_ns()}"
-    command = [sys.executable, "-m", "minigpt.training.worker", json.dumps(job.to_dict())]
     resume = job.how_to_resume
-    with Processes(command, job.config.trainer.devices, name) as processes:
+    with Processes(_worker(job), job.config.trainer.devices, name) as processes:
         processes.wait()
         if cause := processes.cause():
             stopped = MinigptError(f"{processes.how_it_ended(cause)}; {resume}")
@@ -63,6 +70,12 @@ def _launch(job: Job) -> None:
             raise stopped
         if stop := processes.stopped_by():
             raise Interrupted(f"stopped by {stop.name}; {resume}", 128 + stop)
+
+
+def _worker(job: Job) -> list[str]:
+    """The command of a process that trains the job, with the plug-ins that this process has."""
+    values = {**job.to_dict(), "plugins": list(modules_needed())}
+    return [sys.executable, "-m", "minigpt.training.worker", json.dumps(values)]
 
 
 def _train_as_one_of_many(config: TrainConfig) -> Path:
@@ -115,8 +128,7 @@ def _probe_as_one_of_many(job: Job, name: str) -> None:
         "TORCHELASTIC_RESTART_COUNT": name,  # a separate prefix in the store
         **search_path(),
     }
-    command = [sys.executable, "-m", "minigpt.training.worker", json.dumps(job.to_dict())]
-    ended = subprocess.run(command, env={**os.environ, **settings}, check=False)
+    ended = subprocess.run(_worker(job), env={**os.environ, **settings}, check=False)
     if ended.returncode:
         failed = DistributedError(f"the timing probe failed (exit code {ended.returncode}); see its message above")
         failed.exit_code = ended.returncode if ended.returncode > 0 else failed.exit_code

@@ -163,7 +163,7 @@ def test_reading_a_marked_text_holds_one_block_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "SNIFFED", 1024)
     path = tmp_path / "a.txt"
     path.write_bytes(codecs.BOM_UTF16_LE + ("x" * 50_000).encode("utf-16-le"))
-    longest = max(len(piece.text) for piece in read_documents(path, "text", ReadingLog()))
+    longest = max(len(piece.text) for piece in read_documents(path, DataConfig(), ReadingLog()))
     assert longest <= 2 * 1024
 
 

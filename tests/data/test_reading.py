@@ -6,6 +6,7 @@ import pytest
 import zstandard
 
 from minigpt.data import decoding, reading
+from minigpt.data.config import DataConfig
 from minigpt.data.decoding import ReadingLog
 from minigpt.data.reading import read_documents, whole_lines
 from minigpt.errors import DataError, MissingExtra
@@ -22,7 +23,7 @@ def small_blocks(monkeypatch):
 
 def documents(path, field="text", log=None) -> list[str]:
     out = [""]
-    for text, ends in read_documents(path, field, log or ReadingLog()):
+    for text, ends in read_documents(path, DataConfig(field=field), log or ReadingLog()):
         out[-1] += text
         if ends:
             out.append("")
@@ -34,7 +35,7 @@ def test_a_file_read_in_pieces_is_the_file(tmp_path, small_blocks):
     path = tmp_path / "a.txt"
     path.write_bytes(TEXT.encode())
     log = ReadingLog()
-    pieces = list(read_documents(path, "text", log))
+    pieces = list(read_documents(path, DataConfig(), log))
     assert len(pieces) > 5
     assert "".join(piece.text for piece in pieces) == TEXT
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]

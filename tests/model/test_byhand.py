@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from minigpt.model import byhand
-from minigpt.model.layers import Rotary
+from minigpt.model.positions import Rotary
 from toys import random_model, tiny_config
 
 
@@ -17,7 +17,7 @@ def numbers(*shape: int) -> torch.Tensor:
 
 
 def test_gradients_equal_finite_differences() -> None:
-    rotary = Rotary(4, 5, 10.0).double()
+    rotary = Rotary(tiny_config("modern", head_dim=4, block_size=5, rope_theta=10.0)).double()
     assert gradcheck(lambda x: byhand.ScaledToUnit.apply(x, 1e-5), numbers(2, 3, 4))
     assert gradcheck(byhand.SquaredReLU.apply, numbers(2, 3, 4))
     assert gradcheck(lambda x: byhand.Rotated.apply(x, rotary.cos, rotary.sin), numbers(2, 2, 5, 4))

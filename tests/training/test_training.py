@@ -21,8 +21,8 @@ from minigpt.errors import CheckpointError, ConfigError, DataError, Interrupted,
 from minigpt.model.gpt import GPT
 from minigpt.training.config import OptimizerConfig, TrainConfig
 from minigpt.training.launch import train
+from minigpt.training.recipe import loss as training_loss
 from minigpt.training.recipe.schedule import learning_rate
-from minigpt.training.run import module as training_module
 from minigpt.training.run.metrics import read_metrics, rewind_metrics
 from minigpt.training.run.settle import settle
 from training_runs import losses, run_and_read, saved_tensors, tiny_run
@@ -130,7 +130,7 @@ def test_samples_are_written_and_disturb_nothing(tmp_path: Path) -> None:
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training_module.next_token_loss
+    real = training_loss.next_token_loss
     calls = []
 
     def sometimes_nan(model: GPT, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path: Path, monkey
         return real(model, ids, targets) * (float("nan") if len(calls) == 9 else 1.0)  # one was rehearsed
 
     run_and_read(tiny_run(tmp_path, "good", trainer__max_steps=7, optimizer__schedule="constant"))
-    monkeypatch.setattr(training_module, "next_token_loss", sometimes_nan)
+    monkeypatch.setattr(training_loss, "next_token_loss", sometimes_nan)
     run, rows = run_and_read(tiny_run(tmp_path, "bad", optimizer__schedule="constant"))
     assert rows[7]["train/loss"] is None  # step 8, written as null: NaN is no JSON
     good, bad = saved_tensors(tmp_path / "runs/good", 7), saved_tensors(run, 8)
@@ -170,7 +170,7 @@ def test_out_of_memory_says_how_to_need_less(error: Exception, tmp_path: Path, m
     def too_large(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(training_module, "next_token_loss", too_large)
+    monkeypatch.setattr(training_loss, "next_token_loss", too_large)
     with pytest.raises(MemoryExceeded, match=r"with 8 rows of 16 tokens per forward; give --batch\.micro_batch_size 4"):
         train(tiny_run(tmp_path))
 
@@ -179,7 +179,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.Mon
     def broken(*arguments: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(training_module, "next_token_loss", broken)
+    monkeypatch.setattr(training_loss, "next_token_loss", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         train(tiny_run(tmp_path))
 
@@ -223,9 +223,7 @@ def test_wandb_goes_offline_where_its_server_does_not_answer(
 
 
 def test_gradients_that_stay_nan_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        training_module, "next_token_loss", lambda model, ids, targets: model(ids).mean() * float("nan")
-    )
+    monkeypatch.setattr(training_loss, "next_token_loss", lambda model, ids, targets: model(ids).mean() * float("nan"))
     with pytest.raises(NonFiniteError, match="5 steps in a row; the weights did not change"):
         train(tiny_run(tmp_path))
 

@@ -23,7 +23,7 @@ from minigpt.internals.access.text import Text, Texts, need_two
 from minigpt.model.cache import KVCache
 from minigpt.model.explicit import explicit_trunk
 from minigpt.model.gpt import GPT
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 from minigpt.tokenizer.base import Tokenizer
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from minigpt.errors import ConfigError
 from minigpt.model.config import GPTConfig
+from minigpt.model.norms import RMSNorm, hooks_of
 
 Names = str | tuple[str, int] | Callable[[str], bool] | Iterable["str | tuple[str, int]"]
 
@@ -35,7 +36,6 @@ STREAM = ("batch", "pos", "d_model")
 QUERY = ("batch", "pos", "head", "d_head")
 KEY = ("batch", "pos", "kv_head", "d_head")
 SQUARE = ("batch", "head", "pos", "slot")
-SCALE = ("batch", "pos", "one")
 HIDDEN = ("batch", "pos", "d_mlp")
 
 
@@ -45,37 +45,39 @@ def activations(config: GPTConfig) -> dict[str, Activation]:
     for name, rows, group in (("bigram", config.bigram_rows, "bigram"), ("trigram", config.trigram_rows, "trigram")):
         if rows:
             table[f"hook_{name}_embed"] = Activation(STREAM, f"embedding of the {group} that ends at each token")
-    if config.position == "learned":
+    if config.adds("embed"):
         table["hook_pos_embed"] = Activation(STREAM, "position embeddings")
     for layer in range(config.n_layer):
-        table |= {f"blocks.{layer}.{name}": activation for name, activation in _of_block(config).items()}
-    table["ln_final.hook_scale"] = Activation(SCALE, "divisor of the final norm")
-    table["ln_final.hook_normalized"] = Activation(STREAM, "output of the final norm before its weight and bias")
-    return table
+        table |= {f"blocks.{layer}.{name}": activation for name, activation in _of_block(config, layer).items()}
+    return table | _of_norm("ln_final.", STREAM, "final norm", hooks_of(config))
 
 
-def _of_block(config: GPTConfig) -> dict[str, Activation]:
+def _of_norm(at: str, axes: tuple[str, ...], which: str, hooks: dict[str, str]) -> dict[str, Activation]:
+    scale = (*axes[:-1], "one")
+    return {
+        at + name: Activation(scale if name == "hook_scale" else axes, meaning.replace("the norm", f"the {which}", 1))
+        for name, meaning in hooks.items()
+    }
+
+
+def _of_block(config: GPTConfig, layer: int) -> dict[str, Activation]:
     table = {"hook_resid_pre": Activation(STREAM, "residual stream before the block")}
     kv_read = ("batch", "pos", "kv_head", "d_model")
     reads = {"q": ("batch", "pos", "head", "d_model"), "k": kv_read, "v": kv_read}
     for letter, axes in reads.items():
         what = {"q": "queries", "k": "keys", "v": "values"}[letter]
         table[f"hook_{letter}_input"] = Activation(axes, f"input of each head's {what}, before the norm", True)
-    table["ln1.hook_scale"] = Activation(SCALE, "divisor of the norm before attention")
-    table["ln1.hook_normalized"] = Activation(STREAM, "output of the norm before attention, before weight and bias")
-    table["attn.hook_q"] = Activation(QUERY, "queries, before norm and rope")
-    table["attn.hook_k"] = Activation(KEY, "keys, before norm and rope")
+    table |= _of_norm("ln1.", STREAM, "norm before attention", hooks_of(config))
+    table["attn.hook_q"] = Activation(QUERY, "queries, before norm and positions")
+    table["attn.hook_k"] = Activation(KEY, "keys, before norm and positions")
     table["attn.hook_v"] = Activation(KEY, "values")
     if config.qk_norm:
         for letter, axes in (("q", QUERY), ("k", KEY)):
             what = "queries" if letter == "q" else "keys"
-            table[f"attn.{letter}_norm.hook_scale"] = Activation(
-                (*axes[:3], "one"), f"divisor of the norm of the {what}"
-            )
-            table[f"attn.{letter}_norm.hook_normalized"] = Activation(axes, f"normed {what}, before the norm's weight")
-    if config.position == "rope":
-        table["attn.hook_rot_q"] = Activation(QUERY, "queries after rope")
-        table["attn.hook_rot_k"] = Activation(KEY, "keys after rope")
+            table |= _of_norm(f"attn.{letter}_norm.", axes, f"norm of the {what}", RMSNorm.hooks)
+    if config.adds("rotate", layer):
+        table["attn.hook_rot_q"] = Activation(QUERY, f"queries after {config.position}")
+        table["attn.hook_rot_k"] = Activation(KEY, f"keys after {config.position}")
     table["attn.hook_attn_scores"] = Activation(SQUARE, "attention scores before the softmax; masked ones are -inf")
     table["attn.hook_pattern"] = Activation(SQUARE, "attention weights; each row sums to 1")
     table["attn.hook_z"] = Activation(QUERY, "each head's weighted sum of values")
@@ -84,9 +86,8 @@ def _of_block(config: GPTConfig) -> dict[str, Activation]:
     table["hook_attn_out"] = Activation(STREAM, "output of attention, added to the residual stream")
     table["hook_resid_mid"] = Activation(STREAM, "residual stream between attention and MLP")
     table["hook_mlp_in"] = Activation(STREAM, "input of the MLP branch only, before its norm")
-    table["ln2.hook_scale"] = Activation(SCALE, "divisor of the norm before the MLP")
-    table["ln2.hook_normalized"] = Activation(STREAM, "output of the norm before the MLP, before weight and bias")
-    if config.activation == "swiglu":
+    table |= _of_norm("ln2.", STREAM, "norm before the MLP", hooks_of(config))
+    if config.gated:
         table["mlp.hook_pre"] = Activation(HIDDEN, "gate before the nonlinearity")
         table["mlp.hook_pre_linear"] = Activation(HIDDEN, "up projection, multiplied by the gate")
     else:

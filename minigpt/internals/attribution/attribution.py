@@ -20,10 +20,11 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError
 from minigpt.internals.access.access import Access
+from minigpt.internals.access.linear import dividing, through
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
-from minigpt.internals.attribution.decomposition import By, one_text, parts_of, point_of, precise, writers
-from minigpt.model.layers import LayerNorm
+from minigpt.internals.attribution.decomposition import By, one_text, parts_of, point_of, writers
+from minigpt.model.precision import precise
 
 NEURONS = 20  # default number of neurons with a row of their own
 
@@ -64,6 +65,7 @@ def attribute_logit(
         raise ConfigError(f"position: {position} is outside the text; expected {-len(tokens)} .. {len(tokens) - 1}")
     if top is not None and top < 1:
         raise ConfigError(f"top: {top}; expected a positive number, or None for all terms")
+    norm = dividing(study.model.trunk.norm, study.config, "logit attribution")
     end = point_of(study.config, ("resid_post", -1))
     names = [*writers(study.config, by, end), end.name, "ln_final.hook_scale", "ln_final.hook_normalized"]
     logits, cache = study.run_with_cache(ids, names, positions=None if position is None else [position])
@@ -72,16 +74,16 @@ def attribute_logit(
         towards = _direction(study, answer, versus)
         scale = precise(cache["ln_final.hook_scale"][0])  # (T, 1)
         parts = parts_of(study, cache, by, end)
-        values = torch.cat([part.along(_through_norm(study, towards))[0] for part in parts], -1) / scale  # (T, n)
+        values = torch.cat([part.along(through(norm, towards))[0] for part in parts], -1) / scale  # (T, n)
         labels = [label for part in parts for label in part.labels]
         if by == "neuron" or top is not None:
             many = [part.rows is not None or by != "neuron" for part in parts for _ in part.labels]
             values, labels = _largest(values, labels, many, top or NEURONS, f"other {by}s")
-        bias = getattr(study.model.trunk.norm, "bias", None)
+        bias = norm.bias
         if bias is not None:
             values = torch.cat((values, (precise(bias) @ towards).expand(len(values), 1)), -1)
             labels.append("final norm bias")
-        logit = _logit(study, precise(cache["ln_final.hook_normalized"][0]), towards)  # (T)
+        logit = _logit(norm, precise(cache["ln_final.hook_normalized"][0]), towards)  # (T)
         after = _difference(study, precise(logits[0, where]), answer, versus)  # (T)
     title = f"direct logit attribution of {_named(study, answer, versus)}, by {by}"
     axis = Axis("component", labels)
@@ -110,20 +112,10 @@ def _direction(study: Access, answer: str | int, versus: str | int | None) -> Te
     return towards if versus is None else towards - precise(rows[study.token_id(versus)])
 
 
-def _through_norm(study: Access, towards: Tensor) -> Tensor:  # (C) -> (C)
-    """The direction for the stream before the norm, up to the norm's scale: (c - mean c) . d = c . (d - mean d)."""
-    norm = study.model.trunk.norm
-    if norm.weight is not None:
-        towards = towards * precise(norm.weight)
-    return towards - towards.mean() if isinstance(norm, LayerNorm) else towards
-
-
-def _logit(study: Access, normalized: Tensor, towards: Tensor) -> Tensor:  # (T, C), (C) -> (T)
+def _logit(norm: Any, normalized: Tensor, towards: Tensor) -> Tensor:  # (T, C), (C) -> (T)
     """Logit before the soft cap, computed from the model's normed stream."""
-    norm = study.model.trunk.norm
     hidden = normalized if norm.weight is None else normalized * precise(norm.weight)
-    bias = getattr(norm, "bias", None)
-    return (hidden if bias is None else hidden + precise(bias)) @ towards
+    return (hidden if norm.bias is None else hidden + precise(norm.bias)) @ towards
 
 
 def _difference(study: Access, logits: Tensor, answer: str | int, versus: str | int | None) -> Tensor:

@@ -23,15 +23,11 @@ from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
 from minigpt.model.config import GPTConfig
 from minigpt.model.gpt import Block
+from minigpt.model.precision import precise
 
 By = Literal["layer", "component", "head", "neuron"]
 UNITS = ("layer", "component", "head", "neuron")
 KINDS = ("resid_pre", "resid_mid", "resid_post")
-
-
-def precise(x: Tensor) -> Tensor:
-    """Convert to float64 on the CPU, because not every device supports float64."""
-    return x.detach().cpu().double()
 
 
 class Point(NamedTuple):

@@ -21,8 +21,8 @@ from minigpt.internals.access.access import Access
 from minigpt.internals.access.activations import Activations
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
-from minigpt.internals.attribution.decomposition import precise
 from minigpt.internals.attribution.weights import write_weights
+from minigpt.model.precision import precise
 
 
 def rollout(study: Access, text: Text, layer: int = -1) -> Result:

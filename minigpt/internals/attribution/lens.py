@@ -24,7 +24,7 @@ from minigpt.internals.access.result import Axis, Result, _colour, _shade, _visi
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.decomposition import KINDS, Point, one_text, points
 from minigpt.model.explicit import explicit_norm
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 
 Stat = Literal["top", "probability", "rank", "loss", "entropy", "kl"]
 Reader = Callable[[Point, Tensor], Tensor]

@@ -29,7 +29,7 @@ from minigpt.internals.access.text import Text, need_two
 from minigpt.internals.attribution.decomposition import KINDS, Point, points
 from minigpt.internals.attribution.lens import Lens, Reader, Stat, lens_logits, logit_lens, statistic
 from minigpt.model.gpt import GPT
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 from minigpt.terminal import notice
 
 LOGITS_AT_ONCE = 2**22

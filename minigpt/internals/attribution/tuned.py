@@ -20,7 +20,7 @@ from minigpt.internals.access.corpus import Tokens, draws, tokens_of
 from minigpt.internals.attribution.decomposition import points
 from minigpt.internals.attribution.translators import Translators, fingerprint, saved_lens, translated
 from minigpt.model.explicit import explicit_norm
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 from minigpt.terminal import notice, progress
 
 

@@ -22,23 +22,13 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError
 from minigpt.internals.access.access import Access
+from minigpt.internals.access.axes import grid, head_labels
+from minigpt.internals.access.linear import dividing
 from minigpt.internals.access.result import Axis, Result, Tabled
-from minigpt.internals.attribution.decomposition import precise
 from minigpt.model.config import GPTConfig
-from minigpt.model.explicit import explicit_norm
 from minigpt.model.gpt import GPT, Block
-from minigpt.model.layers import LayerNorm, RMSNorm, widen
-
-
-def head_labels(config: GPTConfig) -> list[str]:
-    """Names of all heads: L0H0, L0H1, ..."""
-    return [f"L{layer}H{head}" for layer in range(config.n_layer) for head in range(config.n_head)]
-
-
-def grid(config: GPTConfig) -> tuple[Axis, Axis]:
-    """The axes of a number per head: layer x head."""
-    layers, heads = range(config.n_layer), range(config.n_head)
-    return Axis("layer", [str(layer) for layer in layers]), Axis("head", [f"H{head}" for head in heads])
+from minigpt.model.norms import explicit_norm
+from minigpt.model.precision import precise, widen
 
 
 def ordinary_ids(study: Access) -> Tensor:
@@ -58,10 +48,11 @@ def _block(model: GPT, layer: int) -> Block:
     return block
 
 
-def _folded(norm: LayerNorm | RMSNorm, weight: Tensor) -> Tensor:  # (..., C, K) -> (..., C, K)
+def _folded(norm: Any, config: GPTConfig, weight: Tensor) -> Tensor:  # (..., C, K) -> (..., C, K)
     """Fold a norm's weight and centring into the matrix after it; only the norm's division remains."""
+    norm = dividing(norm, config, "weights with the norm folded in")
     weight = weight if norm.weight is None else norm.weight[:, None] * weight
-    return weight - weight.mean(-2, keepdim=True) if isinstance(norm, LayerNorm) else weight
+    return weight - weight.mean(-2, keepdim=True) if norm.centred else weight
 
 
 @torch.no_grad()
@@ -70,7 +61,7 @@ def read_weights(model: GPT, layer: int, letter: str) -> Tensor:  # (heads, C, D
     block = _block(model, layer)
     attn = block.attn
     parts = attn.qkv.weight.unflatten(0, (-1, attn.head_dim)).split((attn.n_head, attn.n_kv_head, attn.n_kv_head))
-    return _folded(block.norm1, parts["qkv".index(letter)].transpose(1, 2))
+    return _folded(block.norm1, model.config, parts["qkv".index(letter)].transpose(1, 2))
 
 
 @torch.no_grad()
@@ -83,7 +74,7 @@ def write_weights(model: GPT, layer: int) -> Tensor:  # (H, D, C)
 @torch.no_grad()
 def read_out(model: GPT, ids: Tensor) -> Tensor:  # (K) -> (C, K)
     """Projection from the final stream to the uncapped logits of these ids, up to the final norm's division."""
-    return _folded(model.trunk.norm, model.unembed.weight[ids].T)
+    return _folded(model.trunk.norm, model.config, model.unembed.weight[ids].T)
 
 
 @dataclass
@@ -197,10 +188,10 @@ def qk_circuit(study: Access, layer: int, head: int, distance: int = 1) -> Token
     query, key = heads[head], heads[attn.n_head + head * attn.n_kv_head // attn.n_head]  # (V, D)
     if attn.q_norm is not None and attn.k_norm is not None:
         query, key = explicit_norm(attn.q_norm, query), explicit_norm(attn.k_norm, key)
-    if attn.rotary is not None:  # rotate all queries (and all keys) for the same position
-        query = attn.rotary(query[None, None], torch.full((len(ids),), distance, device=ids.device))[0, 0]
-        key = attn.rotary(key[None, None], torch.zeros_like(ids))[0, 0]
-    title = f"QK circuit of L{layer}H{head}" + (f" at distance {distance}" if attn.rotary is not None else "")
+    # All queries have one position, and all keys another.
+    query = attn.turned(query[None, None], torch.full((len(ids),), distance, device=ids.device))[0, 0]
+    key = attn.turned(key[None, None], torch.zeros_like(ids))[0, 0]
+    title = f"QK circuit of L{layer}H{head}" + (f" at distance {distance}" if attn.rotates else "")
     left = widen(query) / math.sqrt(attn.head_dim)
     return TokenMatrix(title, left, widen(key), _tokens(study, ids), _caveats(study, layer, "QK"))
 
@@ -274,12 +265,14 @@ def _caveats(study: Access, layer: int | None, circuit: str) -> dict[str, Any]:
     config, left_out = study.config, []
     if layer != 0:
         left_out.append("outputs of earlier layers")
-    if config.position == "learned":
-        left_out.append("learned positions")
+    if config.adds("embed"):
+        left_out.append(f"{config.position} positions")
     if config.bigram_rows or config.trigram_rows:
         left_out.append("n-gram embeddings")
-    if circuit == "QK" and layer is None and config.position == "rope":
-        left_out.append("rope")
+    if circuit == "QK" and config.adds("bias", layer):
+        left_out.append(f"what {config.position} adds to the scores")
+    if circuit == "QK" and layer is None and config.adds("rotate"):
+        left_out.append(str(config.position))
     if circuit == "QK" and layer is None and config.qk_norm:
         left_out.append("scale of the query-key norm")
     return {"left out": ", ".join(left_out)} if left_out else {}

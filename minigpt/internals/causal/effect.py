@@ -18,7 +18,7 @@ from minigpt.errors import ConfigError
 from minigpt.internals.access.access import Access, Edits
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text, need_two
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 
 Tokens = str | int | Sequence[str] | Sequence[int]
 MEASURES = ("loss", "KL", "flips")

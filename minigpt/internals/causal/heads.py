@@ -22,12 +22,13 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.access.access import Access
+from minigpt.internals.access.axes import grid
 from minigpt.internals.access.names import listed
 from minigpt.internals.access.result import Axis, Result, Tabled
 from minigpt.internals.access.text import Text
-from minigpt.internals.attribution.weights import grid, ordinary_ids, read_out, write_weights
+from minigpt.internals.attribution.weights import ordinary_ids, read_out, write_weights
 from minigpt.internals.causal.ablation import ablate
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 from minigpt.terminal import notice
 
 LONGEST = 64  # maximum tokens of a random block

@@ -30,13 +30,13 @@ from minigpt.internals.access.activations import Activations
 from minigpt.internals.access.names import listed
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
-from minigpt.internals.attribution.decomposition import precise
 from minigpt.internals.attribution.weights import write_weights
 from minigpt.internals.causal.effect import Bound, Metric, as_metric
 from minigpt.internals.causal.resume import Base, Change
 from minigpt.model.cache import causal_step
 from minigpt.model.explicit import explicit_attention
 from minigpt.model.gpt import Block
+from minigpt.model.precision import precise
 
 # Sites that can be patched, and the activations of both runs that each needs.
 STREAM: dict[str, list[str]] = {

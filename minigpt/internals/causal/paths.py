@@ -23,12 +23,12 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError
 from minigpt.internals.access.access import Access
+from minigpt.internals.access.axes import head_labels
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text
-from minigpt.internals.attribution.decomposition import precise
-from minigpt.internals.attribution.weights import head_labels
 from minigpt.internals.causal.patching import AnyMetric, bind_pair
 from minigpt.internals.causal.resume import TOKENS
+from minigpt.model.precision import precise
 
 Parts = str | tuple[str, ...]
 

@@ -158,5 +158,4 @@ def _remember(attn: Attention, x: Tensor, step: Step, cache: KVCache) -> None:
     heads = F.linear(x, attn.qkv.weight[rows], bias).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
     k, v = heads.chunk(2, 1)  # (B, G, T, D) each
     k = k if attn.k_norm is None else attn.k_norm(k)
-    k = k if attn.rotary is None else attn.rotary(k, step.positions)
-    cache.append(attn.layer, k, v, step)
+    cache.append(attn.layer, attn.turned(k, step.positions), v, step)

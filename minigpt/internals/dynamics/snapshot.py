@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from minigpt.internals.access.access import Access
+from minigpt.internals.access.axes import head_labels
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.access.text import Text, need_two
-from minigpt.internals.attribution.weights import head_labels
 from minigpt.internals.causal.ablation import ablate
 from minigpt.internals.causal.effect import MEASURES
 from minigpt.internals.causal.heads import LONGEST, heads
 from minigpt.internals.dynamics.context import held_out, in_parts, score_of
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 
 
 class Kind(NamedTuple):

@@ -14,7 +14,7 @@ from minigpt.internals.access.names import STREAM
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.features.autoencoder import Autoencoder
 from minigpt.internals.features.neurons import AT_ONCE, Contexts, direct_effect, top_contexts, vocabulary_result
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 from minigpt.terminal import progress
 
 LOGITS_AT_ONCE = 2**24

@@ -25,7 +25,7 @@ from minigpt.internals.access.corpus import Tokens, draws, site_of, tokens_of
 from minigpt.internals.access.names import Names
 from minigpt.internals.features.autoencoder import Autoencoder, keep_greatest, keep_greatest_of_batch
 from minigpt.internals.features.autoencoder_config import AutoencoderConfig
-from minigpt.model.layers import widen
+from minigpt.model.precision import widen
 from minigpt.terminal import notice, progress
 
 BATCHES_AT_ONCE = 8  # batches collected and shuffled together

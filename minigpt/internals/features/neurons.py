@@ -20,9 +20,9 @@ from torch import Tensor
 from minigpt.errors import ConfigError
 from minigpt.internals.access.access import Access
 from minigpt.internals.access.corpus import Tokens, site_of, tokens_of, windows
+from minigpt.internals.access.linear import dividing
 from minigpt.internals.access.names import Names
 from minigpt.internals.access.result import Axis, Result
-from minigpt.model.layers import LayerNorm
 from minigpt.terminal import progress
 
 AT_ONCE = 4096  # tokens per forward
@@ -117,9 +117,10 @@ def direct_effect(study: Access, direction: Tensor) -> Tensor:
     It includes the centring and the weight of the final norm, but not its scale, which depends on the text, nor the
     logit soft cap: (direction - mean) * weight @ W_U.
     """
-    norm, unembed = study.model.trunk.norm, study.model.unembed
+    unembed = study.model.unembed
+    norm = dividing(study.model.trunk.norm, study.config, "direct effect on the logits")
     with torch.no_grad():
-        if isinstance(norm, LayerNorm):
+        if norm.centred:
             direction = direction - direction.mean(-1, keepdim=True)
         if norm.weight is not None:
             direction = direction * norm.weight

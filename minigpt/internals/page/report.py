@@ -22,10 +22,10 @@ from minigpt.checkpoint.runs import read_best, read_metrics, step_of
 from minigpt.durable import write_text
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.access.access import Access
+from minigpt.internals.access.axes import head_labels
 from minigpt.internals.access.result import Result
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.translators import MADE_BY, Translators, saved_lens
-from minigpt.internals.attribution.weights import head_labels
 from minigpt.internals.causal.ablation import ablate
 from minigpt.internals.causal.effect import MEASURES
 from minigpt.internals.causal.heads import heads, repeated_block, repeats_fit

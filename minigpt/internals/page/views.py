@@ -14,10 +14,11 @@ from torch import Tensor
 from minigpt.errors import ConfigError, DataError
 from minigpt.internals.access.access import Access
 from minigpt.internals.access.activations import Activations
-from minigpt.internals.attribution.decomposition import Point, parts_of, points, precise, writers
+from minigpt.internals.access.linear import dividing, through
+from minigpt.internals.attribution.decomposition import Point, parts_of, points, writers
 from minigpt.internals.attribution.lens import Reader, lens_logits, statistic
 from minigpt.internals.page.render import packed, packed_shares
-from minigpt.model.layers import LayerNorm, widen
+from minigpt.model.precision import precise, widen
 from minigpt.sampling.settings.config import FIELDS, SamplingConfig
 from minigpt.sampling.settings.conflicts import switched_on
 from minigpt.sampling.settings.orders import ORDERS, resolve
@@ -90,21 +91,19 @@ def attribution(study: Access, cache: Activations, logits: Tensor, ids: Tensor) 
 
     Equals `attribute_logit` at every position, but reuses one forward pass.
     """
-    norm, unembed = study.model.trunk.norm, study.model.unembed
+    norm, unembed = dividing(study.model.trunk.norm, study.config, "logit attribution"), study.model.unembed
     answer = torch.cat((ids[1:], logits[-1:].argmax(-1)))
     rival = logits.scatter(1, answer[:, None], -torch.inf).argmax(-1)
     tokens = torch.stack((answer, rival))  # (2, T)
     scale = precise(cache["ln_final.hook_scale"][0])  # (T, 1)
     weight = 1.0 if norm.weight is None else precise(norm.weight)
     towards = precise(unembed.weight[tokens])  # (2, T, C)
-    through = towards * weight
-    if isinstance(norm, LayerNorm):  # (c - mean c) . d = c . (d - mean d)
-        through = through - through.mean(-1, keepdim=True)
+    back = through(norm, towards)
     parts = parts_of(study, cache, "head", _end(study))
     labels = [label for part in parts for label in part.labels]
-    each = [torch.einsum("trc,atc->atr", precise(part.written()[0]), through) for part in parts]
+    each = [torch.einsum("trc,atc->atr", precise(part.written()[0]), back) for part in parts]
     values = torch.cat(each, -1) / scale  # (2, T, rows)
-    bias = getattr(norm, "bias", None)
+    bias = norm.bias
     if bias is not None:
         labels.append("final norm bias")
         values = torch.cat((values, (towards @ precise(bias))[..., None]), -1)

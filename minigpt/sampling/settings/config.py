@@ -15,7 +15,7 @@ from minigpt.sampling.settings import rules
 from minigpt.sampling.settings.conflicts import check_conflicts
 from minigpt.sampling.settings.length import Length
 from minigpt.sampling.settings.rules import setting
-from minigpt.sampling.settings.shape import Number, Shape
+from minigpt.sampling.settings.shape import OWN, Number, Shape, check_own
 from minigpt.sampling.settings.unheard import name_unheard
 
 
@@ -96,6 +96,9 @@ class SamplingConfig(Shape, Length):
     renormalize_logits: bool = setting(False, rules.YES_OR_NO)
     """Normalise the processed logits to log-probabilities; affects the scores of beam search."""
 
+    extra: dict[str, Any] = setting({}, rules.Rule(lambda v: isinstance(v, dict), "a mapping of processors to values"))
+    """Processors of plug-ins, by name: {"top_gap": 5}, on the command line --top_gap 5."""
+
     # Search.
 
     num_beams: int = setting(1, rules.COUNT)
@@ -134,6 +137,7 @@ class SamplingConfig(Shape, Length):
         """Raise ConfigError for the first field with an invalid value, or for fields that contradict each other."""
         for spec in fields(self):
             check_field(spec.name, getattr(self, spec.name))
+        check_own(self.extra)
         check_conflicts(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,12 +147,13 @@ class SamplingConfig(Shape, Length):
         if self.temperature == 0:
             del record["temperature"]  # transformers has no temperature 0
         # Omit an empty list only where it is the default: an empty eos_token_id (no end token) is not the same as null.
-        empty = {spec.name for spec in fields(self) if spec.default_factory is list and not record[spec.name]}
+        empty = {s.name for s in fields(self) if s.default_factory in (list, dict) and not record[s.name]}
         record = {name: value for name, value in record.items() if value is not None and name not in empty}
         if "logit_bias" in record:
             record["logit_bias"] = {token: _bias(value) for token, value in record["logit_bias"].items()}
         if "sequence_bias" in record:
             record["sequence_bias"] = [[list(ids), _bias(value)] for ids, value in record["sequence_bias"]]
+        record |= record.pop("extra", {})
         return {"stop_strings" if name == "stop" else name: value for name, value in record.items()}
 
     @classmethod
@@ -162,8 +167,11 @@ class SamplingConfig(Shape, Length):
             ConfigError: a field has an invalid value.
         """
         known = {spec.name for spec in fields(cls)}
-        name_unheard(record, known | {"do_sample", "stop_strings"})
+        own = {name for name in record if name.partition(".")[0] in OWN}
+        name_unheard(record, known | own | {"do_sample", "stop_strings"})
         values = {name: value for name, value in record.items() if name in known and value is not None}
+        if own:
+            values["extra"] = {**values.get("extra", {}), **{name: record[name] for name in own}}
         if stop := record.get("stop_strings"):
             values["stop"] = [stop] if isinstance(stop, str) else stop
         if isinstance(bias := values.get("logit_bias"), dict):  # JSON keys are strings

@@ -8,7 +8,7 @@ from typing import Any
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.settings.orders import STEPS, resolve
-from minigpt.sampling.settings.shape import FILTERS
+from minigpt.sampling.settings.shape import FILTERS, own_steps
 
 
 def check_conflicts(config: Any) -> None:
@@ -24,7 +24,7 @@ def switched_on(config: Any) -> list[str]:
         on.append("bad_words")
     if config.dynatemp_range and "temperature" not in on:
         on.append("temperature")
-    return on
+    return [*on, *own_steps(config.extra)]
 
 
 def _is_on(value: Any, off: Any) -> bool:
@@ -45,7 +45,7 @@ def _problems(config: Any) -> Iterator[str]:
 
     order = resolve(given.order)
     for step in on:
-        if step not in order.steps:
+        if step not in order.steps and step in STEPS:
             way_out = "set temperature to 1" if step == "temperature" else f"remove {step}"
             yield f"{step} is set, but order does not list it; add {step!r} to order, or {way_out}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from minigpt.errors import ConfigError
-from minigpt.sampling.settings.shape import FILTERS
+from minigpt.sampling.settings.shape import FILTERS, OWN
 
 
 class Order(NamedTuple):
@@ -20,7 +20,7 @@ class Order(NamedTuple):
     """Input of the processors in beam search: the model's logits, or their log-softmax."""
 
 
-CUSTOM = "processors"  # the place of the caller's own processors
+CUSTOM = "processors"  # the place of the caller's own processors, and of plug-ins' unless the order lists them
 
 # Always the first step.
 _FIRST = ("vocabulary",)
@@ -152,11 +152,12 @@ def resolve(order: str | list[str] | tuple[str, ...]) -> Order:
             )
         return ORDERS[order]
     for step in order:
-        if step not in STEPS:
+        if step not in STEPS and step not in OWN:
             from difflib import get_close_matches
 
-            near = get_close_matches(step, STEPS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(sorted(STEPS))}"
+            known = [*sorted(STEPS), *OWN]
+            near = get_close_matches(step, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(known)}"
             raise ConfigError(f"sampling: order lists the unknown step {step!r}; {hint}")
         if list(order).count(step) > 1:
             raise ConfigError(f"sampling: order lists {step!r} twice; list each step once")

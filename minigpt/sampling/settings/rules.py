@@ -215,4 +215,6 @@ def setting(default: Any, rule: Rule, off: float | None = None, each: bool = Fal
     if off is not None:
         rule = or_none(rule, "null is off")
     extra = {"rule": rule, "off": off, "each": each or off is not None, **more}
-    return field(default_factory=list, metadata=extra) if default == [] else field(default=default, metadata=extra)
+    if isinstance(default, (list, dict)):  # empty ones
+        return field(default_factory=type(default), metadata=extra)
+    return field(default=default, metadata=extra)

@@ -9,12 +9,19 @@ the tests that every filter goes through. `needs="FIELD"` marks a field that doe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
+from minigpt.choices import Table, under
+from minigpt.errors import ConfigError
 from minigpt.sampling.settings import rules
 from minigpt.sampling.settings.rules import setting
 
 Number = float | None
+
+OWN = Table("processor", "sampling", {})
+"""Processors of plug-ins. Their values are in the field `extra`; 0, false and null are off, or the fact `off`."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +93,20 @@ FILTERS = {
 def row(name: str) -> list[str]:
     """A filter's field, and the fields without a class of their own that need it."""
     return [name, *(s.name for s in fields(Shape) if s.metadata.get("needs") == name and "filter" not in s.metadata)]
+
+
+def check_own(extra: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a name that is no registered processor, or a setting that it does not have."""
+    for key in extra:
+        name, _, setting = key.partition(".")
+        OWN.check(name)
+        OWN.own(name, under(name, extra), f"sampling: {name}")
+        if setting and name not in extra:
+            raise ConfigError(f"sampling: {key} is a setting of {name}, which is not set; add a value for {name}")
+
+
+def own_steps(extra: Mapping[str, Any]) -> list[str]:
+    """The registered processors that are switched on."""
+    return [
+        key for key, value in extra.items() if "." not in key and value not in (None, False, OWN.fact(key, "off", 0))
+    ]

@@ -16,16 +16,16 @@ from minigpt.errors import ConfigError
 from minigpt.model.cost import activations_of, cost_of
 from minigpt.model.gpt import GPT
 from minigpt.terminal import clock, readable
+from minigpt.tokenizer.config import KINDS
 from minigpt.training.config import TrainConfig
 from minigpt.training.plan.choose import pick_precision
 from minigpt.training.plan.hardware import ACCELERATORS, machine_memory, peak_flops
-from minigpt.training.recipe.loss import CPU_LOGITS, GPU_LOGITS, next_token_loss
-from minigpt.training.recipe.optimizer import make_optimizer
+from minigpt.training.recipe.loss import CPU_LOGITS, GPU_LOGITS, Objective
+from minigpt.training.recipe.optimizer import make_optimizer, optimizer_bytes
 
 OPTIMAL_TOKENS = 20  # compute-optimal tokens per parameter (Hoffmann et al. 2022, arXiv 2203.15556)
 MOST_EPOCHS = 4  # epochs that are about as good as new text (Muennighoff et al. 2023, arXiv 2305.16264)
 QUICK = 5.0  # expected seconds up to which a step is measured by default
-VOCABULARIES = {"byte": 257, "gpt2": 50257, "cl100k": 100277, "o200k": 200019, "char": 128}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def memory_of(config: TrainConfig, half: bool, on_gpu: bool) -> Memory:
     return Memory(
         weights=4 * cost.parameters * share,
         gradients=4 * cost.parameters * share,
-        optimizer=cost.optimizer_bytes(config.optimizer.name) * share,
+        optimizer=optimizer_bytes(config.model, config.optimizer) * share,
         average=4 * cost.parameters * share if config.optimizer.ema_decay else 0.0,
         activations=kept.bytes(config.model.n_layer, tokens, config.trainer.activation_checkpointing) + casts,
         logits=at_once * (kept.logits + 8 * config.model.vocab_size),
@@ -81,7 +81,7 @@ def corpus_tokens(config: TrainConfig, corpus: Corpus | None) -> int | None:
     """
     if corpus is not None:
         return len(corpus.train)
-    if config.tokenizer.kind not in ("byte", "char") or config.data.source == "-":
+    if not KINDS.fact(config.tokenizer.kind, "per_byte") or config.data.source == "-":
         return None
     size = find_source(config.data).bytes
     return round(size * (1 - config.data.val_fraction)) or None
@@ -92,13 +92,13 @@ def measured_step(config: TrainConfig, device: torch.device) -> float:
     half = config.trainer.precision == "bf16-mixed"
     with torch.random.fork_rng(devices=[]):
         model = GPT(config.model).to(device).train()
-        optimizer = make_optimizer(model, config.optimizer)
+        optimizer, objective = make_optimizer(model, config.optimizer), Objective.of(config.losses)
         ids = torch.randint(0, model.vocab_size, (config.micro_batch_size, config.model.block_size), device=device)
         forwards, updates = [], []
         for _ in range(4):
             began = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                loss = next_token_loss(model, ids, ids)
+                loss = objective(model, ids, ids).total
             loss.backward()
             loss.item()  # waits for the GPU
             forwards.append(time.perf_counter() - began)
@@ -196,11 +196,12 @@ def _settled(config: TrainConfig, corpus: Corpus | None) -> tuple[TrainConfig, l
         vocab_size = corpus.tokenizer.vocab_size
     if vocab_size is None:
         kind = config.tokenizer.kind
-        vocab_size = config.tokenizer.vocab_size if kind == "bpe" else VOCABULARIES.get(kind)
-        if vocab_size is None:
+        trained = config.tokenizer.vocab_size if KINDS.fact(kind, "smallest") else None
+        vocab_size = KINDS.fact(kind, "vocab_size", trained)
+        if not isinstance(vocab_size, int):
             raise ConfigError("model.vocab_size: unknown until the corpus is prepared; set it, or run minigpt prepare")
-        if kind == "char":
-            notes.append(f"assumes a vocabulary of {vocab_size} characters; exact after minigpt prepare")
+        if assumed := KINDS.fact(kind, "assumed"):
+            notes.append(f"assumes a vocabulary of {vocab_size} {assumed}; exact after minigpt prepare")
     precision = config.trainer.precision
     if precision == "auto":
         precision = pick_precision(config)[0]  # type: ignore[assignment]

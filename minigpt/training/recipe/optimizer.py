@@ -1,35 +1,78 @@
-"""Build the optimizer: which parameters Muon and AdamW get; optimizer state by parameter name."""
+"""Build the optimizer: which parameters Muon and AdamW get; optimizer state by parameter name, and its size.
+
+An optimizer is a function (named_parameters, settings) -> torch.optim.Optimizer. It may also take `model` and `dtype`.
+"""
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.attention import Attention
+from minigpt.model.config import GPTConfig
+from minigpt.model.cost import cost_of
 from minigpt.model.gpt import GPT
-from minigpt.training.config import OptimizerConfig
+from minigpt.training.config import OPTIMIZERS, OptimizerConfig
 from minigpt.training.recipe.muon import MuonAdamW
 from minigpt.training.recipe.sharding import like
+
+Named = list[tuple[str, nn.Parameter]]
 
 EMBEDDINGS = ("trunk.embed.", "trunk.bigram.", "trunk.trigram.")
 
 
-def make_optimizer(model: GPT, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> MuonAdamW:
-    """Create the optimizer: Muon for the matrices inside blocks if config.name is "muon", AdamW for all else.
+def make_optimizer(model: GPT, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+    """Create the optimizer that the config names.
 
-    Matrices and embeddings have weight decay, at the same rate per step for all groups; norms and biases have none.
-    A group's "scale" is the ratio of its learning rate to optimizer.learning_rate, which follows the schedule.
+    Every group holds "scale", the ratio of its learning rate to optimizer.learning_rate, which follows the schedule.
 
     Args:
         model: the model to optimize.
         config: learning rates, weight decay and momenta.
         dtype: dtype of Muon's Newton-Schulz iterations.
+
+    Raises ConfigError if a plug-in's function does not return an optimizer over these parameters.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    muon = [(n, p) for n, p in named if config.name == "muon" and ".blocks." in n and p.dim() == 2]
+    make = OPTIMIZERS.bound(config.name, config.own("name"))
+    offered = {"model": model, "dtype": dtype}
+    takes = inspect.signature(make).parameters
+    made = make(named, config, **{name: value for name, value in offered.items() if name in takes})
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer.name: '{config.name}' returned {type(made).__name__}, not a torch.optim.Optimizer"
+        )
+    held = {id(parameter) for group in made.param_groups for parameter in group["params"]}
+    if missing := [name for name, parameter in named if id(parameter) not in held]:
+        raise ConfigError(f"optimizer.name: '{config.name}' leaves out {len(missing)} parameters, such as {missing[0]}")
+    for group in made.param_groups:
+        group.setdefault("scale", 1.0)
+    return made
+
+
+def adamw(named: Named, settings: OptimizerConfig, *, model: GPT, dtype: torch.dtype) -> MuonAdamW:
+    """AdamW for all parameters. Matrices and embeddings have weight decay, norms and biases have none."""
+    return MuonAdamW(_groups(named, settings, model, set()), dtype)
+
+
+def muon(named: Named, settings: OptimizerConfig, *, model: GPT, dtype: torch.dtype) -> MuonAdamW:
+    """Muon for the matrices inside blocks, AdamW for all other parameters; weight decay as in adamw."""
+    matrices = {name for name, parameter in named if ".blocks." in name and parameter.dim() == 2}
+    return MuonAdamW(_groups(named, settings, model, matrices), dtype)
+
+
+adamw.remembers = lambda cost: 2 * cost.parameters  # type: ignore[attr-defined]
+muon.remembers = lambda cost: 2 * cost.parameters - cost.matrix_parameters  # type: ignore[attr-defined]
+
+
+def _groups(named: Named, config: OptimizerConfig, model: GPT, matrices: set[str]) -> list[dict[str, Any]]:
+    """Parameter groups; the same weight decay per step for all that have any."""
+    muon = [(n, p) for n, p in named if n in matrices]
     large = model.config.zero_init and not model.config.tie_embeddings  # standard deviation about 1, not 0.02
     embeddings = [(n, p) for n, p in named if large and n.startswith(EMBEDDINGS)]
     taken = {name for name, _ in muon + embeddings}
@@ -48,7 +91,31 @@ def make_optimizer(model: GPT, config: OptimizerConfig, dtype: torch.dtype = tor
         group([p for _, p in embeddings], config.embedding_learning_rate, config.weight_decay, adamw),
         group([p for _, p in muon], config.muon_learning_rate, config.weight_decay, orthogonal),
     ]
-    return MuonAdamW([each for each in groups if each["params"]], dtype)
+    return [each for each in groups if each["params"]]
+
+
+def optimizer_bytes(model: GPTConfig, config: OptimizerConfig) -> float:
+    """Bytes of an optimizer's state, without counters: what it declares, or measured on a small model of the same kind.
+
+    Args:
+        model: config of the model; vocab_size must be set.
+        config: the optimizer's settings.
+    """
+    cost = cost_of(model)
+    declared = OPTIMIZERS.fact(config.name, "remembers") or getattr(OPTIMIZERS[config.name], "remembers", None)
+    if declared is not None:
+        return 4.0 * declared(cost)
+    with torch.random.fork_rng(devices=[]):
+        small = GPT(replace(model, vocab_size=8, block_size=4, n_layer=1, bigram_rows=0, trigram_rows=0))
+        optimizer = make_optimizer(small, config)
+        small(torch.zeros(1, 4, dtype=torch.int64)).square().mean().backward()
+        optimizer.step()
+    rates = {}  # tensor elements remembered per element of a matrix inside a block, and of any other parameter
+    for inside in (True, False):
+        chosen = [p for n, p in small.named_parameters() if (".blocks." in n and p.dim() == 2) == inside]
+        states = [t for p in chosen for t in optimizer.state.get(p, {}).values() if isinstance(t, Tensor) and t.dim()]
+        rates[inside] = sum(t.nbytes for t in states) / max(1, sum(p.numel() for p in chosen))
+    return rates[True] * cost.matrix_parameters + rates[False] * (cost.parameters - cost.matrix_parameters)
 
 
 def _splits(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[int, ...]]:

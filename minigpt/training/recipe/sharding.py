@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from minigpt.checkpoint.filling import empty_model
 from minigpt.checkpoint.saving import state_of
 from minigpt.model.gpt import GPT
 
-Loss = Callable[[GPT, Tensor, Tensor], Tensor]
+Loss = Callable[[GPT, Tensor, Tensor], Any]
 
 
 def shard(model: GPT, device: torch.device, loss: Loss, low: torch.dtype | None = None) -> Loss:
@@ -40,7 +41,7 @@ def shard(model: GPT, device: torch.device, loss: Loss, low: torch.dtype | None 
     Args:
         model: a model with full weights, on any device.
         device: device of the shards.
-        loss: (model, ids, targets) -> scalar.
+        loss: (model, ids, targets) -> losses (see loss.Objective).
         low: autocast's dtype for matrix products. Blocks then communicate their weights in it, which halves the bytes.
             The activations between blocks and the embedding keep their dtype.
 

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from minigpt.model.gpt import GPT
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
-from minigpt.training.recipe.loss import next_token_loss
 from minigpt.training.recipe.sharding import Loss, is_sharded, shard
 
 
@@ -44,7 +43,7 @@ def _recomputed(forward: Callable[..., Tensor], preserve_rng_state: bool, *argum
     return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
-def share(model: GPT, config: TrainConfig, device: torch.device) -> Loss | None:
+def share(model: GPT, config: TrainConfig, device: torch.device, loss: Loss) -> Loss | None:
     """Shard the model's weights with FSDP if the config asks for it and there are several processes. Collective.
 
     Returns:
@@ -57,7 +56,7 @@ def share(model: GPT, config: TrainConfig, device: torch.device) -> Loss | None:
             block.compile(dynamic=False)
     # On a CPU, layer_norm rejects bfloat16 weights with float32 activations; communication is cheap there anyway.
     low = torch.bfloat16 if config.trainer.precision == "bf16-mixed" and device.type != "cpu" else None
-    return shard(model, device, next_token_loss, low)
+    return shard(model, device, loss, low)
 
 
 def compiler_works(device: torch.device) -> bool:

@@ -25,12 +25,12 @@ from minigpt.terminal import notice
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.training.config import TrainConfig
 from minigpt.training.recipe.average import Average
-from minigpt.training.recipe.optimizer import optimizer_tensors, restore_optimizer
+from minigpt.training.recipe.optimizer import optimizer_bytes, optimizer_tensors, restore_optimizer
 from minigpt.training.recipe.sharding import gather, share_out
+from minigpt.training.run.agreement import Agreement
 from minigpt.training.run.each_step import EachStep, due
 from minigpt.training.run.metrics import Metrics
 from minigpt.training.run.module import TrainingModule
-from minigpt.training.run.stopping import Agreement
 
 RAW = "raw/"  # prefix of the raw weights' names, used when model.safetensors holds averaged weights
 
@@ -77,9 +77,10 @@ class Checkpoints(EachStep):
         elif pl_module.average:
             pl_module.average = Average(pl_module.model, pl_module.average.decay)  # on the model's device now
         if trainer.is_global_zero:  # find a disk without space for one checkpoint before training
-            cost = cost_of(self.config.model)
-            weights = 4 * cost.parameters * (2 if pl_module.average else 1)
-            check_space(self.run / "checkpoints", weights + cost.optimizer_bytes(self.config.optimizer.name))
+            weights = 4 * cost_of(self.config.model).parameters * (2 if pl_module.average else 1)
+            check_space(
+                self.run / "checkpoints", weights + int(optimizer_bytes(self.config.model, self.config.optimizer))
+            )
 
     def _announce_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         changed = [f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value]

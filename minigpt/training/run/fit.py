@@ -26,6 +26,7 @@ from minigpt.training.config import TrainConfig
 from minigpt.training.processes.join import agree, code_identity, connect, join
 from minigpt.training.processes.watch import Watch
 from minigpt.training.recipe.strategy import make_strategy
+from minigpt.training.run.agreement import Agreement
 from minigpt.training.run.checkpoints import Checkpoints
 from minigpt.training.run.internals import Internals
 from minigpt.training.run.job import Job
@@ -36,7 +37,6 @@ from minigpt.training.run.module import TrainingModule
 from minigpt.training.run.observing import Samples, Validation
 from minigpt.training.run.progress import NoProfiler, set_progress, without_signals
 from minigpt.training.run.rehearsal import Rehearsal, memory_errors, training_advice
-from minigpt.training.run.stopping import Agreement
 
 
 def fit(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""The trackers of `--log` as Lightning loggers.
+"""The trackers of `--log`: functions (run folder, config) -> Lightning logger, with a `check` before the run.
 
 A missing package is an error before the run starts. After that, a tracker never blocks or stops a run.
 """
@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 from minigpt.durable import to_json, write_text
 from minigpt.errors import imported
 from minigpt.terminal import notice
-from minigpt.training.config import TrainConfig
+from minigpt.training.config import LOGGERS, TrainConfig
 
 
 def wandb_key_is_known() -> bool:
@@ -33,33 +33,54 @@ def wandb_key_is_known() -> bool:
 
 def check_tracker(config: TrainConfig) -> None:
     """Raise MissingExtra, before the run starts, if the package of the requested tracker is missing."""
-    if config.log == "wandb":
-        imported("wandb", "", "log: wandb")
-    elif config.log == "tensorboard" and find_spec("tensorboardX") is None:  # Lightning supports both packages
-        imported("tensorboard", "tensorboard", "log: tensorboard")
+    getattr(LOGGERS[config.log], "check", lambda: None)()
 
 
 def make_loggers(config: TrainConfig, run: Path, rank: int) -> list[Any] | bool:
     """Create Lightning's logger for `--log`, on process 0 only; False for none.
 
-    The wandb run id is stored in the run's folder before training starts, so that a resumed run continues the wandb
-    run. Without an API key, wandb logs offline into the run's folder. If a logger cannot be created, a notice says so
-    and training continues without it.
+    If a logger cannot be created, a notice says so and training continues without it.
     """
-    if config.log == "none" or rank != 0:
+    if rank != 0:
         return False
     try:
-        if config.log == "tensorboard":
-            from lightning.pytorch.loggers import TensorBoardLogger
-
-            return [TensorBoardLogger(run, name="", version="tensorboard")]
-        stored = run / "wandb.json"
-        if not stored.is_file():
-            write_text(stored, to_json({"id": secrets.token_hex(4)}))
-        return [_wandb_logger(run, config, json.loads(stored.read_text(encoding="utf-8"))["id"])]
+        logger = LOGGERS[config.log](run, config)
     except Exception as error:  # a tracker must never stop a run, whatever it raises
         notice(f"--log {config.log} cannot be used ({error}); metrics are still written to metrics.jsonl")
         return False
+    return False if logger is None else [logger]
+
+
+def no_logger(run: Path, config: TrainConfig) -> None:
+    """Only metrics.jsonl."""
+
+
+def tensorboard(run: Path, config: TrainConfig) -> Any:
+    """Lightning's logger for TensorBoard, in the run's folder."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(run, name="", version="tensorboard")
+
+
+def _check_tensorboard() -> None:
+    if find_spec("tensorboardX") is None:  # Lightning supports both packages
+        imported("tensorboard", "tensorboard", "log: tensorboard")
+
+
+def wandb(run: Path, config: TrainConfig) -> Any:
+    """Lightning's logger for wandb.
+
+    The wandb run id is stored in the run's folder before training starts, so that a resumed run continues the wandb
+    run. Without an API key, wandb logs offline into the run's folder.
+    """
+    stored = run / "wandb.json"
+    if not stored.is_file():
+        write_text(stored, to_json({"id": secrets.token_hex(4)}))
+    return _wandb_logger(run, config, json.loads(stored.read_text(encoding="utf-8"))["id"])
+
+
+tensorboard.check = _check_tensorboard  # type: ignore[attr-defined]
+wandb.check = lambda: imported("wandb", "", "log: wandb")  # type: ignore[attr-defined]
 
 
 def _wandb_logger(run: Path, config: TrainConfig, run_id: str) -> Any:

@@ -1,6 +1,7 @@
 """Metrics: rows of metrics.jsonl, the progress bar, and the logger.
 
-A training row has loss, lr and grad_norm, and, since the previous row:
+A training row has train/loss (the cross-entropy), train/NAME for every added loss (without its weight), lr and
+grad_norm, and, since the previous row:
     tokens_per_second   over all processes, excluding validation, saves and samples
     mfu                 model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311): the model's FLOPs for those
                         tokens divided by the devices' peak; null if the peak is unknown
@@ -33,10 +34,10 @@ from minigpt.terminal import Progress, notice, progress, readable
 from minigpt.training.config import TrainConfig
 from minigpt.training.plan.hardware import peak_flops, peak_memory
 from minigpt.training.recipe.reduction import sum_over_processes
+from minigpt.training.run.agreement import Agreement
 from minigpt.training.run.each_step import EachStep, due
 from minigpt.training.run.loader import MicroBatches, batch_hash
 from minigpt.training.run.module import TrainingModule
-from minigpt.training.run.stopping import Agreement
 
 
 def rewind_metrics(path: Path, step: int) -> None:
@@ -131,7 +132,7 @@ class Metrics(EachStep):
         self.mark, self.mark_step, self.mark_waited, self.paused = now, step, waited, 0.0
         if not trainer.is_global_zero:
             return
-        self.text = f"loss {self.agreement.loss:.3f}  {readable(rate)} tokens/s"
+        self.text = f"loss {self.agreement.losses['loss']:.3f}  {readable(rate)} tokens/s"
         if math.isfinite(mfu):
             self.text += f"  {mfu:.0%} of peak"
         if wait > 0.02:
@@ -139,7 +140,7 @@ class Metrics(EachStep):
         if memory:
             self.text += f"  {readable(memory)}B"
         row = {
-            "train/loss": self.agreement.loss,
+            **{f"train/{name}": loss for name, loss in self.agreement.losses.items()},
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "grad_norm": float(module.gradient_norm) if module.gradient_norm is not None else float("nan"),
             "tokens_per_second": round(rate, 1),

@@ -16,7 +16,7 @@ from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
 from minigpt.training.recipe.average import Average
 from minigpt.training.recipe.health import Idle, mean_loss, remedy
-from minigpt.training.recipe.loss import compiled_loss, next_token_loss
+from minigpt.training.recipe.loss import Objective, Terms, compiled
 from minigpt.training.recipe.optimizer import make_optimizer
 from minigpt.training.recipe.schedule import learning_rate
 from minigpt.training.recipe.sharding import whole
@@ -48,12 +48,13 @@ class TrainingModule(LightModule):
         super().__init__()
         self.model = model
         self.settings = config
-        self.compute_loss: Callable[[GPT, Tensor, Tensor], Tensor] = next_token_loss
+        self.objective = Objective.of(config.losses)
+        self.compute_loss: Callable[[GPT, Tensor, Tensor], Terms] = self.objective
         if config.trainer.compile:
-            self.compute_loss = compiled_loss()
+            self.compute_loss = compiled(self.objective)
         if config.trainer.activation_checkpointing:
             recompute_blocks(model)
-        self.step_loss: Tensor | None = None  # mean over the step's micro-batches so far, as a running sum
+        self.step_losses: Tensor | None = None  # (1 + n) means over the step's micro-batches so far, as a running sum
         self.gradient_norm: Tensor | None = None
         self.unusable_steps = 0
         self.idle = Idle()
@@ -62,7 +63,7 @@ class TrainingModule(LightModule):
 
     def configure_model(self) -> None:
         """Shard the weights if the strategy is fsdp. Lightning calls this after the process group exists."""
-        loss = share(self.model, self.settings, self.trainer.strategy.root_device)
+        loss = share(self.model, self.settings, self.trainer.strategy.root_device, self.objective)
         if loss is not None:
             self.compute_loss = loss
             self.average = Average(self.model, self.average.decay) if self.average else None
@@ -87,10 +88,10 @@ class TrainingModule(LightModule):
         micro = batch_index % accumulation
         if self.model.config.dropout or self.model.config.attn_dropout:
             torch.manual_seed(mix_seed(self.settings.seed, self.trainer.global_step, micro, self.global_rank))
-        loss = self.compute_loss(self.model, ids, targets)
-        part = loss.detach() / accumulation
-        self.step_loss = part if micro == 0 or self.step_loss is None else self.step_loss + part
-        return loss
+        losses = self.compute_loss(self.model, ids, targets)
+        part = losses.means / accumulation
+        self.step_losses = part if micro == 0 or self.step_losses is None else self.step_losses + part
+        return losses.total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self.step_learning_rate
@@ -116,11 +117,12 @@ class TrainingModule(LightModule):
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         self.gradient_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, self.gradient_norm)
-        assert self.step_loss is not None
+        assert self.step_losses is not None
+        loss = self.step_losses[0]
         norm, step = float(self.gradient_norm), self.trainer.global_step + 1
         if math.isfinite(norm):
-            self.idle.look(self.model, self.step_loss)
-            if norm or not mean_loss(self.step_loss):  # with a loss of exactly zero, a zero gradient is correct
+            self.idle.look(self.model, loss)
+            if norm or not mean_loss(loss):  # with a loss of exactly zero, a zero gradient is correct
                 self.unusable_steps = 0
                 return
         self.unusable_steps += 1
@@ -128,7 +130,7 @@ class TrainingModule(LightModule):
             if self.unusable_steps >= UNUSABLE_STEPS:
                 raise NotLearning(
                     f"step {step}: the gradient of every parameter was exactly zero {UNUSABLE_STEPS} steps in a row, "
-                    f"though the loss is {float(self.step_loss):.4f}; {remedy()}"
+                    f"though the loss is {float(loss):.4f}; {remedy()}"
                 )
             return
         for parameter in self.model.parameters():

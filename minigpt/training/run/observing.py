@@ -21,12 +21,12 @@ from minigpt.tokenizer.base import Tokenizer
 from minigpt.training.config import TrainConfig
 from minigpt.training.recipe.reduction import sum_over_processes
 from minigpt.training.recipe.sharding import plain
+from minigpt.training.run.agreement import Agreement
 from minigpt.training.run.checkpoints import Checkpoints
 from minigpt.training.run.each_step import EachStep, due
 from minigpt.training.run.metrics import Metrics
 from minigpt.training.run.module import TrainingModule
 from minigpt.training.run.standing import Standing
-from minigpt.training.run.stopping import Agreement
 
 
 class Validation(EachStep):
@@ -79,6 +79,7 @@ class Validation(EachStep):
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 reduce=sum_over_processes,
+                added=module.objective if module.objective.added else None,
             )
         self.metrics.pause("validation", time.monotonic() - began)
         self.metrics.write(
@@ -90,6 +91,7 @@ class Validation(EachStep):
                 "val/bpb": result.bits_per_byte,
                 "val/tokens": result.tokens,
                 "val/of_tokens": len(self.windows.stream) - 1,
+                **{f"val/{name}": value for name, value in result.added.items()},
             },
         )
         if trainer.is_global_zero:

@@ -58,7 +58,7 @@ class Rehearsal(pl.Callback):
         del loss
         for parameter in pl_module.parameters():
             parameter.grad = None
-        pl_module.step_loss = None
+        pl_module.step_losses = None
         if self.windows is None:
             return
         few = validation_windows(self.windows.stream, self.windows.block_size, TOKENS_AT_ONCE)

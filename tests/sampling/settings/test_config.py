@@ -130,7 +130,7 @@ CASES = [(name, value) for name, (accepted, _) in ACCEPTS.items() for value in a
 
 
 def test_the_tables_cover_every_field():
-    assert ACCEPTS.keys() == FIELDS.keys()
+    assert ACCEPTS.keys() == FIELDS.keys() - {"extra"}  # processors of plug-ins; tests/plugins
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)

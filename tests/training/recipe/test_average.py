@@ -18,8 +18,8 @@ from minigpt.errors import Interrupted
 from minigpt.evaluation.loss import bytes_per_token, evaluate
 from minigpt.training.launch import train
 from minigpt.training.recipe.average import Average
+from minigpt.training.run.agreement import Agreement
 from minigpt.training.run.module import TrainingModule
-from minigpt.training.run.stopping import Agreement
 from toys import random_model, tiny_config
 from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 

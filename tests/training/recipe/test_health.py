@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from minigpt.errors import NotLearning
 from minigpt.model.gpt import GPT
 from minigpt.training.launch import train
+from minigpt.training.recipe import loss
 from minigpt.training.recipe.health import not_zero
-from minigpt.training.recipe.loss import next_token_loss
+from minigpt.training.recipe.loss import Terms, next_token_loss
 from minigpt.training.run import fit, module, rehearsal
 from minigpt.training.run.metrics import read_metrics
 from training_runs import forked, losses, run_and_read, tiny_run
@@ -47,7 +48,7 @@ def refused(config: Any) -> str:
 def test_a_gradient_of_zero_stops_a_run_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "next_token_loss", after_calls(0, without_gradient))
+    monkeypatch.setattr(loss, "next_token_loss", after_calls(0, without_gradient))
     assert "the gradient of every parameter is exactly zero, though the loss is 5." in refused(tiny_run(tmp_path))
     assert not (tmp_path / "runs/run/metrics.jsonl").exists()
 
@@ -55,7 +56,7 @@ def test_a_gradient_of_zero_stops_a_run_before_anything_is_written(
 def test_a_gradient_that_becomes_zero_stops_a_run_after_five_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "next_token_loss", after_calls(1 + 2, without_gradient))  # one is rehearsed
+    monkeypatch.setattr(loss, "next_token_loss", after_calls(1 + 2, without_gradient))  # one is rehearsed
     said = refused(tiny_run(tmp_path, trainer__max_steps=20))
     assert said.startswith("step 7: the gradient of every parameter was exactly zero 5 steps in a row")
     assert [row["grad_norm"] > 0 for row in read_metrics(tmp_path / "runs/run/metrics.jsonl")] == [True] * 2 + [
@@ -97,7 +98,7 @@ def test_a_parameter_that_never_learns_is_named(
 ) -> None:
     monkeypatch.setattr(fit, "GPT", Extra)
     monkeypatch.setattr(
-        module, "next_token_loss", lambda model, *batch: next_token_loss(model, *batch) + used(model.trunk.surplus)
+        loss, "next_token_loss", lambda model, *batch: next_token_loss(model, *batch) + used(model.trunk.surplus)
     )
     assert message in refused(tiny_run(tmp_path))
 
@@ -112,14 +113,24 @@ def test_what_is_frozen_needs_no_gradient(tmp_path: Path, monkeypatch: pytest.Mo
     train(tiny_run(tmp_path, trainer__max_steps=6))
 
 
-def compiled_by(then: Callable[[Tensor], Tensor]) -> Callable[[], Callable[[GPT, Tensor, Tensor], Tensor]]:
+def as_terms(scalar: Callable[[GPT, Tensor, Tensor], Tensor]) -> Callable[[GPT, Tensor, Tensor], Terms]:
+    """A loss of one number as an objective without added losses."""
+
+    def compute(model: GPT, ids: Tensor, targets: Tensor) -> Terms:
+        value = scalar(model, ids, targets)
+        return Terms(value, value.detach()[None])
+
+    return compute
+
+
+def compiled_by(then: Callable[[Tensor], Tensor]) -> Callable[[Any], Callable[[GPT, Tensor, Tensor], Terms]]:
     """torch.compile with a compiler whose code does `then` to what it computes."""
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         return lambda *arguments: [then(output) for output in graph(*arguments)]
 
     torch._dynamo.reset()
-    return lambda: torch.compile(next_token_loss, backend=backend, dynamic=False)
+    return lambda objective: as_terms(torch.compile(next_token_loss, backend=backend, dynamic=False))
 
 
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
@@ -136,7 +147,7 @@ def test_a_compiler_that_is_wrong_is_found_before_the_first_step(
 ) -> None:
     if wrong == "another loss" and precision == "bf16-mixed":
         pytest.skip("a tenth is within what bfloat16 may be off")
-    monkeypatch.setattr(module, "compiled_loss", compiled_by(WRONG[wrong]))
+    monkeypatch.setattr(module, "compiled", compiled_by(WRONG[wrong]))
     said = refused(tiny_run(tmp_path, trainer__compile=True, trainer__precision=precision))
     assert "it differs from the eager step on the same batch" in said
     assert "give --trainer.compile false" in said
@@ -147,7 +158,7 @@ def test_a_compiler_that_is_wrong_is_found_before_the_first_step(
 def test_with_dropout_a_compiler_that_gives_no_gradient_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "compiled_loss", compiled_by(without_gradient))
+    monkeypatch.setattr(module, "compiled", compiled_by(without_gradient))
     assert "trunk.embed.weight (norm 0, eager " in refused(
         tiny_run(tmp_path, trainer__compile=True, model__dropout=0.2)
     )
@@ -161,7 +172,7 @@ def test_a_compiler_that_is_right_passes(
     preset: str, precision: str, dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(module, "compiled_loss", lambda: torch.compile(next_token_loss, backend="aot_eager"))
+    monkeypatch.setattr(module, "compiled", lambda _: as_terms(torch.compile(next_token_loss, backend="aot_eager")))
     changes = {
         "trainer__compile": True,
         "trainer__precision": precision,
@@ -184,7 +195,7 @@ def test_a_gradient_that_is_not_finite_is_no_fault_of_the_compiler(
         value = next_token_loss(model, ids, targets)
         return value + (value - value.detach()) * (float("inf") if len(calls) <= 4 else 1.0)
 
-    monkeypatch.setattr(module, "compiled_loss", lambda: compute)
+    monkeypatch.setattr(module, "compiled", lambda _: as_terms(compute))
     _, rows = run_and_read(tiny_run(tmp_path, trainer__compile=True, batch__micro_batch_size=2, trainer__max_steps=2))
     assert len(losses(rows)) == 2
     assert "differs from the eager step" not in capsys.readouterr().err
@@ -198,7 +209,7 @@ def test_a_comparison_that_does_not_fit_is_left_out(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(rehearsal, "check_compiled", too_much)
-    monkeypatch.setattr(module, "compiled_loss", lambda: next_token_loss)
+    monkeypatch.setattr(module, "compiled", lambda _: as_terms(next_token_loss))
     run_and_read(tiny_run(tmp_path, trainer__compile=True, trainer__max_steps=1))
     assert "with the uncompiled one" in capsys.readouterr().err
 
@@ -212,6 +223,6 @@ def test_a_gradient_too_small_to_square_is_not_zero() -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_hear_of_it_alike(tmp_path: Path) -> None:
     def broken(rank: int) -> None:
-        module.next_token_loss = after_calls(0, without_gradient)  # type: ignore[assignment]
+        loss.next_token_loss = after_calls(0, without_gradient)  # type: ignore[assignment]
 
     assert forked(tiny_run(tmp_path, trainer__devices=2), broken) == {0: 7, 1: 7}

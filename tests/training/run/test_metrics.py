@@ -65,7 +65,7 @@ def test_the_meters_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         is_global_zero=True, loggers=[], global_step=8, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.5}])]
     )
     module: Any = SimpleNamespace(gradient_norm=torch.tensor(2.0), device=torch.device("cpu"))
-    agreement: Any = SimpleNamespace(loss=1.5)
+    agreement: Any = SimpleNamespace(losses={"loss": 1.5})
     metrics = Metrics(tmp_path, config, loader, agreement, 0)
     metrics.on_train_start(trainer, module)
     metrics.peak = 1e6 * cost_of(config.model).training_flops  # what a million tokens per second would need

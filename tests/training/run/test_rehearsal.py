@@ -12,7 +12,7 @@ import torch
 
 from minigpt.errors import MemoryExceeded
 from minigpt.training.launch import train
-from minigpt.training.run import module as training_module
+from minigpt.training.recipe import loss as training_loss
 from minigpt.training.run import rehearsal
 from minigpt.training.run.rehearsal import Rehearsal, memory_errors, training_advice
 from training_runs import losses, run_and_read, tiny_run
@@ -28,7 +28,7 @@ def test_a_run_is_the_same_with_and_without_a_rehearsal(tmp_path: Path, monkeypa
         assert torch.equal(torch.get_rng_state(), before[0])
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before[1], strict=True))
         assert all(parameter.grad is None for parameter in module.parameters())
-        assert module.step_loss is None
+        assert module.step_losses is None
         seen.append(1)
 
     real = Rehearsal.on_train_start
@@ -48,8 +48,8 @@ def test_memory_that_does_not_suffice_is_found_before_anything_is_written(
             raise MemoryError
         return real(model, ids, targets)
 
-    real = training_module.next_token_loss
-    monkeypatch.setattr(training_module, "next_token_loss", too_large)
+    real = training_loss.next_token_loss
+    monkeypatch.setattr(training_loss, "next_token_loss", too_large)
     with pytest.raises(MemoryExceeded, match=r"with 8 rows .* give --batch\.micro_batch_size 4: 2 forward passes"):
         train(tiny_run(tmp_path))
     run = tmp_path / "runs/run"

@@ -12,10 +12,10 @@ import torch
 
 from minigpt.errors import ConfigError, Interrupted
 from minigpt.training import launch
+from minigpt.training.run.agreement import Agreement
 from minigpt.training.run.each_step import EachStep
 from minigpt.training.run.metrics import read_metrics
 from minigpt.training.run.settle import settle
-from minigpt.training.run.stopping import Agreement
 from training_runs import assert_equal_to_the_bit, losses, run_and_read, saved_tensors, tiny_run
 
 # Everything on that could disturb: dropout, accumulation, validation, samples, and an epoch that ends in between.

@@ -1,4 +1,6 @@
-"""Signals set flags; processes agree on the flags once per step, and the current step is finished.
+"""One all-reduce per step: the mean losses, and the requests to stop or to save.
+
+Signals set flags; processes agree on the flags after every step, so the current step is always finished.
 
 When `minigpt train` launches several processes, it forwards its signals to them. torchrun forwards SIGTERM and SIGINT,
 but SIGUSR1 kills it: send SIGUSR1 to one of its processes instead. torchrun kills processes that are still running 30
@@ -28,7 +30,7 @@ SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, SAVE_SIGNAL) if 
 
 
 class Agreement(EachStep):
-    """First callback of a step: averages the loss over all processes and exchanges stop and save requests.
+    """First callback of a step: averages the losses over all processes and exchanges stop and save requests.
 
     Both use the same all-reduce. Ctrl-C and SIGTERM finish the step, save a checkpoint and exit; a second Ctrl-C exits
     immediately. SIGUSR1 saves a checkpoint after the step and continues. If any process receives a signal, all
@@ -40,14 +42,14 @@ class Agreement(EachStep):
         stopping: agreed: this step is the last.
         save_now: agreed: this step is saved, whatever checkpoint.every says.
         signal: agreed: the signal that asked to stop.
-        loss: of the step just done, nats per token, over all processes.
+        losses: of the step just done, nats per token, over all processes: "loss", then every added loss by name.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.stopping = self.save_now = False
         self.signal = 0
-        self.loss = float("nan")
+        self.losses: dict[str, float] = {}
         self._saves_asked = self._saves_agreed = 0
 
     @contextmanager
@@ -76,13 +78,15 @@ class Agreement(EachStep):
         self.received = number
 
     def on_step_end(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        assert module.step_loss is not None
+        assert module.step_losses is not None
         asked = self._saves_asked  # a later signal counts for the next step
         flags = [self.received == signal.SIGINT, self.received == signal.SIGTERM, asked > self._saves_agreed]
-        mine = torch.stack([module.step_loss.cpu().double(), *torch.tensor(flags, dtype=torch.float64)])
-        loss, interrupted, terminated, save = sum_over_processes(mine).tolist()
+        mine = torch.cat([module.step_losses.cpu().double(), torch.tensor(flags, dtype=torch.float64)])
+        *losses, interrupted, terminated, save = sum_over_processes(mine).tolist()
         self._saves_agreed = asked
-        self.loss = loss / trainer.world_size
+        self.losses = {
+            name: loss / trainer.world_size for name, loss in zip(module.objective.names, losses, strict=True)
+        }
         self.save_now = save > 0
         if interrupted or terminated:
             self.stopping = trainer.should_stop = True
