@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Batches": "minigpt.data.batches",
+    "DataConfig": "minigpt.data.config",
     "GPT": "minigpt.model.gpt",
     "GPTConfig": "minigpt.model.config",
     "MinigptError": "minigpt.errors",
@@ -25,25 +27,37 @@ _HOMES = {
     "Sampler": "minigpt.sampling.sampler",
     "SamplingConfig": "minigpt.sampling.settings.config",
     "Study": "minigpt.internals.study",
+    "TokenizerConfig": "minigpt.tokenizer.config",
     "TrainConfig": "minigpt.training.config",
     "fast": "minigpt.model.fast",
     "load": "minigpt.checkpoint.checkpoint",
-    "train": "minigpt.training.launch",
+    "next_token_loss": "minigpt.training.recipe.loss",
+    "prepare": "minigpt.data.prepare",
+    "register": "minigpt.plugins",
+    "save_checkpoint": "minigpt.checkpoint.saving",
+    "train": "minigpt.training.train",
 }
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from minigpt.checkpoint.checkpoint import Run as Run
     from minigpt.checkpoint.checkpoint import load as load
+    from minigpt.checkpoint.saving import save_checkpoint as save_checkpoint
+    from minigpt.data.batches import Batches as Batches
+    from minigpt.data.config import DataConfig as DataConfig
+    from minigpt.data.prepare import prepare as prepare
     from minigpt.errors import MinigptError as MinigptError
     from minigpt.internals.study import Study as Study
     from minigpt.model.config import GPTConfig as GPTConfig
     from minigpt.model.fast import fast as fast
     from minigpt.model.gpt import GPT as GPT
+    from minigpt.plugins import register as register
     from minigpt.sampling.sampler import Sampler as Sampler
     from minigpt.sampling.settings.config import SamplingConfig as SamplingConfig
+    from minigpt.tokenizer.config import TokenizerConfig as TokenizerConfig
     from minigpt.training.config import TrainConfig as TrainConfig
-    from minigpt.training.launch import train as train
+    from minigpt.training.recipe.loss import next_token_loss as next_token_loss
+    from minigpt.training.train import train as train
 
 
 def __getattr__(name: str) -> Any:

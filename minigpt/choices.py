@@ -25,8 +25,11 @@ class UnknownChoice(ConfigError):
 
     def __init__(self, message: str, plugins: tuple[str, ...] = ()) -> None:
         self.message, self.plugins = message, plugins
-        flags = " ".join(f"--plugins {name}" for name in plugins)
-        hint = f"; the run used plugins {', '.join(plugins)}: give {flags}, which runs its code" if plugins else ""
+        hint = ""
+        if len(plugins) == 1:
+            hint = f"; the run used a plug-in: give --plugins {plugins[0]}, which runs its code"
+        elif plugins:
+            hint = f"; the run used plug-ins: give --plugins for each, which runs its code: {', '.join(plugins)}"
         super().__init__(message + hint)
 
 
@@ -101,7 +104,8 @@ class Table(Mapping[str, Any]):
             return
         near = get_close_matches(str(name), self.rows, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UnknownChoice(f"{where or self.where}: '{name}' is not one of {', '.join(self.rows)}{hint}")
+        known = f"is not one of {', '.join(self.rows)}" if self.rows else f"is unknown: no {self.kind} is registered"
+        raise UnknownChoice(f"{where or self.where}: '{name}' {known}{hint}")
 
     def fact(self, name: str, fact: str, default: Any = None) -> Any:
         """What is known about a thing: a fact of its row, else an attribute of the thing itself."""
@@ -159,4 +163,5 @@ def _typed(where: str, value: Any, kind: type | None) -> Any:
 
 def under(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of settings by dotted name the ones under a prefix: ("norm", {"norm.alpha": 1}) -> {"alpha": 1}."""
-    return {name.partition(".")[2]: value for name, value in settings.items() if name.startswith(f"{prefix}.")}
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}

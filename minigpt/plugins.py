@@ -36,7 +36,7 @@ TABLES = {
     "reader": "minigpt.data.config:READERS",
     "tokenizer": "minigpt.tokenizer.config:KINDS",
     "processor": "minigpt.sampling.settings.shape:OWN",
-    "analysis": "minigpt.internals.access.names:ANALYSES",
+    "analysis": "minigpt.internals.access.access:ANALYSES",
     "verb": "minigpt.cli.main:VERBS",
 }
 

@@ -29,7 +29,8 @@ from minigpt.checkpoint.foreign import reconciled, sampling_from_huggingface
 from minigpt.checkpoint.formats import FORMAT, check_format, migrate_model
 from minigpt.checkpoint.identity import check_logits, refuse_other_classes
 from minigpt.checkpoint.manifest import MANIFEST, read_json, verify_once
-from minigpt.checkpoint.runs import read_checkpoint
+from minigpt.checkpoint.metrics import MetricsTable
+from minigpt.checkpoint.runs import read_checkpoint, read_metrics
 from minigpt.checkpoint.tensors import load_tensors, refuse_nonfinite
 from minigpt.checkpoint.weights import (
     config_from_huggingface,
@@ -64,6 +65,16 @@ class Run:
     """The checkpoint folder that was read. Of a run in training it may be gone by now; nothing more is read from it."""
     state: dict[str, Any] = field(default_factory=dict)
     """training_state.json: the counters of training, the hash of the corpus; empty where the folder holds none."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, runs/NAME; the checkpoint folder itself if it is not part of a run."""
+        return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path
+
+    @property
+    def metrics(self) -> MetricsTable:
+        """The rows of metrics.jsonl as a table; empty if the model has no run."""
+        return MetricsTable(read_metrics(self.folder / "metrics.jsonl"))
 
 
 def _weights_in(folder: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 from minigpt.cli.plugins import described, own_settings
 from minigpt.durable import json_text, named_path
 from minigpt.errors import ConfigError
-from minigpt.plugins import table
+from minigpt.plugins import loaded, table
 
 # Config fields that name a row of a table, with the table's kind.
 FIELDS_WITH_TABLE = {
@@ -57,10 +57,16 @@ def make_parser(command: str, description: str, positional: str = "", folder: st
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+    class Formatter(jsonargparse.DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text if "\n" in text else super()._fill_text(text, width, indent)
+
     parser = jsonargparse.ArgumentParser(
         prog=command,
         usage=f"{command}{' ' + positional if positional else ''} [--config FILE] [--name VALUE ...]",
         description=re.sub(r"\s+", " ", description),
+        formatter_class=Formatter,
         exit_on_error=False,
         allow_abbrev=False,  # else --optimizer.nam is taken for --optimizer.name
     )
@@ -190,6 +196,7 @@ def add_training_settings(parser: Any) -> None:
     from minigpt.training.config import TrainConfig
 
     parser.add_class_arguments(TrainConfig)
+    parser.set_defaults({"plugins": list(loaded())})
     parser.set_defaults({f"model.{f.name}": f.default for f in fields(GPTConfig) if f.default is not MISSING})
 
 

@@ -8,10 +8,13 @@ import signal
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import partial
 
 from minigpt.choices import Row, Table
 from minigpt.cli.plugins import take_plugins
+from minigpt.cli.study.analysis import analyse
 from minigpt.errors import ConfigError, MinigptError, leave
+from minigpt.plugins import loaded, table
 from minigpt.terminal import show_what_can_be_shown, spelled
 
 PROG = "minigpt"
@@ -43,6 +46,8 @@ def usage() -> str:
     for name, verb in VERBS.items():
         summary = VERBS.rows[name].help or re.sub(r"\s+", " ", verb.__doc__ or "").split(": ", 1)[0]
         lines.append(f"  {name:8} {summary}")
+    if loaded():
+        lines += [f"  {name:8} {row.help}" for name, row in table("analysis").rows.items()]
     return "\n".join(lines)
 
 
@@ -54,21 +59,17 @@ def main(argv: Iterable[str] | None = None) -> int:
     arguments = [item for item in arguments if item != "--debug"]
     try:
         arguments = take_plugins(arguments)
-    except MinigptError as error:
-        if debug:
-            raise
-        print(spelled(f"{PROG}: {error}"), file=sys.stderr)
-        return error.exit_code
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if arguments[0] == "--version":
-        from minigpt import __version__
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(usage())
+            return 0
+        if arguments[0] == "--version":
+            from minigpt import __version__
 
-        print(f"{PROG} {__version__}")
-        return 0
-    try:
+            print(f"{PROG} {__version__}")
+            return 0
         verb = VERBS.get(arguments[0])
+        if verb is None and loaded() and arguments[0] in table("analysis"):
+            verb = partial(analyse, table("analysis"), arguments[0])
         if verb is None:
             near = get_close_matches(arguments[0], VERBS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"

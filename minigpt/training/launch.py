@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from minigpt.errors import ConfigError, DistributedError, Interrupted, MinigptError
@@ -19,13 +20,17 @@ from minigpt.training.budget import plan, report
 from minigpt.training.config import TrainConfig
 from minigpt.training.processes.join import STARTED_BY_TORCHRUN, agree, connect, tell
 from minigpt.training.processes.processes import Processes, search_path
-from minigpt.training.run.fit import fit
-from minigpt.training.run.job import Job
+from minigpt.training.run.fit import NOTHING, fit
+from minigpt.training.run.job import Job, Objects
 from minigpt.training.run.settle import settle
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, objects: Objects = NOTHING) -> Path:
     """Train a run, or resume it if it exists.
+
+    Args:
+        config: all settings.
+        objects: what a script passes; only for one process, or under torchrun, where every process runs the script.
 
     Returns:
         The run's folder, with config.yaml, metrics.jsonl, samples/ and checkpoints/.
@@ -40,16 +45,21 @@ def train(config: TrainConfig) -> Path:
             f"script imports"
         )
     if all(name in os.environ for name in STARTED_BY_TORCHRUN):
-        return _train_as_one_of_many(config)
+        return _train_as_one_of_many(config, objects)
     if config.trainer.num_nodes > 1:
         raise ConfigError(
             f"trainer.num_nodes: {config.trainer.num_nodes} machines need torchrun or a similar launcher; run on each: "
             f"torchrun --nnodes {config.trainer.num_nodes} --nproc_per_node {config.trainer.devices} "
             f"--rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ..."
         )
-    run_job = fit if config.processes == 1 else _launch
+    if config.processes > 1 and (objects.model is not None or objects.callbacks):
+        raise ConfigError(
+            f"trainer.devices: {config.trainer.devices}, but model= and callbacks= do not reach other processes; start "
+            f"the script with torchrun, or set devices to 1"
+        )
+    run_job = partial(fit, objects=objects) if config.processes == 1 else _launch
     with ExitStack() as held:
-        job = settle(config, held, lambda job: plan(job, run_job))
+        job = settle(config, held, lambda job: plan(job, run_job), objects.corpus)
         if job.finished:
             notice(job.ending)
         else:
@@ -78,7 +88,7 @@ def _worker(job: Job) -> list[str]:
     return [sys.executable, "-m", "minigpt.training.worker", json.dumps(values)]
 
 
-def _train_as_one_of_many(config: TrainConfig) -> Path:
+def _train_as_one_of_many(config: TrainConfig, objects: Objects) -> Path:
     """Train under torchrun: the first process resolves the job and sends it to the others."""
     if int(os.environ["WORLD_SIZE"]) != config.processes:
         raise ConfigError(
@@ -102,7 +112,7 @@ def _train_as_one_of_many(config: TrainConfig) -> Path:
     with ExitStack() as held:
         if os.environ["RANK"] == "0":
             try:
-                told = say({"job": settle(config, held, lambda job: plan(job, probe)).to_dict()})
+                told = say({"job": settle(config, held, lambda job: plan(job, probe), objects.corpus).to_dict()})
             except MinigptError as error:
                 told = say({"refused": str(error), "exit_code": error.exit_code})
         else:
@@ -115,7 +125,7 @@ def _train_as_one_of_many(config: TrainConfig) -> Path:
             raise refused
         job = Job.from_dict(told["job"])
         if not job.finished:
-            fit(job)
+            fit(job, objects)
         if os.environ["RANK"] == "0":
             notice(job.ending) if job.finished else report(job)
     return job.run

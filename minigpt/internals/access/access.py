@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.checkpoint.checkpoint import Run, load
+from minigpt.choices import Table
 from minigpt.errors import ConfigError
 from minigpt.internals.access.activations import Activations
 from minigpt.internals.access.names import Activation, Names, activations, select
@@ -45,6 +47,12 @@ class Site(NamedTuple):
         """Index of the block; None for an activation outside the blocks."""
         return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
 
+
+ANALYSES = Table("analysis", "analysis", {})
+"""Analyses of plug-ins: functions (study, text, **settings) -> Result.
+
+Each is a method of `Study`, a verb of the command line, and, if its result has two axes, a heat map on the page.
+"""
 
 Edit = Callable[[Tensor, Site], Tensor | None]
 Edits = Mapping[Any, "Edit | Tensor | float"]
@@ -102,6 +110,11 @@ class Access(Texts):
     tokenizer's prefix; token ids are used as given. Forward passes run in evaluation mode, without gradients unless
     requested; the mode, parameters and gradients of the model are not changed.
     """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ANALYSES:
+            return partial(ANALYSES[name], self)
+        raise AttributeError(f"Study has no attribute {name!r}")
 
     def __init__(self, run: Run | str | Path) -> None:
         if isinstance(run, torch.nn.Module):

@@ -62,6 +62,11 @@ LOOKS: dict[str, Looks] = {
 KINDS = (*LOOKS, "copying")
 
 
+def kinds_of(study: Access) -> tuple[str, ...]:
+    """The kinds that this model has: copying assumes a final norm that divides by one number per position."""
+    return KINDS if getattr(study.model.trunk.norm, "divides", False) else tuple(LOOKS)
+
+
 def repeats_fit(study: Access) -> bool:
     """Whether the context and vocabulary are large enough for a repeated block of two tokens."""
     return _most(study) >= 2
@@ -175,7 +180,8 @@ def heads(
         seed: seed of the random blocks.
     """
     text = repeated_block(study, seed=seed) if text is None else text
-    scores = _scores(study, KINDS if kinds is None else listed(kinds), text, offset, seed, leave_out=kinds is None)
+    wanted = kinds_of(study) if kinds is None else listed(kinds)
+    scores = _scores(study, wanted, text, offset, seed, leave_out=kinds is None)
     return Heads(scores, ablate(study, text, parts="head") if causal else None)
 
 

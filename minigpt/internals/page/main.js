@@ -61,7 +61,8 @@ async function start() {
   (DATA.grids ?? []).forEach(gridView);
   if (DATA.runs) trainingView(DATA.runs);
   barView();
-  fill(document.getElementById("foot"), el("p", {}, "Hover to select a token, click to lock it. ", el("kbd", {}, "←"), " ", el("kbd", {}, "→"), ": token, ",
+  const missing = Object.entries(DATA.missing ?? {}).map(([name, reason]) => el("p", { class: "note" }, `Left out: ${name} (${reason})`));
+  fill(document.getElementById("foot"), ...missing, el("p", {}, "Hover to select a token, click to lock it. ", el("kbd", {}, "←"), " ", el("kbd", {}, "→"), ": token, ",
     el("kbd", {}, "Shift"), " + arrows: head and layer, ", el("kbd", {}, "Esc"), ": unlock. The URL stores the selection. Made by minigpt."));
   document.addEventListener("keydown", keys);
   addEventListener("hashchange", () => set(readHash()));

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from minigpt.checkpoint.runs import read_best, read_metrics, step_of
 from minigpt.durable import write_text
-from minigpt.errors import CheckpointError, ConfigError
-from minigpt.internals.access.access import Access
+from minigpt.errors import CheckpointError, ConfigError, MinigptError
+from minigpt.internals.access.access import ANALYSES, Access
 from minigpt.internals.access.axes import head_labels
 from minigpt.internals.access.result import Result
 from minigpt.internals.access.text import Text
 from minigpt.internals.attribution.translators import MADE_BY, Translators, saved_lens
 from minigpt.internals.causal.ablation import ablate
 from minigpt.internals.causal.effect import MEASURES
-from minigpt.internals.causal.heads import heads, repeated_block, repeats_fit
+from minigpt.internals.causal.heads import heads, kinds_of, repeated_block, repeats_fit
 from minigpt.internals.dynamics.snapshot import KINDS
 from minigpt.internals.page import views
 from minigpt.internals.page.render import as_json, render, unpacked
@@ -90,6 +90,17 @@ def report(study: Access, text: Text, *, results: Sequence[Result] = (), most: i
     if len(ids) < len(whole):
         notice(f"the page shows the first {len(ids)} of {len(whole)} tokens")
     folder = folder_of(study)
+    missing: dict[str, str] = {}
+
+    def view(title: str, draw: Callable[[], Any], errors: type[Exception] = MinigptError) -> Any:
+        """What a view shows; None, with the reason in `missing`, if it does not exist for this model."""
+        try:
+            return draw()
+        except errors as error:
+            missing[title] = " ".join(str(error).split()) or type(error).__name__
+            notice(f"the page leaves out {title}: {missing[title]}")
+            return None
+
     with study.running():
         logits, cache = views.run_of(study, ids)
         data: dict[str, Any] = {
@@ -99,15 +110,20 @@ def report(study: Access, text: Text, *, results: Sequence[Result] = (), most: i
             "tokens": [_token(study, id) for id in ids.tolist()],
             "attn": {
                 **views.attention(torch.stack([cache["pattern", layer][0] for layer in range(study.config.n_layer)])),
-                "badges": badges(study, ids),
+                "badges": view("head scores", lambda: badges(study, ids)) or {},
             },
-            "lens": {"kinds": lenses(study, ids)},
-            "dla": views.attribution(study, cache, logits, ids),
+            "lens": {"kinds": view("lenses", lambda: lenses(study, ids)) or {}},
+            "dla": view("logit attribution", lambda: views.attribution(study, cache, logits, ids)),
             "next": views.next_token(study, logits[-1], ids),
             "grids": [_grid(result) for result in results],
         }
         if len(ids) > 1:
             data["loss"] = views.loss(logits, ids)
+        for name in ANALYSES:
+            made = view(name, lambda name=name: ANALYSES[name](study, ids), Exception)  # type: ignore[misc]
+            if made is not None and len(made.axes) == 2:
+                data["grids"].append(_grid(made))
+    data["missing"] = missing
     series = curves(study)
     if series:
         data["runs"] = {"series": series, "kinds": {name: [kind.title, kind.unit] for name, kind in KINDS.items()}}
@@ -157,9 +173,11 @@ def curves(study: Access) -> dict[str, list[list[float]]]:
     """Metrics of a run from metrics.jsonl, by name: steps and values, thinned to POINTS points."""
     folder = folder_of(study)
     found: dict[str, tuple[list[float], list[float]]] = {}
+    losses = (study.run.config.get("losses") or {}) if study.run is not None and study.run.config else {}
+    added = {f"{split}/{name}" for name in losses for split in ("train", "val")}
     for row in read_metrics(folder / "metrics.jsonl") if folder else []:
         for name, value in row.items():
-            wanted = name in CURVES or name.startswith("internals/")
+            wanted = name in CURVES or name.startswith("internals/") or name in added
             if wanted and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row["step"])
@@ -179,7 +197,13 @@ def badges(study: Access, ids: Tensor) -> dict[str, dict[str, float]]:
     names = head_labels(study.config)
     values: dict[str, list[float]] = {}
     if repeats_fit(study):
-        scores = heads(study, repeated_block(study, rows=ROWS), kinds=SCORES, causal=False).scores
+        wanted = [kind for kind in SCORES if kind in kinds_of(study)]
+        scores = heads(
+            study,
+            repeated_block(study, rows=ROWS),
+            kinds=wanted,
+            causal=False,
+        ).scores
         values = {kind: result.values.reshape(-1).tolist() for kind, result in scores.items()}
     if len(ids) > 1 and not study.watch().edits:
         values["effect"] = ablate(study, ids, parts="head").values[:, MEASURES.index("loss")].tolist()
@@ -211,7 +235,8 @@ def _mentioned(data: dict[str, Any]) -> set[int]:
     """All token ids that appear in a view."""
     packs = [data["next"]["ids"], *(kind["ids"] for kind in data["lens"]["kinds"].values())]
     packs += [data["loss"]["ids"]] if "loss" in data else []
-    lists = [data["dla"]["answer"], data["dla"]["versus"], *(kind["target"] for kind in data["lens"]["kinds"].values())]
+    dla = data["dla"] or {"answer": [], "versus": []}
+    lists = [dla["answer"], dla["versus"], *(kind["target"] for kind in data["lens"]["kinds"].values())]
     return {int(id) for pack in packs for id in unpacked(pack).reshape(-1)} | {id for ids in lists for id in ids}
 
 

@@ -181,8 +181,8 @@ def run_of(study: Access, ids: Tensor) -> tuple[Tensor, Activations]:
     Raises DataError if the logits are not finite.
     """
     end = _end(study)
-    names = [*writers(study.config, "head", end), end.name, "pattern"]
-    logits, cache = study.run_with_cache(ids[None], [*names, "ln_final.hook_scale", "ln_final.hook_normalized"])
+    names = [*writers(study.config, "head", end), end.name, "pattern", "ln_final.*"]
+    logits, cache = study.run_with_cache(ids[None], names)
     if not torch.isfinite(logits).all():
         raise DataError("model: its logits are not finite, so there is nothing to show; use another checkpoint")
     return logits[0], cache

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 
 import lightning.pytorch as pl
 import torch
@@ -29,7 +30,7 @@ from minigpt.training.recipe.strategy import make_strategy
 from minigpt.training.run.agreement import Agreement
 from minigpt.training.run.checkpoints import Checkpoints
 from minigpt.training.run.internals import Internals
-from minigpt.training.run.job import Job
+from minigpt.training.run.job import Job, Objects
 from minigpt.training.run.loader import MicroBatches
 from minigpt.training.run.loggers import finish, make_loggers
 from minigpt.training.run.metrics import Metrics, rewind_metrics
@@ -38,8 +39,10 @@ from minigpt.training.run.observing import Samples, Validation
 from minigpt.training.run.progress import NoProfiler, set_progress, without_signals
 from minigpt.training.run.rehearsal import Rehearsal, memory_errors, training_advice
 
+NOTHING = Objects()
 
-def fit(job: Job) -> None:
+
+def fit(job: Job, objects: Objects = NOTHING) -> None:
     """Train to the last step in this process, which may be one of several.
 
     Raises:
@@ -52,11 +55,11 @@ def fit(job: Job) -> None:
     agreement = Agreement()
     resume = job.how_to_resume
     with agreement.listening(), hushed(job.probe), foreign_errors(job.config, resume), ExitStack() as held:
-        _fit(job, agreement, resume, held)
+        _fit(job, objects, agreement, resume, held)
     agreement.raise_if_stopped(resume)
 
 
-def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
+def _fit(job: Job, objects: Objects, agreement: Agreement, resume: str, held: ExitStack) -> None:
     config, run = job.config, job.run
     world_size = config.processes
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
@@ -78,7 +81,8 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
         windows = validation_windows(corpus.val, config.model.block_size, config.eval.tokens, given)
 
     torch.manual_seed(config.seed)
-    module = TrainingModule(GPT(config.model), config)
+    model = GPT(config.model) if objects.model is None else objects.model
+    module = TrainingModule(deepcopy(model) if job.probe else model, config)
     if rank == 0:
         rewind_metrics(run / "metrics.jsonl", job.first_step)
 
@@ -121,6 +125,7 @@ def _fit(job: Job, agreement: Agreement, resume: str, held: ExitStack) -> None:
             checkpoints,
             validation,
             samples,
+            *([] if job.probe else objects.callbacks),
         ],
         plugins=[TorchElasticEnvironment() if world_size > 1 else LightningEnvironment()],  # not SLURM's: it requeues
         logger=make_loggers(config, run, rank),
@@ -151,6 +156,11 @@ def foreign_errors(config: TrainConfig, resume: str) -> Iterator[None]:
             raise Interrupted(f"stopped; {resume}") from None
         raise
     except MisconfigurationException as error:
+        if "closure hasn't been executed" in str(error):
+            raise ConfigError(
+                f"optimizer.name: '{config.optimizer.name}': its step(closure) must call closure() with gradients "
+                f"enabled before it updates, as torch's optimizers do"
+            ) from error
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "closed by peer" not in str(error):

@@ -7,8 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from minigpt.data.shards import Corpus
+from minigpt.model.gpt import GPT
 from minigpt.training.config import TrainConfig
 from minigpt.training.run.standing import Standing
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a script passes to a run in its own process; other processes do not get it."""
+
+    model: GPT | None = None
+    """Trained in place instead of a new GPT."""
+    callbacks: tuple[Any, ...] = ()
+    """Lightning callbacks, called after ours."""
+    corpus: Corpus | None = None
+    """Prepared from the script's documents; None: from config.data."""
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,18 @@ FIXED = ("model.", "data.order", "batch.tokens", "seed", "optimizer.name", "eval
 NOT_COMPARED = ("run_name", "runs_dir", "resume")
 
 
-def settle(config: TrainConfig, held: ExitStack, plan: Callable[[Job], TrainConfig] | None = None) -> Job:
+def settle(
+    config: TrainConfig,
+    held: ExitStack,
+    plan: Callable[[Job], TrainConfig] | None = None,
+    given: Corpus | None = None,
+) -> Job:
     """Prepare the corpus, fill in what depends on it, settle name and checkpoint, and write the run's config.yaml.
 
     Args:
         config: as the user gave it.
         held: takes the lock on the run's folder; closing it lets the run go.
+        given: the corpus, prepared from a script's documents; None: prepared from config.data.
         plan: decides what only a probe can tell of a new run: trainer.compile and the steps that fill its minutes.
 
     Raises:
@@ -52,7 +58,7 @@ def settle(config: TrainConfig, held: ExitStack, plan: Callable[[Job], TrainConf
     check_tracker(config)
     trained_on = _trained_on(config)
     same = trained_on is not None and _same_text(config)
-    corpus = prepare(config.data, config.tokenizer, trained_on=trained_on if same else None)
+    corpus = given or prepare(config.data, config.tokenizer, trained_on=trained_on if same else None)
     corpus.verify()
     if trained_on is not None:  # before what fails only because the text is another
         _refuse_another(config, corpus, trained_on)
