@@ -106,10 +106,15 @@ def _place(flag: str, known: set[str]) -> tuple[str, str] | None:
 
 
 def _plain(flag: str, value: str) -> Any:
+    """A value as YAML reads it; the text itself if something has a setting of this name that is text."""
+    kind = next((kind for prefix, (*_, kind) in PREFIXES.items() if flag.startswith(prefix)), "processor")
+    rows, setting = table(kind), flag.rpartition(".")[2]
+    if any(each.type is str for name in rows for each in rows.settings(name).values() if each.name == setting):
+        return value
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{flag}: {value!r} is not a value ({' '.join(str(error).split())})") from error
+    except yaml.YAMLError:
+        return value
 
 
 def described(parser: Any) -> str:

@@ -218,7 +218,7 @@ class GPTConfig:
         if len(known) < len(self.settings):
             unknown = next(name for name in self.settings if name not in known)
             raise ConfigError(
-                f"model.settings: {unknown!r} is not one of {', '.join(f'{name}.NAME' for name in TABLES)}"
+                f"model.settings: {unknown!r} is not of the form norm.NAME, position.NAME or activation.NAME"
             )
         for name, table in TABLES.items():
             table.own(getattr(self, name), self.own(name))

@@ -17,7 +17,7 @@ def main(job: str) -> int:
     """Train the resolved job (JSON). Returns the exit code and prints the reason if it is not 0."""
     try:
         values = json.loads(job)
-        load_plugins(values.pop("plugins"))  # what the launcher's process has loaded
+        load_plugins(values.pop("plugins", []))  # what the launcher's process has loaded
         fit(Job.from_dict(values))
     except Interrupted as error:
         return error.exit_code  # the launcher prints the message once for all processes
