@@ -34,7 +34,7 @@ def state_of(model: GPT) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: Path | str,
     model: GPT,
     tokenizer: Tokenizer,
     *,
@@ -61,6 +61,7 @@ def save_checkpoint(
         DiskError: the disk is full, read-only or failing; nothing at `folder` then, older checkpoints untouched.
         CheckpointError: what was written does not read back as it was.
     """
+    folder = Path(folder)
     own = weights or state_of(model)
     refuse_nonfinite({**own, **(state_tensors or {})}, f"{folder}: not saved")
     layout = to_huggingface(model.config, own)

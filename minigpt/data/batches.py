@@ -7,7 +7,8 @@ two above the number of windows, applied again to results outside the range ("cy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -119,6 +120,10 @@ class Batches:
             begin, starts = first, self._shuffled(first, max(AHEAD, self.batch_size))
             self._computed = begin, starts
         return starts[first - begin : first - begin + self.batch_size]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of steps 0, 1, 2, ..., without end: ids and targets (rows, block_size) each."""
+        return map(self.read, count())
 
     def read(self, step: int, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """Read rows of batch `step`: the slice of a process or micro-batch.

@@ -1,4 +1,4 @@
-"""docs/extending.md: every recipe, applied as written to a copy of the package, trains, resumes and samples."""
+"""docs/extending.md: its plug-ins are the tested files, its scripts run, and a part is added by one file and a row."""
 
 from __future__ import annotations
 
@@ -9,96 +9,80 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training_runs import corpus_file
+import pytest
+
+from minigpt.plugins import TABLES
+from plugged import FILES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-
-PROGRAM = """
-import sys
-import torch, minigpt
-from minigpt.cli.main import main
-from minigpt.errors import ConfigError
-from minigpt.model.cost import cost_of
-from minigpt.training.recipe.optimizer import make_optimizer, optimizer_tensors
-
-text, = sys.argv[1:]
-small = "--model.n_layer 1 --model.n_head 2 --model.n_embd 16 --model.block_size 16 --batch.tokens 128 --eval.every 0"
-small = f"{small} --checkpoint.every 2 --sample.max_new_tokens 0 --trainer.precision 32-true --trainer.accelerator cpu"
-mine = "--model.activation leaky_relu2 --tokenizer.kind ascii --optimizer.name lion --optimizer.warmup_steps 1"
-def train(name, steps):
-    words = f"train --data.source {text} --run_name {name} --trainer.max_steps {steps} --optimizer.schedule constant"
-    assert main(f"{words} {small} {mine}".split()) == 0
-    return minigpt.load(f"runs/{name}/checkpoints/step-{steps:08d}")
-train("stopped", 2)
-resumed, whole = train("stopped", 4), train("whole", 4)
-assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
-model, tokenizer = whole.model, whole.tokenizer
-assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat" and tokenizer.kind == "ascii"
-
-# Lion: in the first step each weight moves by the learning rate, against the sign of its gradient.
-fresh = minigpt.GPT(model.config)
-config = minigpt.TrainConfig.from_dict({"optimizer": {"name": "lion", "weight_decay": 0.0}})
-optimizer = make_optimizer(fresh, config.optimizer)
-before = [p.detach().clone() for p in fresh.parameters()]
-ids = torch.tensor([tokenizer.encode("the cat sat on")])
-fresh(ids).logsumexp(-1).sum().backward()
-optimizer.step()
-rates = {p: g["lr"] for g in optimizer.param_groups for p in g["params"]}
-for old, new in zip(before, fresh.parameters(), strict=True):
-    torch.testing.assert_close(new, old - rates[new] * new.grad.sign())
-held = sum(t.numel() for t in optimizer_tensors(optimizer, fresh).values())
-assert cost_of(model.config).optimizer_bytes("lion") == 4 * held
-
-hidden = model.trunk.blocks[0].mlp.hidden(torch.tensor([-2.0, 3.0]), None)
-torch.testing.assert_close(hidden, torch.tensor([0.04, 9.0]))
-torch.testing.assert_close(minigpt.Study(whole).logits("the cat"), model(torch.tensor([tokenizer.encode("the cat")])))
-
-sampler = minigpt.Sampler(model, tokenizer)
-with torch.no_grad():
-    logits = model(torch.tensor([tokenizer.encode("the ")]))[0, -1]
-falling, order = logits.sort(descending=True)
-kept = order[: int((falling[:5] - falling[1:6]).argmax()) + 1].tolist()
-((done,),) = sampler.generate("the ", top_gap=5, temperature=1.0, max_new_tokens=1, seed=1, top_logprobs=129)
-possible = [token for token, p in done.details[0].processed_top if p > float("-inf")]
-assert sorted(possible) == sorted(kept), (possible, kept)
-try:
-    minigpt.SamplingConfig(mirostat=2, top_gap=5).validate()
-    raise SystemExit("mirostat beside top_gap was not refused")
-except ConfigError as error:
-    assert "top_gap" in str(error)
-assert main(["vocab", "runs/whole", "--first", "2"]) == 0
-assert main(["sample", "runs/whole", "--prompt", "the", "--top_gap", "4", "--max_new_tokens", "3"]) == 0
-assert main(["plan", *small.split(), *mine.split(), "--data.source", text, "--measure", "false"]) == 0
-"""
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+SHOWN = {found[1]: block for block in BLOCKS if (found := re.match(r"# (\w+)\.py\n", block))}
 
 
-def test_every_recipe_works_as_written(tmp_path: Path) -> None:
+def body(text: str) -> list[str]:
+    """The lines of code: without comments at the start, docstring of the module and blank lines."""
+    text = re.sub(r'^"""(?s:.*?)"""\n', "", re.sub(r"^# \w+\.py\n", "", text))
+    return [line for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_page_shows_the_files_that_are_tested(path: Path) -> None:
+    assert body(SHOWN[path.stem]) == body(path.read_text(encoding="utf-8"))
+    assert len(body(SHOWN[path.stem])) <= 15
+
+
+def test_every_kind_is_on_the_page_with_an_example() -> None:
+    assert set(re.findall(r"^\| \[`(\w+)`\]\(#", PAGE, re.MULTILINE)) == set(TABLES)
+    registered = set(re.findall(r'@minigpt\.register\("(\w+)"', "".join(SHOWN.values())))
+    assert registered == set(TABLES)
+
+
+def test_the_scripts_run_as_written(tmp_path: Path) -> None:
+    scripts = [block for block in BLOCKS if not re.match(r"# \w+\.py\n|@minigpt", block)]
+    assert len(scripts) == 3
+    small = '"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16'
+    given = f'{{"model": {{{small}}}, "batch": {{"tokens": 128}}, "sample": {{"max_new_tokens": 4}}, "trainer"'
+    program = "\n".join(scripts).replace('{"trainer"', given)
+    program = program.replace("minigpt.DataConfig()", 'minigpt.DataConfig("t.txt")')
+    (tmp_path / "t.txt").write_text("the cat sat on the mat " * 400)
+    (tmp_path / "program.py").write_text(
+        program + "\nassert minigpt.load('own/step-00000020').model and run.metrics['step'][-1] == 20\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "loss.svg").is_file()
+
+
+def test_a_part_in_the_package_is_one_file_and_one_row(tmp_path: Path) -> None:
+    """The plug-in's class in a file of the package, and its row: it trains, is listed and is studied."""
     shutil.copytree(ROOT / "minigpt", tmp_path / "minigpt", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").mkdir()
     shutil.copy(ROOT / "data" / "corpora.yaml", tmp_path / "data")
-    blocks = re.findall(r"^```(diff|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 17
-    for kind, block in blocks:
-        name, _, rest = block.partition("\n")
-        path = tmp_path / name.removeprefix("# ")
-        if kind == "python":
-            path.write_text(rest, encoding="utf-8")
-            continue
-        lines = rest.splitlines(keepends=True)
-        before = "".join(line[1:] if line.strip() else line for line in lines if line[0] != "+")
-        after = "".join(line[1:] if line.strip() else line for line in lines if line[0] != "-")
-        text = path.read_text(encoding="utf-8")
-        assert text.count(before) == 1, f"{name} holds these lines {text.count(before)} times:\n{before}"
-        path.write_text(text.replace(before, after), encoding="utf-8")
+    lines = [line for line in body(SHOWN["dyt"]) if "minigpt" not in line]
+    (tmp_path / "minigpt/model/dyt.py").write_text("\n".join(lines) + "\n")
+    config = tmp_path / "minigpt/model/config.py"
+    row = '        "dyt": Row("minigpt.model.dyt:DynTanh", "weight * tanh(alpha x) + bias"),\n'
+    text = config.read_text(encoding="utf-8")
+    place = text.index('        "rmsnorm": Row(')
+    config.write_text(text[:place] + row + text[place:], encoding="utf-8")
+    program = """
+import torch, minigpt
+from minigpt.cli.main import main
+small = "--model.n_layer 1 --model.n_head 2 --model.n_embd 16 --model.block_size 16 --batch.tokens 128 --eval.every 0"
+words = f"train --data.source t.txt --tokenizer.kind byte --run_name a --trainer.max_steps 2 {small} --model.norm dyt"
+assert main(words.split()) == 0
+run = minigpt.load("runs/a")
+assert type(run.model.trunk.norm).__name__ == "DynTanh"
+ids = torch.tensor([run.tokenizer.encode("the cat")])
+torch.testing.assert_close(minigpt.Study(run).logits("the cat"), run.model(ids))
+"""
+    (tmp_path / "t.txt").write_text("the cat sat on the mat " * 100)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(corpus_file(tmp_path))],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "     0 b'\\x00'\n     1 b'\\x01'\n" in done.stdout
+    assert ended.returncode == 0, ended.stderr[-2000:]
