@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from minigpt.plugins import TABLES, table
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minigpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -172,6 +174,27 @@ def test_nothing_loaded_can_run_code(path: Path) -> None:
         assert not any(k.arg in ("allow_pickle", "trust_remote_code") for k in node.keywords), path
         if called == "torch.load":
             assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
+
+
+def test_no_file_compares_the_name_of_a_choice() -> None:
+    """What code must know about a choice is an attribute of it or a fact of its row; then plug-ins are no last case."""
+    kinds = ("norm", "position", "activation", "optimizer", "schedule", "tokenizer", "reader", "logger", "processor")
+    names = {name for kind in kinds for name in table(kind)} - {"none", "text", "file"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                compared = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)} & names
+                fields = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+                chosen = fields & {"norm", "position", "activation", "schedule", "name", "kind", "log", "suffix"}
+                assert not (compared and chosen), f"{path}:{node.lineno} compares {compared}"
+            elif isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant):
+                assert node.value.value not in names, f"{path}:{node.lineno}"
+
+
+def test_every_row_of_a_table_can_be_made() -> None:
+    for kind in TABLES:
+        for name, row in table(kind).rows.items():
+            assert table(kind)[name] is not None and (row.help or kind == "verb")
 
 
 def test_no_file_is_longer_than_400_lines() -> None:

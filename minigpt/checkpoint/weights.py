@@ -44,6 +44,9 @@ LLAMA_NAMES = {
     "mlp.gate": "mlp.gate_proj",
     "mlp.down": "mlp.down_proj",
 }
+# The parts of a model that each layout describes.
+GPT2_PARTS = {"norm": "layernorm", "position": "learned", "bias": True}
+LLAMA_PARTS = {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "norm_weight": True}
 GPT2_ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu"}
 TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # GPT-2 stores [in, out]
 
@@ -51,7 +54,7 @@ TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # GPT-2 s
 def fits_gpt2(config: GPTConfig) -> bool:
     """Whether Hugging Face's GPT-2 layout can hold this model without an invented tensor."""
     return (
-        (config.norm, config.position, config.bias) == ("layernorm", "learned", True)
+        all(getattr(config, field) == value for field, value in GPT2_PARTS.items())
         and config.activation in GPT2_ACTIVATIONS
         and not config.qk_norm
         and not config.logit_softcap
@@ -64,8 +67,7 @@ def fits_gpt2(config: GPTConfig) -> bool:
 def fits_llama(config: GPTConfig) -> bool:
     """Whether Hugging Face's Llama layout can hold this model without an invented tensor."""
     return (
-        (config.norm, config.position, config.activation) == ("rmsnorm", "rope", "swiglu")
-        and bool(config.norm_weight)
+        all(getattr(config, field) == value for field, value in LLAMA_PARTS.items())
         and not config.qk_norm
         and not config.logit_softcap
         and not (config.bigram_rows or config.trigram_rows)

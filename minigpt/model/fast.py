@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.model.cache import KVCache, Step
-from minigpt.model.gpt import GPT, Unembed
+from minigpt.model.gpt import GPT, Trunk, Unembed
 from minigpt.terminal import notice
 
 LARGE = 2**20  # entries; for one row, matrices of at least this size are faster packed, smaller ones transposed
@@ -30,9 +30,11 @@ def fast(model: GPT, rows: int = 1, compiled: bool = False) -> GPT | Compiled:
         compiled: compile the step that reads one token per row; pays for many tokens, as the first one takes long.
 
     Returns:
-        A model that `Sampler` accepts. Unless the model is float32 on a CPU with oneDNN, the matrices are not copied:
-        the result is the model itself, or a compiled wrapper of it.
+        A model that `Sampler` accepts. A subclass of GPT comes back as it is. Unless the model is float32 on a CPU with
+        oneDNN, the matrices are not copied: the result is the model itself, or a compiled wrapper of it.
     """
+    if type(model) is not GPT or type(model.trunk) is not Trunk:
+        return model  # a subclass may compute something else than the copies here
     weight = model.unembed.weight
     known = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     known = known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -46,7 +48,7 @@ def fast(model: GPT, rows: int = 1, compiled: bool = False) -> GPT | Compiled:
 
 
 def _linears(model: GPT) -> list[nn.Linear]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [module for module in model.modules() if type(module) is nn.Linear]
 
 
 def _relaid(module: nn.Module, rows: int, pack: bool) -> Any:
@@ -55,7 +57,7 @@ def _relaid(module: nn.Module, rows: int, pack: bool) -> Any:
     if isinstance(module, GPT):
         twin.__class__ = RelaidGPT
     twin._modules = {name: child and _relaid(child, rows, pack) for name, child in module._modules.items()}
-    if isinstance(module, (nn.Linear, Unembed)):
+    if isinstance(module, (nn.Linear, Unembed)) and type(module) in (nn.Linear, Unembed):
         out, into = module.weight.shape
         if rows == 1 and out * into < LARGE:
             if into >= out:
@@ -63,7 +65,7 @@ def _relaid(module: nn.Module, rows: int, pack: bool) -> Any:
             columns = nn.Parameter(module.weight.detach().t().contiguous().t(), requires_grad=False)
             twin._parameters = {**module._parameters, "weight": columns}
         elif pack:
-            twin.__class__ = PackedLinear if isinstance(module, nn.Linear) else PackedUnembed
+            twin.__class__ = PackedUnembed if isinstance(module, Unembed) else PackedLinear
             twin.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
     return twin
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,17 +13,19 @@ from torch import Tensor
 from minigpt.checkpoint.checkpoint import load
 from minigpt.checkpoint.saving import save_checkpoint, state_of
 from minigpt.checkpoint.weights import to_huggingface
-from minigpt.errors import ConfigError
+from minigpt.errors import CheckpointError, ConfigError
 from minigpt.internals.access.names import activations
 from minigpt.internals.study import Study
+from minigpt.model.attention import Attention
 from minigpt.model.config import ACTIVATIONS, NORMS, POSITIONS, GPTConfig
 from minigpt.model.cost import activations_of, cost_of
 from minigpt.model.explicit import explicit_forward
 from minigpt.model.fast import fast
 from minigpt.model.gpt import GPT
+from minigpt.model.layers import MLP
 from minigpt.tokenizer.plain import ByteTokenizer
 from minigpt.training.recipe.loss import plain_loss
-from plugged import plugged
+from plugged import forgetting, plugged
 from toys import random_ids, random_model, tiny_config, transformers_twin
 
 NORM_NAMES = [*NORMS, "dyt"]
@@ -175,3 +178,103 @@ def test_a_mistake_is_named(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         tiny_config("modern", **changes)
     assert message in str(caught.value)
+
+
+class Leaky(MLP):
+    """A subclass that nobody registered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.nn.functional.leaky_relu(self.up(x)))
+
+
+class Same(Attention):
+    """A subclass that computes what its parent does."""
+
+
+def test_a_subclass_is_studied_only_where_the_explicit_pass_agrees() -> None:
+    model, ids = random_model(tiny_config("modern")), random_ids(1, 12)
+    model.trunk.blocks[0].attn.__class__ = Same
+    torch.testing.assert_close(Study.of(model).logits(ids), model(ids))
+    model.trunk.blocks[1].mlp.__class__ = Leaky
+    with pytest.raises(ConfigError, match=r"modules of other classes \(trunk\.blocks\.0\.attn: .*Same, .*mlp: .*Leaky"):
+        Study.of(model)
+
+
+def test_a_fast_copy_of_a_subclass_is_the_subclass() -> None:
+    class Half(GPT):
+        def next_logits(self, *arguments: object) -> Tensor:
+            return super().next_logits(*arguments) / 2  # type: ignore[arg-type]
+
+    model = random_model(tiny_config("modern"))
+    ids = random_ids(1, 12)
+    expected = model.next_logits(ids, model.new_cache(1, 12)) / 2
+    model.__class__ = Half
+    torch.testing.assert_close(fast(model).next_logits(ids, model.new_cache(1, 12)), expected)
+
+
+def test_a_buffer_that_would_be_lost_is_refused() -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self, width: int, config: GPTConfig) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with forgetting():
+        NORMS.add("counting", Counting, "", __name__, {})
+        with pytest.raises(ConfigError, match="buffer seen would not be saved; register it with persistent=False"):
+            GPT(tiny_config("modern", norm="counting"))
+
+
+def test_buffers_of_a_part_are_made_again_on_loading(tmp_path: Path) -> None:
+    class Waves(torch.nn.Module):
+        """Fixed position embeddings, in a buffer that is not saved."""
+
+        def __init__(self, config: GPTConfig) -> None:
+            super().__init__()
+            table = torch.arange(config.block_size)[:, None] * torch.linspace(0.1, 1, config.n_embd)
+            self.register_buffer("table", table.sin(), persistent=False)
+
+        def embed(self, positions: Tensor) -> Tensor:
+            return self.table[positions]  # type: ignore[index, return-value]
+
+    with forgetting():
+        POSITIONS.add("waves", Waves, "", __name__, {})
+        model, ids = random_model(tiny_config("modern", position="waves")), random_ids(1, 12)
+        save_checkpoint(tmp_path / "step-00000001", model, ByteTokenizer())
+        torch.testing.assert_close(load(tmp_path / "step-00000001").model(ids), model(ids))
+
+
+def test_positions_may_act_in_some_layers_only() -> None:
+    """Rope in every second layer (NoPE in the others): other activations, other logits, all paths alike."""
+    from minigpt.model.positions import Rotary
+
+    class Sometimes(Rotary):
+        @staticmethod
+        def layers(layer: int) -> bool:
+            return layer % 2 == 1
+
+    with forgetting():
+        POSITIONS.add("sometimes", Sometimes, "", __name__, {})
+        config = tiny_config("modern", n_layer=4, position="sometimes")
+        model, ids = random_model(config), random_ids(2, 20)
+        torch.testing.assert_close(explicit_forward(model, ids), model(ids))
+        names = activations(config)
+        assert [f"blocks.{layer}.attn.hook_rot_q" in names for layer in range(4)] == [False, True, False, True]
+        assert cost_of(config).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_stored_logits_find_an_edited_model(tmp_path: Path) -> None:
+    model = random_model(tiny_config("modern"))
+    folder = save_checkpoint(tmp_path / "step-00000001", model, ByteTokenizer())
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        load(folder, dtype=dtype)
+    (folder / "manifest.json").unlink()  # else the altered file is found first
+    stored = json.loads((folder / "config.json").read_text())
+    stored["minigpt"]["rope_theta"] *= 1.5
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="this is not the model that was saved: its logits differ by up to"):
+        load(folder)
+    (folder / "logits.json").unlink()  # as in a checkpoint of an older version
+    load(folder)

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.checkpoint.checkpoint import Run, load
+from minigpt.checkpoint.identity import differences, probe
 from minigpt.choices import Table
 from minigpt.errors import ConfigError
 from minigpt.internals.access.activations import Activations
 from minigpt.internals.access.names import Activation, Names, activations, select
 from minigpt.internals.access.text import Text, Texts, need_two
 from minigpt.model.cache import KVCache
-from minigpt.model.explicit import explicit_trunk
+from minigpt.model.explicit import explicit_forward, explicit_trunk
 from minigpt.model.gpt import GPT
 from minigpt.model.precision import widen
 from minigpt.tokenizer.base import Tokenizer
@@ -100,6 +101,28 @@ class Watch:
         return activation
 
 
+def _refuse_another_function(model: GPT) -> None:
+    """Raise ConfigError for a model with classes of its own whose explicit forward pass computes other logits.
+
+    Its activations would be those of another model. Registered parts, and classes whose `explicit` agrees, pass.
+    """
+    if not (others := differences(model)):
+        return
+    ids, _ = probe(model.config, model.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            found, expected = explicit_forward(model, ids).double(), model(ids).double()
+    finally:
+        model.train(training)
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise ConfigError(
+            f"Study: the model has modules of other classes ({', '.join(others[:3])}), and its explicit forward pass "
+            f"differs by {float((found - expected).abs().max()):.3g}; register the part instead (minigpt.register)"
+        )
+
+
 class Access(Texts):
     """Access to the activations of a model with its tokenizer.
 
@@ -133,6 +156,7 @@ class Access(Texts):
         model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
         if not isinstance(model, GPT):
             raise ConfigError(f"Study: expected a minigpt.GPT, got {type(model).__name__}; give the model itself")
+        _refuse_another_function(model)
         super().__init__(model, tokenizer)
         self.run = run
         self.table = activations(model.config)
