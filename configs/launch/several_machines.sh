@@ -10,6 +10,6 @@ config=${CONFIG:-gpt2_124m_nodes}
 run=${RUN:-$config}
 
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$gpus" \
-  --rdzv_id "$run" --rdzv_backend c10d --rdzv_endpoint "${HEAD:?must be the host name of one of the machines}:${PORT:-29500}" \
+  --rdzv_id "$run" --rdzv_backend c10d --rdzv_endpoint "${HEAD:?must name one of the machines}:${PORT:-29500}" \
   -m minigpt train --config "$config" --run_name "$run" --resume auto \
   --trainer.num_nodes "$nodes" --trainer.devices "$gpus" "$@"
