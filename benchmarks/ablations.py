@@ -23,24 +23,24 @@ RATES = yaml.safe_load((ROOT / "configs/speedrun.yaml").read_text())["optimizer"
 
 
 def rate(name: str, factor: float) -> list[str]:
-    """Flags for the recipe's learning rate of that name, times a factor."""
+    """Return flags that set a learning rate to the recipe's value times a factor."""
     return [f"--optimizer.{name}", f"{factor * RATES[name]:g}"]
 
 
-# The row's name, what it shows, and the flags.
+# Row name -> (description, flags).
 ROWS: dict[str, tuple[str, list[str]]] = {
-    "recipe": ("configs/speedrun.yaml as it is", []),
+    "recipe": ("configs/speedrun.yaml unchanged", []),
     "adamw": ("AdamW for the matrices too", ["--optimizer.name", "adamw", "--optimizer.learning_rate", "4e-3"]),
-    "no-bigrams": ("no embedding of pairs", ["--model.bigram_rows", "0"]),
-    "no-trigrams": ("no embedding of triples", ["--model.trigram_rows", "0"]),
-    "learned": ("learned positions for rotary ones", ["--model.position", "learned"]),
-    "no-qk-norm": ("queries and keys as they come", ["--model.qk_norm", "false"]),
-    "gelu": ("GELU for squared ReLU", ["--model.activation", "gelu"]),
-    "swiglu": ("SwiGLU for squared ReLU, as many parameters", ["--model.activation", "swiglu"]),
-    "random-init": ("output projections and unembedding start at random", ["--model.zero_init", "false"]),
+    "no-bigrams": ("no bigram embeddings", ["--model.bigram_rows", "0"]),
+    "no-trigrams": ("no trigram embeddings", ["--model.trigram_rows", "0"]),
+    "learned": ("learned positions instead of rotary", ["--model.position", "learned"]),
+    "no-qk-norm": ("no norm of queries and keys", ["--model.qk_norm", "false"]),
+    "gelu": ("GELU instead of squared ReLU", ["--model.activation", "gelu"]),
+    "swiglu": ("SwiGLU instead of squared ReLU, same number of parameters", ["--model.activation", "swiglu"]),
+    "random-init": ("random initialisation of output projections and unembedding", ["--model.zero_init", "false"]),
     "norm-weights": ("norms with learned weights", ["--model.norm_weight", "true"]),
-    "layernorm": ("LayerNorm for RMSNorm", ["--model.norm", "layernorm"]),
-    "no-softcap": ("logits as they come", ["--model.logit_softcap", "0"]),
+    "layernorm": ("LayerNorm instead of RMSNorm", ["--model.norm", "layernorm"]),
+    "no-softcap": ("no softcap", ["--model.logit_softcap", "0"]),
     "tied": ("one matrix for embedding and unembedding", ["--model.tie_embeddings", "true"]),
     "cosine": ("cosine decay", ["--optimizer.schedule", "cosine"]),
     "ema": ("averaged weights", ["--optimizer.ema_decay", "0.99"]),
@@ -53,12 +53,12 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 
 
 def main() -> None:
-    """Print one line per row, as it is done."""
+    """Print one line per row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", required=True, help="tinyshakespeare's input.txt")
-    parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"comma-separated rows to run: {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="length of the schedule; the config's own by default")
+    parser.add_argument("--steps", type=int, help="steps of the schedule; default: the config's")
     arguments = parser.parse_args()
     common = ["--eval.every", "0"]
     if arguments.steps:

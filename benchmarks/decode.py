@@ -40,7 +40,7 @@ PROMPT, NEW = 16, 200
 
 
 class Numbers:
-    """A tokenizer for token ids alone: what is measured is decoding."""
+    """Dummy tokenizer: prompts are token ids, and only decoding is measured."""
 
     kind, eot = "numbers", None
 
@@ -48,29 +48,29 @@ class Numbers:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """No text."""
+        """Return nothing: text is not needed."""
         return []
 
     def decode(self, ids: list[int]) -> str:
-        """No text."""
+        """Return nothing: text is not needed."""
         return ""
 
     def stream_decoder(self) -> Numbers:
-        """Itself: it remembers nothing."""
+        """Return itself: it has no state."""
         return self
 
     def push(self, token: int) -> str:
-        """No text."""
+        """Return nothing: text is not needed."""
         return ""
 
     def flush(self) -> str:
-        """No text."""
+        """Return nothing: text is not needed."""
         return ""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of GPT-2's kind."""
+    """Sizes of a model with GPT-2's architecture."""
 
     name: str
     layers: int
@@ -79,7 +79,7 @@ class Shape:
     vocabulary: int
 
     def make(self) -> GPT:
-        """With random weights large enough that the likeliest token is clear."""
+        """Build the model with random weights, large enough that the most likely token is clear."""
         torch.manual_seed(0)
         model = GPT(
             GPTConfig(
@@ -99,7 +99,7 @@ GPT2 = Shape("GPT-2 (12 layers, 768, V 50257)", 12, 12, 768, 50257)
 
 
 def twin(model: GPT) -> transformers.GPT2LMHeadModel:
-    """The same weights in transformers."""
+    """Return the model with the same weights in transformers."""
     layout = to_huggingface(model.config, state_of(model))
     assert layout is not None
     values, tensors = layout
@@ -110,7 +110,7 @@ def twin(model: GPT) -> transformers.GPT2LMHeadModel:
 
 
 def floor(model: GPT, rows: int) -> Callable[[], None]:
-    """The linear layers and attention of NEW - 1 steps after a prompt; the prompt itself is not even read."""
+    """Run only the linear layers and attention of NEW - 1 decoding steps, without the prefill of the prompt."""
     config = model.config
     width = config.n_embd // config.n_head
     keys, values = torch.randn(2, config.n_layer, rows, config.n_head, PROMPT + NEW, width)
@@ -134,7 +134,7 @@ def floor(model: GPT, rows: int) -> Callable[[], None]:
 
 
 def rounds(sides: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round; the sides take turns after one run each to warm up."""
+    """Return the seconds of each variant in each round; the variants alternate, after one warm-up run each."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(count + 1):
         for name, side in sides.items():
@@ -146,7 +146,7 @@ def rounds(sides: dict[str, Callable[[], object]], count: int) -> dict[str, list
 
 
 def tell(name: str, times: dict[str, list[float]], tokens: int) -> None:
-    """A row: tokens per second of each side, and minigpt's ratios to the others."""
+    """Print a row: tokens per second of each variant, and the ratios of minigpt's variants to the others."""
     told = [f"{side} {tokens / statistics.median(each):,.0f}" for side, each in times.items()]
     for side in times:
         if side.startswith("minigpt"):
@@ -159,7 +159,7 @@ def tell(name: str, times: dict[str, list[float]], tokens: int) -> None:
 
 
 def prompts_of(rows: int, vocabulary: int, lengths: list[int] | None = None) -> list[list[int]]:
-    """Token ids, never 0, which stands for padding."""
+    """Return random prompts of token ids, without id 0, which is the padding."""
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randint(1, vocabulary, (length,), generator=generator).tolist() for length in lengths or [PROMPT] * rows
@@ -167,7 +167,7 @@ def prompts_of(rows: int, vocabulary: int, lengths: list[int] | None = None) -> 
 
 
 def decoding(shape: Shape, rows: int, count: int, compile_too: bool, beams: int = 1, samples: int = 1) -> None:
-    """One row of the main table."""
+    """Measure and print one row of the main table."""
     model = shape.make()
     other = twin(model)
     prompts = prompts_of(rows, shape.vocabulary)
@@ -217,7 +217,7 @@ def decoding(shape: Shape, rows: int, count: int, compile_too: bool, beams: int 
 
 
 def ragged(count: int) -> None:
-    """Prompts of unequal lengths, of which each is to be continued by another number of tokens."""
+    """Measure prompts of different lengths, each with a different number of new tokens."""
     model = SMALL.make()
     other = twin(model)
     chance = random.Random(2)
@@ -268,10 +268,10 @@ TEN = {
 
 
 def processors(count: int, gain: float) -> None:
-    """What ten processors add to a step of GPT-2 at batch 8.
+    """Measure the time that ten processors add to a sampling step of GPT-2 at batch 8.
 
-    Random weights say next to nothing: nine tenths of the mass lie on 38,000 tokens. With a gain on the last norm the
-    distribution becomes as narrow as a trained model's.
+    With random weights the distribution is nearly flat: nine tenths of the mass lie on 38,000 tokens. A gain on the
+    last norm makes it as narrow as a trained model's.
     """
     model = GPT2.make()
     with torch.no_grad():
@@ -295,7 +295,7 @@ def processors(count: int, gain: float) -> None:
 
 
 def growth(count: int) -> None:
-    """Time a token against the tokens before it: a line, if nothing else grows."""
+    """Print the time per token by the number of tokens before it; it should grow linearly."""
     model = SMALL.make()
     sampler = Sampler(model, Numbers(SMALL.vocabulary), SamplingConfig(temperature=0))  # type: ignore[arg-type]
     runs = []
@@ -316,7 +316,7 @@ def growth(count: int) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--only", default="", help="run only rows whose name contains this text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()

@@ -13,7 +13,7 @@ Points = list[tuple[float, float]]
 
 
 def _ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers that span low .. high."""
+    """Return round numbers that span low .. high, for an axis."""
     raw = (high - low) / count
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= raw)
@@ -22,14 +22,14 @@ def _ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def curves(title: str, lines: dict[str, Points], marks: dict[str, Points], x_name: str, y_name: str) -> str:
-    """SVG of named lines over a common x, and dots of the same names; both axes linear.
+    """Return an SVG with named lines over a common x and dots in the colours of the lines; both axes are linear.
 
     Args:
-        title: above it.
-        lines: (x, y) by name; a name's colour is its place.
-        marks: (x, y) by name, drawn as dots with their y beside them.
-        x_name: what x is, with its unit.
-        y_name: what y is.
+        title: text above the plot.
+        lines: name -> points (x, y); the order of the names decides the colours.
+        marks: name -> points (x, y), drawn as dots labelled with y.
+        x_name: label of the x axis, with the unit.
+        y_name: label of the y axis.
     """
     points = [point for group in (lines, marks) for line in group.values() for point in line]
     xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -77,7 +77,7 @@ def curves(title: str, lines: dict[str, Points], marks: dict[str, Points], x_nam
 
 
 def smooth(points: Points, over: float) -> Points:
-    """Each point's mean over those of the last `over` of x, so that the noise of single batches goes."""
+    """Return the running mean over the last `over` units of x, to remove the noise of single batches."""
     out: Points = []
     first, total = 0, 0.0
     for i, (x, y) in enumerate(points):

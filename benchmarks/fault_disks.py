@@ -28,9 +28,9 @@ from minigpt.training.launch import train
 
 
 class Shadow:
-    """What of a folder would be there after a power cut: a file's content and a folder's names as of their last fsync.
+    """The state of a folder after a power failure: file contents and folder entries as of their last fsync.
 
-    Files and folders are kept open, so that the file system does not give their numbers to others.
+    Files and folders are kept open, so that the file system does not reuse their inode numbers.
     """
 
     def __init__(self, root: Path) -> None:
@@ -42,7 +42,7 @@ class Shadow:
             self.synced(os.open(path, os.O_RDONLY))
 
     def synced(self, descriptor: int) -> None:
-        """All of this file or folder is on the disk now."""
+        """Record that this file or folder is now on the disk."""
         number = os.fstat(descriptor).st_ino
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         self.held.append(os.dup(descriptor))
@@ -53,11 +53,11 @@ class Shadow:
             self.content[number] = path.read_bytes()
 
     def after_power_cut(self, to: Path, names_are_safe: bool) -> None:
-        """Write the folder as it would be found again.
+        """Write the folder as it would be after the power failure.
 
         Args:
-            to: where.
-            names_are_safe: the file system has every rename and new name on the disk at once, and only content is lost.
+            to: target folder.
+            names_are_safe: new names and renames reach the disk immediately; only file contents can be lost.
         """
         self._restore(os.stat(self.root).st_ino, self.root, to, names_are_safe)
 
@@ -78,7 +78,7 @@ class Shadow:
 
 
 def power_cuts(folder: Path) -> tuple[int, list[str]]:
-    """The power fails before each call of a save and prune, and after it. Returns (trials, what went wrong)."""
+    """Simulate a power failure before and after each call of a save and prune. Returns (trials, errors)."""
     run, found = folder / "run", folder / "found"
     for step in (1, 2):
         save(run, step)
@@ -101,7 +101,7 @@ def power_cuts(folder: Path) -> tuple[int, list[str]]:
         nonlocal inside
         if inside:
             return
-        inside = True  # the trial itself makes calls too
+        inside = True  # the trial's own calls must not be counted
         cut(f"before call {trials // 2} ({event})", ("step-00000002", "step-00000003"))
         if event == "fsync":
             shadow.synced(details[0])
@@ -125,7 +125,7 @@ def _system_call(result: int) -> None:
 
 
 def mount_tmpfs(folder: Path, size: int, *, again: bool = False, read_only: bool = False) -> None:
-    """A file system of this many bytes on `folder`, seen by this process alone. OSError where that is not permitted."""
+    """Mount a file system of this many bytes on `folder`, visible to this process only. OSError if not permitted."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not again:
         _system_call(libc.unshare(CLONE_NEWNS))
@@ -136,23 +136,23 @@ def mount_tmpfs(folder: Path, size: int, *, again: bool = False, read_only: bool
 
 
 def may_mount(folder: Path) -> bool:
-    """Whether this process may mount a file system of its own."""
+    """Whether this process may mount a file system."""
     return in_child(lambda: mount_tmpfs(folder, 1 << 20)) == 0
 
 
 def small_disk(folder: Path, size: int) -> str:
-    """Three saves on a disk of `size` bytes, in a child. Returns what happened: "full", "fits" or what went wrong."""
+    """Save three times on a disk of `size` bytes, in a child process. Returns "full", "fits", or an error."""
 
     def work() -> None:
         mount_tmpfs(folder, size)
-        saving.check_space = lambda path, needed: None  # else the save would not even begin
+        saving.check_space = lambda path, needed: None  # otherwise the save would refuse to start
         os._exit(_three_saves(folder / "run"))
 
     return _ENDS.get(in_child(work), "a crash")
 
 
 def small_files(folder: Path, size: int) -> str:
-    """Three saves, the last two where no file may be larger than `size` bytes. Returns as small_disk."""
+    """Save three times, the last two with a file size limit of `size` bytes. Returns "full", "fits", or an error."""
 
     def work() -> None:
         save(folder / "run", 1)
@@ -176,7 +176,7 @@ def _three_saves(run: Path, first: int = 1) -> int:
         except DiskError:
             full = True
     newest = newest_valid(run)
-    # A save may be whole, and only the record of the best that follows it not fit any more.
+    # A save may succeed although best.json, written after it, does not fit any more.
     if good and (newest is None or step_of(newest) < good):
         return 12
     if (run / "checkpoints").is_dir() and list((run / "checkpoints").glob(".*")):
@@ -185,7 +185,7 @@ def _three_saves(run: Path, first: int = 1) -> int:
 
 
 def full_disk_run(folder: Path, size: int, expected: Outcome) -> list[str]:
-    """A run on a disk of `size` bytes, which fills up; it is enlarged, and the run goes on. Returns what went wrong."""
+    """Train on a disk of `size` bytes until it is full, enlarge the disk and resume. Returns errors."""
     wrong = {3: "no DiskError", 4: "a temporary folder was left", 5: "the run that went on differs"}
 
     def work() -> None:
@@ -211,9 +211,9 @@ def full_disk_run(folder: Path, size: int, expected: Outcome) -> list[str]:
 
 
 def damages(content: bytes, flips: int, draw: random.Random) -> Iterator[tuple[str, bytes]]:
-    """(what was done, the damaged content): single bits at random, and cuts at 0, 1, the middle and before the end.
+    """Yield (description, damaged content): random bit flips, and truncations to 0, 1, half and nearly all bytes.
 
-    A line feed at the end is not counted as content.
+    A line feed at the end does not count as content.
     """
     for _ in range(flips):
         place, bit = draw.randrange(len(content)), draw.randrange(8)
@@ -223,7 +223,7 @@ def damages(content: bytes, flips: int, draw: random.Random) -> Iterator[tuple[s
 
 
 def damage_files(files: list[Path], flips: int, notices: Callable[[], bool], seed: int = 0) -> tuple[int, list[str]]:
-    """Damage each file in turn, `flips` times per file and by cutting it. Returns (trials, what was not noticed)."""
+    """Damage one file at a time, by `flips` bit flips and by truncation. Returns (trials, undetected damage)."""
     draw, trials, missed = random.Random(seed), 0, []
     for file in files:
         whole, times = file.read_bytes(), file.stat()
@@ -238,7 +238,7 @@ def damage_files(files: list[Path], flips: int, notices: Callable[[], bool], see
 
 
 def checkpoint_damage(folder: Path, flips: int) -> dict[str, tuple[int, list[str]]]:
-    """Damage to every file of a checkpoint, beside what plain readers notice of the same in the weights alone."""
+    """Damage every file of a checkpoint; also count what other readers detect of the same damage in the weights."""
     save(folder / "run", 1)
     whole = folder / "run/checkpoints/step-00000001"
     files = sorted(whole.iterdir())
@@ -259,7 +259,7 @@ def checkpoint_damage(folder: Path, flips: int) -> dict[str, tuple[int, list[str
 
 
 def corpus_damage(folder: Path, flips: int) -> tuple[int, list[str]]:
-    """Damage to every file of a prepared corpus."""
+    """Damage every file of a prepared corpus."""
     prepare(busy_config(folder, "corpus").data, busy_config(folder, "corpus").tokenizer)
     corpus = next((folder / "data").rglob("manifest.json")).parent
 

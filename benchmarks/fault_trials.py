@@ -40,7 +40,7 @@ KEEP = 2
 
 
 def busy_config(folder: Path, name: str, **trainer: Any) -> TrainConfig:
-    """A run of 24 steps with everything on: Muon, dropout, accumulation, averages, validation, samples, many saves."""
+    """Config of a 24-step run with all features: Muon, dropout, accumulation, EMA, validation, samples, many saves."""
     corpus = folder / "corpus.txt"
     if not corpus.is_file():
         draw = random.Random(0)
@@ -80,14 +80,14 @@ def busy_config(folder: Path, name: str, **trainer: Any) -> TrainConfig:
 
 @dataclass
 class Outcome:
-    """What a run left behind, as far as it must not depend on what happened on the way."""
+    """The results of a run that must not depend on interruptions."""
 
     rows: list[tuple]
     tensors: dict[str, torch.Tensor]
     samples: dict[str, str]
 
     def differences(self, other: Outcome) -> list[str]:
-        """What is not equal to the bit."""
+        """List what is not bit-identical."""
         found = [] if self.rows == other.rows else ["the rows of metrics differ"]
         if self.samples != other.samples:
             found.append("the samples differ")
@@ -97,12 +97,12 @@ class Outcome:
 
 
 def outcome(run: Path) -> Outcome:
-    """What the run left behind: losses of every step, the newest checkpoint's tensors, samples."""
+    """Read a run's results: losses of every step, tensors of the newest checkpoint, samples."""
     newest = checkpoints_of(run)[0]
     rows = [
         (row["step"], row.get("train/loss"), row.get("val/loss"), row.get("batch"))
         for row in read_metrics(run / "metrics.jsonl")
-        if "time/training" not in row  # where a session's time went, which a killed one cannot say
+        if "time/training" not in row  # the time summary, which a killed process does not write
     ]
     tensors = {}
     for name in ("model", "training_state"):
@@ -115,7 +115,7 @@ def outcome(run: Path) -> Outcome:
 
 
 def start(work: Callable[[], object]) -> int:
-    """Do the work in a forked child, silently; returns its process id. It ends with the exit code of a MinigptError."""
+    """Run `work` in a forked child, without output; return its process id. A MinigptError sets its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -135,12 +135,12 @@ def start(work: Callable[[], object]) -> int:
 
 
 def wait(child: int) -> int:
-    """The exit code of a child; minus the signal's number where one killed it."""
+    """Wait for a child; return its exit code, or minus the signal number if a signal killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Do the work in a forked child; returns its exit code."""
+    """Run `work` in a forked child; return its exit code."""
     return wait(start(work))
 
 
@@ -148,7 +148,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def leftovers(run: Path) -> list[str]:
-    """What a finished run must not have: temporary files and folders, more checkpoints than are kept."""
+    """List what a finished run must not contain: temporary files and folders, surplus checkpoints."""
     found = [str(path) for path in [*run.rglob(".tmp-*"), *run.rglob(".*.????????")]]
     if len(checkpoints_of(run)) > KEEP + 1:
         found.append(f"{len(checkpoints_of(run))} checkpoints")
@@ -156,15 +156,15 @@ def leftovers(run: Path) -> list[str]:
 
 
 def kill_once(config: TrainConfig, after: float, least: int) -> tuple[bool, int, list[str]]:
-    """Go on with a run in a child and kill it after so many seconds, unless it has finished.
+    """Resume a run in a child and kill it after `after` seconds, unless it has finished.
 
     Args:
-        config: the run's.
+        config: config of the run.
         after: seconds.
-        least: the newest step there was before; the run must not fall back behind it.
+        least: newest saved step so far; the run must not lose it.
 
     Returns:
-        (whether it finished, the newest step now, what went wrong).
+        (whether it finished, newest saved step, errors).
     """
     child = start(lambda: train(config))
     deadline = time.monotonic() + after
@@ -191,10 +191,10 @@ def kill_once(config: TrainConfig, after: float, least: int) -> tuple[bool, int,
 
 
 def chain(folder: Path, expected: Outcome, longest: float, kills: int, seed: int) -> tuple[int, int, list[str]]:
-    """One run killed again and again at random moments until it ends by itself; then compared with the uninterrupted.
+    """Kill a run at random moments and resume it until it finishes; compare it with the uninterrupted run.
 
     Returns:
-        (kills, whether the run was finished and compared (0 or 1), what went wrong).
+        (kills, whether the run was finished and compared (0 or 1), errors).
     """
     draw, config = random.Random(seed), busy_config(folder, f"chain-{seed}")
     run = folder / "runs" / f"chain-{seed}"
@@ -215,13 +215,13 @@ def chain(folder: Path, expected: Outcome, longest: float, kills: int, seed: int
 
 
 def toy_model(step: int) -> GPT:
-    """A model whose weights follow from the step."""
+    """Return a model whose weights are a function of the step."""
     torch.manual_seed(step)
     return GPT(GPTConfig(preset="llama", vocab_size=257, block_size=8, n_layer=1, n_head=1, n_embd=4))
 
 
 def save(run: Path, step: int) -> None:
-    """A checkpoint as training writes one that is the best so far, its record, and the pruning after each."""
+    """Save a checkpoint as training saves a new best one, write best.json, and prune."""
     model = toy_model(step)
     moments = {f"exp_avg/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     state = {"step": step, "seconds": 1.0}
@@ -239,9 +239,9 @@ _hooked = False
 
 @contextlib.contextmanager
 def watching(watcher: Callable[[str, tuple], None]) -> Iterator[None]:
-    """Within, `watcher` hears of each call on the file system before it is made; it may raise, or end the process.
+    """Context manager: call `watcher` before each file system call; it may raise an error or end the process.
 
-    Heard are Python's own audit events, os.fsync, and the writing of a safetensors file (before, and half-way).
+    It sees Python's audit events, os.fsync, and the writing of a safetensors file (before and half-way).
     """
     global _watcher, _hooked
     if not _hooked:
@@ -269,7 +269,7 @@ def watching(watcher: Callable[[str, tuple], None]) -> Iterator[None]:
 
 
 def calls_of(run: Path, step: int) -> int:
-    """How many calls a save and prune makes."""
+    """Count the file system calls of a save and prune."""
     counted: list[str] = []
     with watching(lambda event, details: counted.append(event)):
         save(run, step)
@@ -277,9 +277,9 @@ def calls_of(run: Path, step: int) -> int:
 
 
 def fail_at(call: int, run: Path, step: int, how: int | str) -> int:
-    """Save and prune in a child, whose `call`-th call (from 0) fails with an errno, or which is killed there ("kill").
+    """Save and prune in a child whose `call`-th call (from 0) fails with an errno or kills the process ("kill").
 
-    Returns its exit code.
+    Returns the exit code of the child.
     """
     made = -1
 
@@ -299,8 +299,10 @@ def fail_at(call: int, run: Path, step: int, how: int | str) -> int:
 
 
 def check_after(run: Path, code: int, step: int) -> list[str]:
-    """What is wrong with a run in which a save of `step` was to fail: the newest that verifies must be that or the one
-    before, a success must have left the new one, and the next save must work and clean up.
+    """Check a run after a save of `step` with an injected fault; return errors.
+
+    The newest valid checkpoint must be that of `step` or the one before; after exit code 0 it must be that of `step`.
+    The next save must work and clean up.
     """
     wrong = []
     newest = newest_valid(run)
@@ -323,10 +325,10 @@ def check_after(run: Path, code: int, step: int) -> list[str]:
 
 
 def every_call(folder: Path, how: int | str, calls: Sequence[int] | None = None) -> tuple[int, list[str]]:
-    """A save and prune that fails at its first call, its second, and so on to its last.
+    """Inject a fault at each call of a save and prune, one trial per call.
 
     Returns:
-        (trials, what went wrong).
+        (trials, errors).
     """
     whole = folder / "whole"
     for step in (1, 2):
@@ -344,9 +346,9 @@ def every_call(folder: Path, how: int | str, calls: Sequence[int] | None = None)
 
 
 def refused(work: Callable[[], object]) -> bool:
-    """Whether a reader noticed: it raised."""
+    """Whether the reader detected the damage, that is, raised an exception."""
     try:
         work()
-    except Exception:  # whatever a reader raises, it noticed
+    except Exception:  # any exception counts as detected
         return True
     return False

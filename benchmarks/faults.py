@@ -41,25 +41,25 @@ Row = tuple[str, int, list[str]]
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for one part of the campaign."""
+    """A temporary folder for one part."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         yield Path(folder)
 
 
 def reference(folder: Path, devices: int = 1) -> tuple[Outcome, float]:
-    """The run that nothing happens to, and its seconds."""
+    """Train without any fault; return the results and the seconds it took."""
     began = time.monotonic()
     if devices == 1:
         code = in_child(lambda: train(busy_config(folder, "reference")))
     else:
         code = launch(folder, "reference", devices).wait()
     if code != 0:
-        raise SystemExit(f"the uninterrupted run itself ended with exit code {code}")
+        raise SystemExit(f"the uninterrupted run failed with exit code {code}")
     return outcome(folder / "runs/reference"), time.monotonic() - began
 
 
 def kills(wanted: int, seed: int) -> Iterator[Row]:
-    """One process, killed at random moments, again and again until the run is through; then the next run."""
+    """Kill a run in one process at random moments until it finishes; repeat with further runs."""
     with scratch() as folder:
         expected, seconds = reference(folder)
         killed, finished, wrong = 0, 0, []
@@ -70,7 +70,7 @@ def kills(wanted: int, seed: int) -> Iterator[Row]:
 
 
 def launch(folder: Path, name: str, devices: int) -> subprocess.Popen:
-    """The run as a user starts it, in several processes and a session of its own."""
+    """Start the run from the command line, with several processes, in a new process session."""
     config = busy_config(folder, name, devices=devices)
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config.to_dict()))
@@ -80,7 +80,7 @@ def launch(folder: Path, name: str, devices: int) -> subprocess.Popen:
 
 
 def workers_of(process: int) -> list[int]:
-    """The process ids of the workers that a launcher started."""
+    """Return the process ids of the workers that a launcher started."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [
         int(child) for child in children if b"minigpt.training.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
@@ -88,7 +88,7 @@ def workers_of(process: int) -> list[int]:
 
 
 def pair_kills(wanted: int, seed: int) -> Iterator[Row]:
-    """Two processes: at a random moment one of them is killed, or the other, or the launcher and both."""
+    """Train with two processes; at a random moment kill one of them, or both and the launcher."""
     with scratch() as folder:
         expected, seconds = reference(folder, devices=2)
         draw, killed, name, wrong, step = random.Random(seed), 0, 0, [], 0
@@ -103,7 +103,7 @@ def pair_kills(wanted: int, seed: int) -> Iterator[Row]:
                     workers = workers_of(process.pid)
                     victim = draw.choice(["all", "first", "last"]) if workers else "all"
                     if victim == "all":
-                        for each in (process.pid, *workers):  # workers have sessions of their own
+                        for each in (process.pid, *workers):  # each worker has its own session
                             os.kill(each, signal.SIGKILL)
                     else:
                         os.kill(workers[0 if victim == "first" else -1], signal.SIGKILL)
@@ -125,21 +125,21 @@ def pair_kills(wanted: int, seed: int) -> Iterator[Row]:
 
 
 def calls() -> Iterator[Row]:
-    """Every call of a save and prune in turn: killed there, or failing."""
+    """Inject a kill or an error at every call of a save and prune."""
     for what, how in (("SIGKILL", "kill"), ("EIO", errno.EIO), ("ENOSPC", errno.ENOSPC)):
         with scratch() as folder:
             yield f"{what} at each call of a save and prune", *every_call(folder, how)
     if shutil.which("strace"):
         yield from system_calls()
     with scratch() as folder:
-        yield "power cut before each call, what was not synced is lost", *power_cuts(folder)
+        yield "power failure before each call; unsynced data is lost", *power_cuts(folder)
 
 
 TRACED = ("openat", "write", "fsync", "rename", "unlink", "unlinkat", "rmdir", "mkdir")
 
 
 def system_calls() -> Iterator[Row]:
-    """The same below Python: strace kills the process at each of its system calls of these kinds, or fails the call."""
+    """Inject a kill or an error at every system call of a save and prune, with strace."""
     for what, inject in (("SIGKILL", "signal=SIGKILL"), ("EIO", "error=EIO"), ("ENOSPC", "error=ENOSPC")):
         with scratch() as folder:
             trials, wrong = 0, []
@@ -150,7 +150,7 @@ def system_calls() -> Iterator[Row]:
                     shutil.copytree(folder / "whole", folder / "run")
                     code, reached = traced_save(folder / "run", kind, f"{inject}:when={call}")
                     if code is None:
-                        return  # this process may not be traced
+                        return  # no permission to trace
                     failures = check_after(folder / "run", code, 3)
                     wrong += [f"{kind} number {call} ({what}): {failure}" for failure in failures]
                     shutil.rmtree(folder / "run")
@@ -161,7 +161,7 @@ def system_calls() -> Iterator[Row]:
 
 
 def traced_save(run: Path, kind: str, inject: str) -> tuple[int | None, bool]:
-    """One save in a child under strace. Returns (its exit code, None without permission; whether it was injected)."""
+    """Save in a child under strace. Returns (exit code, or None without permission; whether the fault was injected)."""
     ready, go = os.pipe(), os.pipe()
 
     def work() -> None:
@@ -186,7 +186,7 @@ def traced_save(run: Path, kind: str, inject: str) -> tuple[int | None, bool]:
 
 
 def disks() -> Iterator[Row]:
-    """File systems that fill up, at every size from nothing to enough, and limits on the size of files."""
+    """Test full file systems of every size from almost none to enough, and file size limits."""
     with scratch() as folder:
         if may_mount(folder):
             ends = [small_disk(fresh(folder, "disk"), size) for size in range(4096, 1 << 17, 4096)]
@@ -194,11 +194,11 @@ def disks() -> Iterator[Row]:
             expected, _ = reference(folder)
             sizes = range(150_000, 650_000, 50_000)
             wrong = [each for size in sizes for each in full_disk_run(fresh(folder, f"run-{size}"), size, expected)]
-            yield "full disk in a run, then enlarged and resumed", len(sizes), wrong
+            yield "full disk during a run; the disk is then enlarged and the run resumed", len(sizes), wrong
         sizes = range(0, 20_000, 500)
         ends = [small_files(fresh(folder, "limit"), size) for size in sizes]
         yield (
-            f"limit on file sizes, {ends.count('full')} of them reached",
+            f"file size limit, {ends.count('full')} of them reached",
             len(ends),
             [e for e in ends if e not in _FINE],
         )
@@ -208,31 +208,31 @@ _FINE = ("full", "fits")
 
 
 def fresh(folder: Path, name: str) -> Path:
-    """An empty folder of this name."""
+    """Create an empty folder with this name."""
     shutil.rmtree(folder / name, ignore_errors=True)
     (folder / name).mkdir()
     return folder / name
 
 
 def damage(flips: int) -> Iterator[Row]:
-    """Bits flipped and files truncated, one at a time; a failure is one that nobody notices."""
+    """Flip bits and truncate files, one at a time; undetected damage is a failure."""
     with scratch() as folder:
         for what, (trials, missed) in checkpoint_damage(folder, flips).items():
-            yield f"a flipped bit or a cut: {what}", trials, missed
-        yield "a flipped bit or a cut: a corpus, verified", *corpus_damage(folder, flips)
+            yield f"a flipped bit or a truncation: {what}", trials, missed
+        yield "a flipped bit or a truncation: a corpus, verified", *corpus_damage(folder, flips)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="of runs in one process")
-    parser.add_argument("--pairs", type=int, default=2, help="kills of runs in two processes")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills of runs with one process")
+    parser.add_argument("--pairs", type=int, default=2, help="number of kills of runs with two processes")
     parser.add_argument(
-        "--flips", type=int, default=200, help="of bits, over all files of a checkpoint, and of a corpus"
+        "--flips", type=int, default=200, help="number of flipped bits, over all files of a checkpoint and of a corpus"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=["kills", "pairs", "calls", "disks", "damage"], help="one part")
+    parser.add_argument("--only", choices=["kills", "pairs", "calls", "disks", "damage"], help="run only this part")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # or the children could not be forked
+    torch.set_num_threads(1)  # more threads would make forking unsafe
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "kills": lambda: kills(options.kills, options.seed),
         "pairs": lambda: pair_kills(options.pairs, options.seed),

@@ -1,4 +1,4 @@
-"""The cost of the loss with a large vocabulary: time and peak memory of forward and backward from the hidden states on.
+"""Cost of the loss with a large vocabulary: time and peak memory of unembedding and loss, forward and backward.
 
     python benchmarks/long_vocabulary.py                              GPT-2's vocabulary, 1,024 tokens
     python benchmarks/long_vocabulary.py --vocabulary 4096 --width 384 --tokens 8192
@@ -37,7 +37,7 @@ SIDES = ("plain", "chunks", "torch's", "checkpointed")
 
 
 class Head(nn.Module):
-    """The end of a GPT: hidden states that are simply there, and an unembedding."""
+    """The last part of a GPT: given hidden states, and the unembedding."""
 
     def __init__(self, tokens: int, width: int, vocabulary: int, softcap: float) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def torchs_loss(head: Head, targets: Tensor, rows: int) -> Tensor:
 
 
 def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds and peak bytes of one step of a side, after one that does not count."""
+    """Return seconds and peak memory, in bytes, of one step of a variant, after a warm-up step."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def forget_peak(gpu: bool) -> int:
-    """Begin to look for the peak of memory anew; the bytes in use now."""
+    """Reset the peak memory counter; return the bytes in use now."""
     if gpu:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -114,7 +114,7 @@ def peak(gpu: bool) -> int:
 
 
 def status(name: str) -> int:
-    """A line of Linux's /proc/self/status, in bytes."""
+    """Read a field of Linux's /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=50304)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rows", type=int, help="tokens of a chunk; as in training where not given")
+    parser.add_argument("--rows", type=int, help="tokens per chunk; default: as in training")
     parser.add_argument("--softcap", type=float, default=0.0)
     parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")
     parser.add_argument("--rounds", type=int, default=3)

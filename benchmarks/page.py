@@ -22,11 +22,11 @@ from minigpt.model.gpt import GPT
 from minigpt.tokenizer.plain import CharTokenizer
 from runs import machine
 
-SIZE, SECONDS = 1.5e6, 3.0  # what a page may take
+SIZE, SECONDS = 1.5e6, 3.0  # limits for a page, in bytes and seconds
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock and processor seconds of one call."""
+    """Return wall-clock and CPU seconds of one call."""
     began = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - began[0], time.process_time() - began[1]

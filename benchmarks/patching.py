@@ -1,4 +1,4 @@
-"""Activation patching of every head at every position: minigpt's way beside one whole forward per site.
+"""Activation patching of every head at every position: minigpt compared with one whole forward pass per site.
 
     python benchmarks/patching.py                    6 layers, 6 heads, 384 channels, a prompt of 64 tokens
     python benchmarks/patching.py --at v --tokens 32
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--vocabulary", type=int, default=65)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--sites", type=int, default=50, help="how many of them the peers are measured on")
+    parser.add_argument("--sites", type=int, default=50, help="number of sites that the baselines are measured on")
     parser.add_argument("--rounds", type=int, default=5)
     values = parser.parse_args()
 

@@ -67,7 +67,7 @@ def encode_barely(texts: list[list[str]], tokenizer: BPETokenizer, cores: int) -
 
 
 def peak_memory(arguments: list[str]) -> float:
-    """Peak resident megabytes of this script in a process of its own."""
+    """Run this script in a separate process; return its peak resident memory in megabytes."""
     command = [sys.executable, __file__, "--peak", *arguments]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -18,29 +18,29 @@ ROOT = Path(__file__).parents[1]
 
 
 def machine(precision: str) -> str:
-    """What every table of results states: versions, number format, instructions and threads."""
+    """Describe the machine for a table of results: torch version, precision, CPU capability and threads."""
     threads = torch.get_num_threads()
     return f"torch {torch.__version__}, {precision}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run. Seconds count from the first step on: compilation, validations and saves included."""
+    """Results of one run. Seconds count from the first step and include compilation, validations and saves."""
 
     start_up: float
-    """Seconds from the start of the process to the first step, with leaving it."""
+    """Seconds from the start of the process to the first step, plus those for exiting."""
     steps: int
     """Steps taken."""
     seconds: float
-    """Seconds to the last validation's end."""
+    """Seconds until the end of the last validation."""
     step_seconds: float
-    """Seconds of a step, validations and saves left out: the median of the metrics rows' own."""
+    """Median seconds per step in metrics.jsonl, without validations and saves."""
     curve: list[tuple[int, float, float]]
-    """(step, seconds, loss on the whole validation split), by validation."""
+    """(step, seconds, loss on the whole validation split) of each validation."""
     training: list[tuple[float, float]]
-    """(seconds, training loss), by logged step."""
+    """(seconds, training loss) of each logged step."""
     precision: str
-    """trainer.precision, as the run settled it."""
+    """trainer.precision that the run used."""
 
     @property
     def best(self) -> float:
@@ -48,12 +48,12 @@ class Outcome:
         return min(loss for _, _, loss in self.curve)
 
     def seconds_to(self, target: float) -> float:
-        """Seconds until the end of the first validation at or below the target; infinite where none is."""
+        """Seconds until the end of the first validation at or below the target; infinity if there is none."""
         return next((seconds for _, seconds, loss in self.curve if loss <= target), float("inf"))
 
 
 def run(config: str, text: Path, *flags: str) -> Outcome:
-    """Train `train.py --config CONFIG` on a text, in a folder that is thrown away, with the compiler's cache empty."""
+    """Run `train.py --config CONFIG` on a text in a temporary folder, with an empty compiler cache."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", "--config", config, "--runs_dir", folder, "--run_name", "run"]
         command += [

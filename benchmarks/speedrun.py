@@ -42,13 +42,13 @@ from runs import ROOT, Outcome, machine, run
 
 TARGET = 1.88  # nats per character
 SPRINT_STEPS = 90
-MARGIN = 0.97  # of the baseline's time that the budget row plans for
-SMOOTHED = 0.03  # of the baseline's time that a point of the picture is a mean over
-HIGHEST = 2.6  # of the losses in the picture; a new model's is 4.2
+MARGIN = 0.97  # fraction of the baseline's time that the budget row is planned for
+SMOOTHED = 0.03  # width of the running mean in the picture, as a fraction of the baseline's time
+HIGHEST = 2.6  # top of the loss axis in the picture; a new model's loss is 4.2
 
 
 def baseline(text: Path, seed: int) -> dict[str, Any]:
-    """The recipe of nanoGPT in the loop that one would write by hand: seconds, final loss, and losses on the way."""
+    """Train nanoGPT's recipe in a plain PyTorch loop; return seconds, final loss, and the training losses."""
     values = yaml.safe_load((ROOT / "configs/nanogpt_cpu.yaml").read_text())
     with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         values["data"] |= {"source": str(text), "folder": f"{folder}/data"}
@@ -83,12 +83,12 @@ def baseline(text: Path, seed: int) -> dict[str, Any]:
 
 
 def median(values: list[float]) -> str:
-    """The median with its range."""
+    """Format the median with its range."""
     return f"{statistics.median(values):.3f} ({min(values):.3f}..{max(values):.3f})"
 
 
 def report(name: str, outcomes: list[Outcome], target: float) -> None:
-    """One row: medians over the seeds."""
+    """Print one row: medians over the seeds."""
     reached = [outcome.seconds_to(target) for outcome in outcomes]
     print(
         f"{name:9} {outcomes[0].steps:6} steps of {1000 * statistics.median(o.step_seconds for o in outcomes):.0f} ms, "
@@ -99,12 +99,12 @@ def report(name: str, outcomes: list[Outcome], target: float) -> None:
 
 
 def main() -> None:
-    """Print the table; the curves as JSON into --curves."""
+    """Print the table; draw the curves if --picture is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", required=True, help="tinyshakespeare's input.txt")
     parser.add_argument("--rows", default="baseline,sprint,budget")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--picture", help="file for the curves of the last seed, .svg")
+    parser.add_argument("--picture", help="SVG file to write, with the curves of the last seed")
     parser.add_argument("--baseline", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     text = Path(arguments.file).resolve()
@@ -117,7 +117,7 @@ def main() -> None:
     lines: dict[str, Points] = {}
     marks: dict[str, Points] = {}
     outcomes: dict[str, list[Outcome]] = {row: [] for row in rows if row != "baseline"}
-    for seed in seeds:  # in turn, so that a drift of the machine meets all rows alike
+    for seed in seeds:  # all rows per seed, so that a drift of the machine affects them equally
         if "baseline" in rows:
             command = [sys.executable, __file__, "--file", str(text), "--baseline", str(seed)]
             result = json.loads(

@@ -30,14 +30,14 @@ ROUNDS = 7
 
 
 def seconds(*arguments: str) -> float:
-    """Wall-clock seconds of one process."""
+    """Run a process; return its wall-clock seconds."""
     began = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     return time.perf_counter() - began
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of a call; what it returns is let go afterwards."""
+    """Return wall-clock seconds of a call; its result is freed after the measurement."""
     began = time.perf_counter()
     kept = call()
     taken = time.perf_counter() - began
@@ -46,7 +46,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def make_run(folder: Path) -> Path:
-    """A run of the default model, untrained, with a vocabulary of 1,024 learned from this package."""
+    """Write a run of the untrained default model, with a vocabulary of 1,024 trained on this package's source."""
     from minigpt.checkpoint.saving import save_checkpoint
     from minigpt.model.config import GPTConfig
     from minigpt.model.gpt import GPT
@@ -60,7 +60,7 @@ def make_run(folder: Path) -> Path:
 
 
 def make_llama(folder: Path) -> Path:
-    """A Hugging Face Llama folder of 135 million parameters."""
+    """Write a Hugging Face Llama folder with 135 million parameters."""
     from minigpt.checkpoint.saving import state_of
     from minigpt.checkpoint.tensors import save_tensors
     from minigpt.checkpoint.weights import to_huggingface
@@ -80,7 +80,7 @@ def make_llama(folder: Path) -> Path:
 
 
 def print_processes(run: Path) -> None:
-    """The first table."""
+    """Print the times of processes."""
     commands = {"python -c pass": ["-c", "pass"], "import minigpt": ["-c", "import minigpt"]}
     commands |= {f"minigpt {verb} --help": ["-m", "minigpt", verb, "--help"] for verb in ["", *VERBS]}
     commands["import torch"] = ["-c", "import torch"]
@@ -97,7 +97,7 @@ def print_processes(run: Path) -> None:
 
 
 def print_loading(folder: Path) -> None:
-    """The second table."""
+    """Print the times of loading a model."""
     from minigpt.checkpoint.checkpoint import load
     from minigpt.checkpoint.tensors import load_tensors
 

@@ -37,12 +37,12 @@ from minigpt.training.run.loader import MicroBatches
 from minigpt.training.run.settle import settle
 from runs import machine
 
-TURN = 10  # steps that count in a turn; the one before them, in which the caches are the other side's, does not
-WARM = 2  # turns of each side at the start that do not count
+TURN = 10  # steps measured per turn; one more step before them is not, because the caches hold the other loop's data
+WARM = 2  # turns of each loop at the start that are not measured
 
 
 class PlainLoop:
-    """The loop that one would write by hand."""
+    """A plain PyTorch training loop."""
 
     def __init__(self, config: TrainConfig, batches: Batches) -> None:
         self.config, self.batches, self.done = config, batches, 0
@@ -73,7 +73,7 @@ class PlainLoop:
 
 
 class TakingTurns(MicroBatches):
-    """minigpt's loader, which lets the plain loop take its turn after every turn of Lightning's."""
+    """minigpt's loader; it runs the plain loop's steps after every turn of Lightning's."""
 
     times: tuple[list[float], list[float]] = ([], [])  # seconds per step: minigpt's turns, the plain loop's
 
@@ -99,8 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="nanogpt_cpu")
     parser.add_argument("--file", help="text to train on")
-    parser.add_argument("--turns", type=int, default=40, help="of each side, after the first few")
-    parser.add_argument("--compile", choices=("yes", "no"), help="whatever the config says")
+    parser.add_argument("--turns", type=int, default=40, help="measured turns of each loop")
+    parser.add_argument("--compile", choices=("yes", "no"), help="override the config's compile setting")
     arguments = parser.parse_args()
     path = shipped(arguments.config) or Path(arguments.config)
     values = yaml.safe_load(path.read_text())
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def in_the_middle(numbers: list[float]) -> tuple[float, float, float]:
-    """Median, first and third quartile."""
+    """Return median, first and third quartile."""
     first, median, third = statistics.quantiles(numbers, n=4)
     return median, first, third
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of this machine, started by torchrun; more flags of `minigpt train` may follow.
+# Trains on all GPUs of this machine with torchrun. Arguments are passed to `minigpt train`.
 #   GPUS=8 CONFIG=gpt2_124m configs/launch/one_machine.sh --data.file FINEWEB_EDU.jsonl
-# `minigpt train` starts its processes itself just as well, and then waits for a save however long it takes; torchrun
-# kills what has not left 30 seconds after a signal, unless told otherwise (--shutdown_timeout, where it has that).
+# torchrun is optional: `minigpt train` also starts one process per GPU, and after a signal it waits until the
+# checkpoint is saved. torchrun kills processes that still run 30 seconds after a signal (some versions have
+# --shutdown_timeout).
 set -euo pipefail
 gpus=${GPUS:-8}
 config=${CONFIG:-gpt2_124m}

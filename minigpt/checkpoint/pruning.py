@@ -45,7 +45,7 @@ def clean_leftovers(run: Path) -> None:
 
 
 def make_ready(run: Path) -> None:
-    """Before a run goes on: remove leftovers and find out now, not at the first save, whether it can be written to.
+    """Before a run resumes: remove leftovers and find out now, not at the first save, whether it can be written to.
 
     Raises DiskError.
     """

@@ -19,7 +19,7 @@ def refuse_nonfinite(tensors: dict[str, Tensor], what: str) -> None:
     """Raise NonFiniteError, naming the tensor, where one holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(f"{what}, since {name} holds NaN or infinity; go on from an earlier checkpoint")
+            raise NonFiniteError(f"{what}, since {name} holds NaN or infinity; resume from an earlier checkpoint")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

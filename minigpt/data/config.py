@@ -40,7 +40,7 @@ class CleanConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text to train on, its split and its order."""
+    """Text, its split and its order."""
 
     source: str = "pydocs"
     """Training text: a name in data/corpora.yaml, a file, a folder, a glob, or - for standard input. Also reads

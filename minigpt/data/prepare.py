@@ -122,7 +122,7 @@ def _kept(data: DataConfig, content: str | None, error: ConfigError | DataError,
         if corpus.hash == content:
             if show and folder not in _told:
                 _told.add(folder)
-                notice(f"{error}; going on with what was prepared from it: {folder}")
+                notice(f"{error}; using what was prepared from it: {folder}")
             return corpus
     raise DataError(
         f"{error}; and what was prepared from it (NAME/KIND-{content[:8]}) is not in {Path(data.folder).absolute()}; "

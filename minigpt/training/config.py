@@ -59,7 +59,7 @@ class BatchConfig:
     tokens: int = 2048
     """Tokens per optimizer step, summed over all processes; a multiple of model.block_size."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass on one process; gradients of the others are accumulated. None: all in one pass."""
+    """Sequences per forward pass on one process; gradients of the others are accumulated. null: all in one pass."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class TrainerConfig:
     log_every_n_steps: int = 10
     """Steps between two rows of metrics.jsonl."""
     compile: bool | None = None
-    """Compile the training step with torch.compile: slower start, faster steps. None: only if the run is long enough
+    """Compile the training step with torch.compile: slower start, faster steps. null: only if the run is long enough
     to gain from it.
     """
     activation_checkpointing: bool = False
@@ -138,7 +138,7 @@ class TrainerConfig:
     time.
     """
     threads: int | None = None
-    """CPU threads per process; None: all cores, divided among the processes."""
+    """CPU threads per process; null: all cores, divided among the processes."""
     hang_seconds: float = 60.0
     """Seconds that one process may lag behind the others before the run stops and names it. 0: wait forever."""
 
@@ -193,7 +193,7 @@ class TrainConfig:
     """One training run. `minigpt train --config FILE --section.field VALUE`; later values override earlier ones."""
 
     run_name: str | None = None
-    """Name of the run's folder in runs_dir. None starts a new run, named after its corpus and the time."""
+    """Name of the run's folder in runs_dir. null starts a new run, named after its corpus and the time."""
     runs_dir: str = "runs"
     """Folder that holds the runs."""
     resume: Literal["auto", "must", "never"] = "auto"

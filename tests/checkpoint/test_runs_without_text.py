@@ -60,7 +60,7 @@ def test_a_run_whose_text_is_gone_goes_on_from_what_was_prepared(
     told = capsys.readouterr().err
     [prepared] = (moved / "data/corpus").glob("byte-*")
     assert told.count(str(gone)) == told.count(str(prepared)) == 1
-    assert f"going on with what was prepared from it: {prepared}" in told
+    assert f"using what was prepared from it: {prepared}" in told
 
     shutil.copytree(trained, moved / "whole")
     whole = replace(config, runs_dir=str(moved / "whole/runs"), data=replace(config.data, source=f"{moved}/corpus.txt"))
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_read_is_a_text_that_is_gone(
     else:
         (tmp_path / "texts/one.txt").unlink()
     train(replace(config, trainer=replace(config.trainer, max_steps=5)))
-    assert "going on with what was prepared from it" in capsys.readouterr().err
+    assert "using what was prepared from it" in capsys.readouterr().err
 
 
 def test_a_tokenizer_file_that_is_gone_is_found_in_the_prepared_corpus(
@@ -150,7 +150,7 @@ def test_eval_of_a_run_whose_text_is_gone(
     run.config["data"] |= {"source": "nowhere.txt", "folder": "data"}
     monkeypatch.chdir(moved)
     assert evaluate_run(run)[0] == evaluate_run(run)[0] == expected
-    assert capsys.readouterr().err.count("going on with what was prepared from it") == 1
+    assert capsys.readouterr().err.count("using what was prepared from it") == 1
     assert len(minigpt.Study(run).heads(causal=False).table().values)
     (moved / "data").rename(moved / "elsewhere")
     with pytest.raises(DataError, match=r"'nowhere.txt' is neither .* is not in .*/data; put one of the two back"):

@@ -265,5 +265,5 @@ def test_a_run_goes_on_from_its_own_config(trained: Path, said) -> None:
     """Only the name is given: everything else is as it was."""
     code, out, err = said("train", "--runs_dir", str(trained.parent), "--run_name", "run", "--trainer.max_steps", "10")
     assert code == 0
-    assert "goes on with trainer.max_steps 8 -> 10" in err
+    assert "resumes with trainer.max_steps 8 -> 10" in err
     assert "(step 10)" in out

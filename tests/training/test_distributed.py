@@ -106,7 +106,7 @@ def test_two_processes_lose_nothing_whatever_happens_to_them(tmp_path: Path) -> 
         code, errors = started.end()
     assert code == 130
     assert "saving, as requested" in errors and errors.count("stopping after step") == 1
-    assert "stopped by SIGINT; go on with --run_name run --resume auto" in errors and "Traceback" not in errors
+    assert "stopped by SIGINT; resume with --run_name run --resume auto" in errors and "Traceback" not in errors
     assert steps_saved(started.run)[-1] == started.last_step()
 
     with StartedFork(config) as started:  # one is killed
@@ -114,7 +114,7 @@ def test_two_processes_lose_nothing_whatever_happens_to_them(tmp_path: Path) -> 
         os.kill(started.workers()[1], signal.SIGKILL)
         code, errors = started.end()
     assert code == 8
-    assert "process 1 ended (killed by SIGKILL" in errors and "go on with --run_name run" in errors
+    assert "process 1 ended (killed by SIGKILL" in errors and "resume with --run_name run" in errors
     assert "Traceback" not in errors
 
     watched = replace(config, trainer=replace(config.trainer, hang_seconds=4.0))
@@ -125,7 +125,7 @@ def test_two_processes_lose_nothing_whatever_happens_to_them(tmp_path: Path) -> 
         assert not started.workers()
     assert code == 8
     assert "process 0 on " in errors and "has had no heartbeat" in errors
-    assert "process 0 hung and was stopped; go on with --run_name run" in errors
+    assert "process 0 hung and was stopped; resume with --run_name run" in errors
 
     step = steps_saved(started.run)[-1]  # the first is killed, in a step
     assert forked(config, signal_itself(0, signal.SIGKILL, step + 7)) == {0: -9, 1: 8}
@@ -184,7 +184,7 @@ def test_torchrun_starts_the_same_run_and_its_processes_hear_signals(tmp_path: P
 
 def test_a_process_that_fails_gives_its_exit_code(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, trainer__devices=2, optimizer__learning_rate=1e30, trainer__gradient_clip_val=0.0)
-    with pytest.raises(MinigptError, match=r"process \d ended \(exit code 7\); go on with --run_name run") as raised:
+    with pytest.raises(MinigptError, match=r"process \d ended \(exit code 7\); resume with --run_name run") as raised:
         launch.train(config)
     assert raised.value.exit_code == 7
     for folder in (tmp_path / "runs/run/checkpoints").iterdir():

@@ -14,7 +14,7 @@ def patch(argv: list[str]) -> None:
     path, rest = split_positional(argv)
     parser = study_parser("patch", patch)
     parser.add_argument("--clean", type=str, help="prompt that the answer follows")
-    parser.add_argument("--corrupted", type=str, help="prompt of the same length, in tokens, that it does not follow")
+    parser.add_argument("--corrupted", type=str, help="prompt of as many tokens that the answer does not follow")
     parser.add_argument("--answer", type=str, help="the answer, one token")
     parser.add_argument(
         "--versus", type=str | None, default=None, help="token whose logit is subtracted from the answer's"

@@ -37,7 +37,7 @@ LARGEST = 1e30  # a finite penalty that nothing survives
 
 @dataclass(frozen=True)
 class DRY:
-    """Lower tokens that would go on with a repetition of at least `allowed_length` tokens; multiplier 0 is off.
+    """Lower tokens that would extend a repetition of at least `allowed_length` tokens; multiplier 0 is off.
 
     `breakers` are tokens, or sequences of tokens, across which nothing counts as repeated: line breaks, quotation
     marks, the names of speakers. A single token that breaks is never lowered itself. The penalty ends at 1e30 and is

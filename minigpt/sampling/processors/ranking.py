@@ -1,8 +1,8 @@
 """Building blocks of filters: a threshold, and the top of a ranking without sorting the vocabulary.
 
-Sorting 50 000 logits takes thirty times as long as finding the first hundred, which nearly always decide. So a rule on
-the ranking first sees those; only the rows in which it goes on beyond them are ranked further, in the end in full. What
-is kept is what the full ranking gives, and a row never depends on its neighbours.
+Sorting 50 000 logits takes thirty times as long as finding the first hundred, which are nearly always enough. So a
+rule on the ranking first gets the first hundred. Only rows that need more are ranked further, up to the full ranking.
+The kept tokens are those of the full ranking, and a row never depends on its neighbours.
 """
 
 from __future__ import annotations

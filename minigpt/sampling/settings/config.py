@@ -104,7 +104,7 @@ class SamplingConfig(Shape, Length):
     num_beams: int = setting(1, rules.COUNT)
     """Beam width; 1 is no beam search."""
     beam_method: Literal["beam", "sample", "stochastic"] = setting("beam", rules.one_of("beam", "sample", "stochastic"))
-    """'beam' keeps the best beams, 'sample' draws them, 'stochastic' draws without replacement."""
+    """'beam' keeps the best beams, 'sample' draws beams, 'stochastic' is stochastic beam search (Gumbel top-k)."""
     length_penalty: float = setting(1.0, rules.NUMBER)
     """A beam's score is its log-probability divided by its length to this power; above 0 favours long texts."""
     early_stopping: bool | Literal["never"] = setting(False, rules.one_of(True, False, "never"))

@@ -75,7 +75,7 @@ class Shape:
     adaptive_decay: float = setting(0.9, rules.ZERO_TO_099, each=True)
     """Adaptive-p: decay of the running average of chosen probabilities."""
     mirostat: int = setting(0, rules.one_of(0, 1, 2))
-    """Mirostat 1 or 2: keep the average surprise at mirostat_tau; not to be combined with the filters above. 0: off."""
+    """Mirostat 1 or 2: keep the average surprise at mirostat_tau; cannot be combined with filters. 0: off."""
     mirostat_tau: float = setting(5.0, rules.POSITIVE, each=True)
     """Mirostat: target surprise, in bits per token."""
     mirostat_eta: float = setting(0.1, rules.NOT_NEGATIVE, each=True)

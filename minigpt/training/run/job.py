@@ -36,7 +36,7 @@ class Job:
     corpus: Path
     """The prepared corpus."""
     start: Path | None
-    """The checkpoint to go on from."""
+    """The checkpoint to resume from."""
     first_step: int
     """Steps that are done already."""
     owed: tuple[str, ...]
@@ -62,16 +62,16 @@ class Job:
         """What to say to who has stopped it."""
         folder = self.config.runs_dir
         where = "" if folder == TrainConfig.runs_dir else f" --runs_dir {shlex.quote(folder)}"
-        return f"go on with --run_name {shlex.quote(str(self.config.run_name))} --resume auto{where}"
+        return f"resume with --run_name {shlex.quote(str(self.config.run_name))} --resume auto{where}"
 
     @property
     def ending(self) -> str:
-        """One line on a run that is finished: why, and how to go on all the same."""
+        """One line on a run that is finished: why, and how to continue it."""
         if self.first_step >= self.config.trainer.max_steps:
-            return f"{self.run}: finished at step {self.first_step}; raise trainer.max_steps to go on"
+            return f"{self.run}: finished at step {self.first_step}; raise trainer.max_steps to continue"
         return (
             f"{self.run}: finished at step {self.first_step}, after {self.standing.since} validations without a "
-            f"better loss than {self.standing.loss:.4f} (step {self.standing.step}); raise eval.patience to go on, or "
+            f"better loss than {self.standing.loss:.4f} (step {self.standing.step}); raise eval.patience to continue, or "
             f"set it to 0"
         )
 

@@ -153,7 +153,7 @@ def _keep_decisions(config: TrainConfig, run: Path) -> TrainConfig:
     steps = before.trainer.max_steps
     if config.minutes != before.minutes or config.trainer.max_steps != steps:
         notice(
-            f"{run}: its {steps:,} steps were fixed when it began and stay; to go on longer give --minutes null "
+            f"{run}: its {steps:,} steps were fixed when it began and stay; to continue longer give --minutes null "
             f"--trainer.max_steps N"
         )
     return replace(config, minutes=before.minutes, trainer=replace(config.trainer, max_steps=steps))
@@ -189,7 +189,7 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path, corpus: Corpus) -> Pat
 
 
 def _trained_on(config: TrainConfig) -> str | None:
-    """The hash of the corpus that a run which goes on was trained on; None for one that begins."""
+    """The hash of the corpus that a resumed run was trained on; None for a new run."""
     if config.run_name is None or config.resume == "never":
         return None
     start = newest_valid(Path(config.runs_dir) / config.run_name)
@@ -233,7 +233,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
-    """Refuse to go on with another model, data order or validation; announce every other change."""
+    """Refuse to resume with another model, data order or validation; announce every other change."""
     old, new = flatten(before), flatten(now)
     changed = [key for key in new if key not in NOT_COMPARED and old.get(key) != new[key]]
     fixed = [key for key in changed if key.startswith(FIXED)]
@@ -241,11 +241,11 @@ def _compare(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
     if fixed:
         raise ConfigError(f"{run}: cannot be resumed with {differences}; choose another --run_name")
     if changed:
-        notice(f"{run}: goes on with {differences}")
+        notice(f"{run}: resumes with {differences}")
 
 
 def _owed(config: TrainConfig, run: Path, step: int, validates: bool, standing: Standing) -> tuple[str, ...]:
-    """What the step that a run goes on from should have shown, and was stopped before it did."""
+    """What was due at the step that a run resumes from, and was cut off."""
     if not step:
         return ()
     owed = []

@@ -74,7 +74,7 @@ def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(
 def test_a_run_stopped_while_its_minutes_are_planned_says_how_to_go_on(tmp_path: Path, monkeypatch) -> None:
     config = replace(tiny_run(tmp_path, "a run"), minutes=1.0)
     monkeypatch.setattr(Agreement, "on_step_end", stopping_at(1))
-    said = f"stopped by SIGTERM; go on with --run_name 'a run' --resume auto --runs_dir {tmp_path / 'runs'}"
+    said = f"stopped by SIGTERM; resume with --run_name 'a run' --resume auto --runs_dir {tmp_path / 'runs'}"
     with pytest.raises(Interrupted, match=f"^{said}$"):
         launch.train(config)
 
