@@ -71,8 +71,8 @@ class Job:
             return f"{self.run}: finished at step {self.first_step}; raise trainer.max_steps to continue"
         return (
             f"{self.run}: finished at step {self.first_step}, after {self.standing.since} validations without a "
-            f"better loss than {self.standing.loss:.4f} (step {self.standing.step}); raise eval.patience to continue, or "
-            f"set it to 0"
+            f"better loss than {self.standing.loss:.4f} (step {self.standing.step}); raise eval.patience to continue, "
+            f"or set it to 0"
         )
 
     def to_dict(self) -> dict[str, Any]:
