@@ -21,6 +21,7 @@ from minigpt.checkpoint.manifest import read_json
 from minigpt.errors import CheckpointError
 from minigpt.model.config import TABLES, GPTConfig
 from minigpt.model.gpt import GPT, outline
+from minigpt.model.modes import evaluating
 
 FILE = "logits.json"
 TOKENS = 12
@@ -43,13 +44,8 @@ def probe(config: GPTConfig, device: torch.device | str = "cpu") -> tuple[Tensor
 def logits_of(model: GPT, weights: dict[str, Tensor] | None = None) -> list[list[float]]:
     """The probe's logits, (T, K), in evaluation mode; with these weights in place of the model's own if given."""
     ids, columns = probe(model.config, model.device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.autocast(ids.device.type, enabled=False), _eager():
-            logits = model(ids) if weights is None else functional_call(model, weights, (ids,))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.autocast(ids.device.type, enabled=False), _eager():
+        logits = model(ids) if weights is None else functional_call(model, weights, (ids,))
     return logits[0][:, columns].double().cpu().tolist()
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.data.batches import IGNORED, ValidationWindows
+from minigpt.model.modes import evaluating
 from minigpt.model.precision import widen
 
 if TYPE_CHECKING:
@@ -113,9 +114,7 @@ def evaluate(
     nats = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)  # tokens, bytes
     others = torch.zeros(len(added.names) - 1 if added else 0, dtype=torch.float64)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for first in range(0, len(windows), rows * world_size):
             # A process without windows left still joins the forward pass, because sharded weights need all processes.
             begin = first + rank * rows
@@ -133,8 +132,6 @@ def evaluate(
             real = targets[targets != IGNORED]
             counts += torch.tensor([real.numel(), byte_lengths[real].sum()], dtype=torch.float64)
             on_rows(min(begin + rows * world_size, len(windows)))
-    finally:
-        model.train(training)
     nats, counts = reduce(nats), reduce(counts)
     means = (reduce(others) / counts[0]).tolist() if added else []
     named = dict(zip(added.names[1:], means, strict=True)) if added else {}

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache, Step
 from minigpt.model.gpt import GPT, Trunk, Unembed
 from minigpt.terminal import notice
@@ -22,16 +23,20 @@ LARGE = 2**20  # entries; for one row, matrices of at least this size are faster
 
 
 def fast(model: GPT, rows: int = 1, compiled: bool = False) -> GPT | Compiled:
-    """Return a copy of the model optimized for decoding; later changes of the model's weights do not affect it.
+    """Return a copy of the model optimized for decoding. It shares no memory with the model.
+
+    A copy is for decoding only: it cannot be saved, moved, cast, copied, pickled or given other weights.
 
     Args:
-        model: its parameters other than matrices are shared.
+        model: the model to copy.
         rows: how many rows are to be decoded together, for the layout; others work too.
         compiled: compile the step that reads one token per row; pays for many tokens, as the first one takes long.
 
     Returns:
         A model that `Sampler` accepts. A subclass of GPT comes back as it is. Unless the model is float32 on a CPU with
-        oneDNN, the matrices are not copied: the result is the model itself, or a compiled wrapper of it.
+        oneDNN, there is no copy: the result is the model itself, or a compiled wrapper that follows its weights. A
+        large float32 model that is compiled is not copied either; its wrapper refuses to decode with other weights
+        than those that it was compiled for.
     """
     if type(model) is not GPT or type(model.trunk) is not Trunk:
         return model  # a subclass may compute something else than the copies here
@@ -41,36 +46,62 @@ def fast(model: GPT, rows: int = 1, compiled: bool = False) -> GPT | Compiled:
     if not known:
         return Compiled(model) if compiled else model
     if not compiled:
-        return _relaid(model, rows, True)
+        return _relaid(model, rows, True, {})
     # The compiler can pack matrices itself, but only all of them.
     transposes = rows == 1 and max(layer.weight.numel() for layer in _linears(model)) < LARGE
-    return Compiled(_relaid(model, rows, False)) if transposes else Compiled(model, packs=True)
+    return Compiled(_relaid(model, rows, False, {})) if transposes else Compiled(model, packs=True)
 
 
 def _linears(model: GPT) -> list[nn.Linear]:
     return [module for module in model.modules() if type(module) is nn.Linear]
 
 
-def _relaid(module: nn.Module, rows: int, pack: bool) -> Any:
-    """Copy the module with every matrix in its fastest layout; other parameters are shared."""
+def _relaid(module: nn.Module, rows: int, pack: bool, copies: dict[int, Tensor]) -> Any:
+    """Copy the module with every matrix in its fastest layout. `copies` has the copy of each tensor by its id."""
     twin = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict):  # its tensors, submodules and hooks
+            vars(twin)[name] = copy.copy(value)
     if isinstance(module, GPT):
         twin.__class__ = RelaidGPT
-    twin._modules = {name: child and _relaid(child, rows, pack) for name, child in module._modules.items()}
+    twin._modules = {name: child and _relaid(child, rows, pack, copies) for name, child in module._modules.items()}
+    own = dict(module._parameters)
     if isinstance(module, (nn.Linear, Unembed)) and type(module) in (nn.Linear, Unembed):
         out, into = module.weight.shape
         if rows == 1 and out * into < LARGE:
-            if into >= out:
-                return twin
-            columns = nn.Parameter(module.weight.detach().t().contiguous().t(), requires_grad=False)
-            twin._parameters = {**module._parameters, "weight": columns}
+            if into < out:
+                columns = nn.Parameter(module.weight.detach().t().contiguous().t(), requires_grad=False)
+                copies = {**copies, id(module.weight): columns}
         elif pack:
             twin.__class__ = PackedUnembed if isinstance(module, Unembed) else PackedLinear
             twin.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
+            own["weight"] = None
+    twin._parameters = {name: value if value is None else _copied(value, copies) for name, value in own.items()}
+    twin._buffers = {name: value if value is None else _copied(value, copies) for name, value in twin._buffers.items()}
     return twin
 
 
-class RelaidGPT(GPT):
+def _copied(tensor: Tensor, copies: dict[int, Tensor]) -> Any:
+    """A copy of a tensor; the same copy for the same tensor, such as tied embeddings."""
+    if id(tensor) not in copies:
+        twin = tensor.detach().clone()
+        copies[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+    return copies[id(tensor)]
+
+
+class Decoder(nn.Module):
+    """What `fast` returns: it refuses what a copy for decoding cannot do."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise ConfigError(
+            "minigpt.fast: a copy for decoding cannot be saved, moved, cast, copied, pickled or given other weights; "
+            "do it with the model, and call minigpt.fast again"
+        )
+
+    state_dict = load_state_dict = _apply = __deepcopy__ = __reduce_ex__ = _refuse
+
+
+class RelaidGPT(Decoder, GPT):
     """A GPT whose matrices are laid out for decoding. It runs in inference mode, so it has no gradients."""
 
     @torch.inference_mode()
@@ -98,7 +129,7 @@ class PackedUnembed(Unembed):
         return torch.ops.mkldnn._linear_pointwise(hidden, self.packed, None, "none", [], "")
 
 
-class Compiled(nn.Module):
+class Compiled(Decoder):
     """A wrapper of a GPT for decoding, with a compiled one-token step. Prompts go through the uncompiled model.
 
     The step is compiled once for all lengths. It is compiled again only when the number of rows changes from one to
@@ -106,7 +137,7 @@ class Compiled(nn.Module):
 
     Args:
         model: the model; must be in evaluation mode while it decodes.
-        packs: let the compiler keep packed copies of the matrices.
+        packs: let the compiler keep packed copies of the matrices, which do not follow changes of the model.
     """
 
     def __init__(self, model: GPT, packs: bool = False) -> None:
@@ -119,6 +150,7 @@ class Compiled(nn.Module):
             given["isolate_recompiles"] = True  # a recompilation limit of its own for each model in this process
         self.step = torch.compile(_step, fullgraph=True, **given)
         self.broken = False
+        self.packed_from = _versions(model) if packs else None
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +158,12 @@ class Compiled(nn.Module):
         return self.model.device
 
     def next_logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
-        """As `GPT.next_logits`; one token per row goes through the compiled step."""
+        """As `GPT.next_logits`; one token per row goes through the compiled step.
+
+        Raises ConfigError if the packed copies of the matrices are no longer those of the model.
+        """
+        if self.packed_from is not None and self.packed_from != _versions(self.model):
+            raise ConfigError("minigpt.fast: the model has changed since it was compiled; call minigpt.fast again")
         if self.broken or ids.shape[1] > 1 or cache.longest == 0:
             return self.model.next_logits(ids, cache, counts)
         step = self.model.trunk.begin(ids, cache)
@@ -142,6 +179,11 @@ class Compiled(nn.Module):
             return self.model.next_logits(ids, cache, counts)
         cache.advance(step)
         return logits
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Changes with every change of a parameter, in place or not."""
+    return [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.parameters()]
 
 
 class _Slots(KVCache):

@@ -216,7 +216,7 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.unembed.weight.device
+        return self.trunk.embed.weight.device
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """Create an empty cache for `rows` sequences of up to `capacity` tokens, in the weights' dtype and device."""
@@ -227,7 +227,7 @@ class GPT(nn.Module):
             self.config.n_kv_head,
             min(capacity, self.config.block_size),
             self.config.head_dim,
-            dtype=self.unembed.weight.dtype,
+            dtype=self.trunk.embed.weight.dtype,
             device=self.device,
         )
 

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, NonFiniteError
+from minigpt.model.modes import evaluating
 from minigpt.sampling.draws.decodable import Decodable, device_of
-from minigpt.sampling.loop.loop import check_prompts, evaluating
+from minigpt.sampling.loop.loop import check_prompts
 from minigpt.sampling.processors.processors import NEVER
 from minigpt.terminal import progress
 from minigpt.tokenizer.base import well_formed

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 
 import pytest
 import torch
 
+from minigpt.errors import ConfigError
 from minigpt.model import fast as home
 from minigpt.model.fast import Compiled, PackedLinear, RelaidGPT, fast
 from minigpt.sampling.loop.loop import stream_rows
@@ -61,6 +64,64 @@ def test_the_model_itself_is_left_as_it_was() -> None:
 def test_float64_is_decoded_as_it_is() -> None:
     model = random_model(tiny_config("gpt2")).double()
     assert fast(model, 2) is model
+
+
+def changed(model) -> None:
+    """Change every tensor of a model in place, as an optimizer or load_state_dict does, and its buffers too."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.mul_(1.3).add_(0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("large", [0, 2**20])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_copy_and_its_model_share_nothing(preset: str, large: int, rows: int, monkeypatch) -> None:
+    monkeypatch.setattr(home, "LARGE", large)
+    model = random_model(tiny_config(preset))
+    ready = fast(model, rows)
+    before, own = logits_of(ready, rows), logits_of(model, rows)
+    changed(ready)
+    assert all(map(torch.equal, logits_of(model, rows), own)), "the copy's tensors are its own"
+    ready = fast(model, rows)
+    changed(model)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the copy has no hook"))
+    assert all(map(torch.equal, logits_of(ready, rows), before)), "wholly the model as it was"
+    model.to(torch.bfloat16)
+    assert all(map(torch.equal, logits_of(ready, rows), before))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("large", [0, 2**20])
+def test_a_copy_refuses_what_would_change_it_or_reach_its_model(large: int, compiled: bool, monkeypatch) -> None:
+    monkeypatch.setattr(home, "LARGE", large)
+    monkeypatch.setattr(torch, "compile", lambda function, **named: function)
+    model = random_model(tiny_config("gpt2"))
+    ready, before = fast(model, 4, compiled=compiled), copy.deepcopy(model.state_dict())
+    for forbidden in (
+        lambda: ready.load_state_dict(before),
+        lambda: ready.to(torch.bfloat16),
+        lambda: ready.half(),
+        lambda: ready.share_memory(),
+        lambda: ready.state_dict(),
+        lambda: copy.deepcopy(ready),
+        lambda: pickle.dumps(ready),
+    ):
+        with pytest.raises(ConfigError, match=r"call minigpt\.fast again"):
+            forbidden()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(not tensor.is_shared() for tensor in model.parameters())
+
+
+@pytest.mark.parametrize("change", [changed, lambda model: model.to(torch.float64), lambda model: model.tie()])
+def test_a_compiled_model_with_packed_copies_refuses_to_decode_once_its_source_has_changed(change, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **named: function)
+    model = random_model(tiny_config("gpt2", tie_embeddings=False))
+    ready = fast(model, 4, compiled=True)
+    texts(ready)
+    change(model)
+    with pytest.raises(ConfigError, match=r"since it was compiled; call minigpt\.fast again"):
+        texts(ready)
 
 
 class InductorError(Exception):

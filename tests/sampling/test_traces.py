@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import random
+import subprocess
+import sys
+import threading
 import weakref
+from pathlib import Path
+from threading import Event as Event_
 
 import numpy as np
 import pytest
 import torch
 
 from minigpt.errors import ConfigError
+from minigpt.model.modes import evaluating
 from minigpt.sampling.loop.loop import Event, stream_rows
 from table_model import TableLM, TableModule, run
 from toys import random_ids, random_model, tiny_config
@@ -30,7 +37,7 @@ def test_each_modules_mode_comes_back_after_the_end_an_error_and_an_early_close(
     events = stream_rows(module, [[1]], max_new_tokens=5, seeds=[1])
     assert modes(module) == before, "nothing happens before the first event"
     tokens = [next(events).token]
-    assert modes(module) == [False] * 3
+    assert modes(module) == before, "borrowed for the step alone"
     tokens += [event.token for event in events]
     assert modes(module) == before
     assert tokens == run(module.table, [[1]], 5, seeds=[1])[0, 0][0], "no dropout"
@@ -130,10 +137,80 @@ def test_two_open_streams_share_the_evaluation_mode_until_the_last_one_ends():
     next(first)
     tokens = [next(second).token]
     list(first)
-    assert modes(module) == [False] * 3
     tokens += [event.token for event in second]
     assert tokens == expected, "no dropout in either"
     assert modes(module) == [True, True, False], "each module's own mode"
+
+
+@pytest.mark.parametrize("ending", ["dropped", "closed", "ended"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stream_never_changes_a_mode_that_was_set_since(training, ending):
+    module = TableModule(TableLM()).train(not training)
+    events = stream_rows(module, [[1]], max_new_tokens=3, seeds=[1])
+    tokens = [next(events).token]
+    module.train(training)
+    if ending == "ended":
+        tokens += [event.token for event in events]
+        assert tokens == run(module.table, [[1]], 3, seeds=[1])[0, 0][0], "no dropout, whatever the mode between steps"
+    elif ending == "closed":
+        events.close()
+    del events
+    gc.collect()
+    assert modes(module) == [training] * 3
+
+
+def test_threads_that_compute_at_once_give_each_module_its_mode_back():
+    module = TableModule(TableLM()).train()
+    module.frozen.eval()
+    inside, leave = Event_(), Event_()
+
+    def stay():
+        with evaluating(module):
+            inside.set()
+            leave.wait(10)
+
+    other = threading.Thread(target=stay)
+    other.start()
+    assert inside.wait(10)
+    with evaluating(module):
+        assert modes(module) == [False] * 3
+    assert modes(module) == [False] * 3, "the other thread still computes"
+    leave.set()
+    other.join()
+    assert modes(module) == [True, True, False]
+
+
+def test_a_model_that_holds_its_own_open_stream_is_freed():
+    module = TableModule(TableLM()).train()
+    module.open = stream_rows(module, [[1]], max_new_tokens=3)
+    next(module.open)
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_open_stream_at_the_end_of_a_program_says_nothing(tmp_path):
+    program = """
+import torch
+from table_model import TableLM, TableModule
+from minigpt.sampling.loop.loop import stream_rows
+
+class Holder: pass
+holder, module = Holder(), TableModule(TableLM()).train()
+holder.open = stream_rows(module, [[1]], max_new_tokens=3)
+next(holder.open)
+holder.itself = holder
+"""
+    paths = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_a_criterion_that_does_not_answer_for_every_row_is_named():

@@ -26,6 +26,7 @@ from minigpt.internals.access.text import Text, Texts, need_two
 from minigpt.model.cache import KVCache
 from minigpt.model.explicit import explicit_forward, explicit_trunk
 from minigpt.model.gpt import GPT
+from minigpt.model.modes import evaluating
 from minigpt.model.precision import widen
 from minigpt.tokenizer.base import Tokenizer
 
@@ -109,13 +110,8 @@ def _refuse_another_function(model: GPT) -> None:
     if not (others := differences(model)):
         return
     ids, _ = probe(model.config, model.device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            found, expected = explicit_forward(model, ids).double(), model(ids).double()
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        found, expected = explicit_forward(model, ids).double(), model(ids).double()
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
         raise ConfigError(
             f"Study: the model has modules of other classes ({', '.join(others[:3])}), and its explicit forward pass "
@@ -212,14 +208,8 @@ class Access(Texts):
     @contextmanager
     def running(self, grad: bool = False) -> Iterator[None]:
         """Evaluation mode, with or without gradients, within a `with` block."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.set_grad_enabled(grad):
-                yield
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(self.model), torch.set_grad_enabled(grad):
+            yield
 
     def run_with_cache(
         self,

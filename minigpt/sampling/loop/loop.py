@@ -8,13 +8,12 @@ samples. A row that ends leaves its batch. The result of a row does not depend o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
-import torch
+from torch import nn
 
 from minigpt.errors import ConfigError
+from minigpt.model.modes import evaluating
 from minigpt.sampling.draws.decodable import Decodable
 from minigpt.sampling.draws.noise import fresh_seed
 from minigpt.sampling.loop.batch import Batch, Row
@@ -70,8 +69,8 @@ def stream_rows(
 ) -> Iterator[Event]:
     """Continue token prompts and yield an event for each row and step.
 
-    The model is in evaluation mode from the first event on. The modes of its modules are restored at the end, after an
-    error, and when the iterator is closed early. No gradients are recorded; the caller's gradient mode does not change.
+    The model is in evaluation mode while it computes, and its modules have their own modes again at every event. No
+    gradients are recorded; the caller's gradient mode does not change.
 
     Args:
         model: the model that predicts the next token.
@@ -183,17 +182,18 @@ def _stream(
     yield from [_event(row, reason=_spent(row, most)) for row in rows if _spent(row, most)]
     rows = [row for row in rows if not _spent(row, most)]
     if rows:
-        with evaluating(model):
-            for batch_rows in batches(rows):
-                yield from write(batch_rows)
+        for batch_rows in batches(rows):
+            yield from write(batch_rows)
 
 
 def _write(
     batch: Batch, most: int | None, criteria: Sequence[Criterion], top: int | None, show: int
 ) -> Iterator[Event]:
     """Generate until every row of a batch has ended."""
+    modules = list(batch.model.modules()) if isinstance(batch.model, nn.Module) else None
     while True:
-        choices = take_turn(batch, top, show)
+        with evaluating(batch.model, modules):
+            choices = take_turn(batch, top, show)
         verdicts = [_verdict(criterion, batch) for criterion in criteria]
         own_reasons = [next(filter(None, reasons), None) for reasons in zip(*verdicts, strict=True)]
         events = [
@@ -264,28 +264,3 @@ def _event(
         choice.details,
         choice.work,
     )
-
-
-_evaluated: WeakKeyDictionary[torch.nn.Module, tuple[int, list[tuple[torch.nn.Module, bool]]]] = WeakKeyDictionary()
-"""For each model in use: the number of users, and the original mode of every module."""
-
-
-@contextmanager
-def evaluating(model: Decodable) -> Iterator[None]:
-    """Set every module of the model to evaluation mode; restore the original modes when the last user is done."""
-    if not isinstance(model, torch.nn.Module):
-        yield
-        return
-    uses, modes = _evaluated.get(model) or (0, [(module, module.training) for module in model.modules()])
-    _evaluated[model] = uses + 1, modes
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        uses, modes = _evaluated.pop(model)
-        if uses > 1:
-            _evaluated[model] = uses - 1, modes
-        else:
-            for module, training in modes:
-                module.training = training

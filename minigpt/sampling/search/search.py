@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.model.modes import evaluating
 from minigpt.sampling.draws.choice import is_choosable
 from minigpt.sampling.draws.decodable import Decodable
 from minigpt.sampling.draws.noise import Noise, fresh_seed
 from minigpt.sampling.loop.batch import Batch, Row, window_start
-from minigpt.sampling.loop.loop import check_prompts, evaluating
+from minigpt.sampling.loop.loop import check_prompts
 from minigpt.sampling.loop.pipeline import Pipeline
 from minigpt.sampling.search.constraints import Constraint, required
 from minigpt.sampling.search.expansion import RANKINGS, Ranking, Step, candidates, drawn_by, root_key

@@ -64,6 +64,7 @@ def _fit(job: Job, objects: Objects, agreement: Agreement, resume: str, held: Ex
     world_size = config.processes
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
     if config.trainer.threads or world_size > 1:
+        held.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.trainer.threads or max(1, torch.get_num_threads() // config.trainer.devices))
 
     corpus = open_corpus(job.corpus)
