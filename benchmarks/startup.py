@@ -98,8 +98,8 @@ def print_processes(run: Path) -> None:
 
 def print_loading(folder: Path) -> None:
     """Print the times of loading a model."""
-    from minigpt.checkpoint.checkpoint import load
     from minigpt.checkpoint.tensors import load_tensors
+    from minigpt.sampling.run import load
 
     path = folder / "model.safetensors"
     calls: dict[str, Callable[[], object]] = {

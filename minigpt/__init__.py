@@ -3,8 +3,7 @@
     import minigpt
 
     run = minigpt.load("runs/NAME")
-    sampler = minigpt.Sampler(run.model, run.tokenizer)
-    print(sampler.generate("Once upon a time")[0][0].text)
+    print(run.sampler().generate("Once upon a time")[0][0].text)
     minigpt.Study(run).loss("Once upon a time")
 
 Public names are imported on first use, so `import minigpt` alone loads neither torch nor lightning.
@@ -23,14 +22,14 @@ _HOMES = {
     "GPT": "minigpt.model.gpt",
     "GPTConfig": "minigpt.model.config",
     "MinigptError": "minigpt.errors",
-    "Run": "minigpt.checkpoint.checkpoint",
+    "Run": "minigpt.sampling.run",
     "Sampler": "minigpt.sampling.sampler",
     "SamplingConfig": "minigpt.sampling.settings.config",
     "Study": "minigpt.internals.study",
     "TokenizerConfig": "minigpt.tokenizer.config",
     "TrainConfig": "minigpt.training.config",
     "fast": "minigpt.model.fast",
-    "load": "minigpt.checkpoint.checkpoint",
+    "load": "minigpt.sampling.run",
     "next_token_loss": "minigpt.training.recipe.loss",
     "prepare": "minigpt.data.prepare",
     "register": "minigpt.plugins",
@@ -40,8 +39,6 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
-    from minigpt.checkpoint.checkpoint import Run as Run
-    from minigpt.checkpoint.checkpoint import load as load
     from minigpt.checkpoint.saving import save_checkpoint as save_checkpoint
     from minigpt.data.batches import Batches as Batches
     from minigpt.data.config import DataConfig as DataConfig
@@ -52,6 +49,8 @@ if TYPE_CHECKING:
     from minigpt.model.fast import fast as fast
     from minigpt.model.gpt import GPT as GPT
     from minigpt.plugins import register as register
+    from minigpt.sampling.run import Run as Run
+    from minigpt.sampling.run import load as load
     from minigpt.sampling.sampler import Sampler as Sampler
     from minigpt.sampling.settings.config import SamplingConfig as SamplingConfig
     from minigpt.tokenizer.config import TokenizerConfig as TokenizerConfig

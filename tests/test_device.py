@@ -89,7 +89,7 @@ def test_every_verb_goes_where_the_flag_says_and_by_itself_to_the_gpu(
     monkeypatch.setattr(checkpoint, "filled_model", lambda *a, device, **k: send(None, device))
     if verb == "sample":
         monkeypatch.setattr(torch.nn.Module, "to", send)
-        monkeypatch.setattr("minigpt.checkpoint.checkpoint.load", lambda *a, device: FakeRun(device))
+        monkeypatch.setattr("minigpt.sampling.run.load", lambda *a, device: FakeRun(device))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the cat sat")
     arguments = ["text.txt" if word == "TEXT" else word for word in VERBS[verb]]

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from minigpt.checkpoint.checkpoint import load
 from minigpt.cli.main import main
 from minigpt.internals.study import Study
 from minigpt.model.fast import fast
 from minigpt.model.gpt import GPT
+from minigpt.sampling.run import load
 from minigpt.sampling.sampler import Sampler
 from minigpt.training.recipe import loss as loss_module
 from minigpt.training.recipe.loss import Objective, compiled, plain_loss

@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor
 
 from minigpt.checkpoint.filling import filled_model, load_weights
-from minigpt.checkpoint.foreign import reconciled, sampling_from_huggingface
+from minigpt.checkpoint.foreign import read_sampling, reconciled
 from minigpt.checkpoint.formats import FORMAT, check_format, migrate_model
 from minigpt.checkpoint.identity import check_logits, refuse_other_classes
 from minigpt.checkpoint.manifest import MANIFEST, read_json, verify_once
@@ -52,15 +52,15 @@ MOST_YAML = 1 << 18  # bytes
 
 
 @dataclass
-class Run:
-    """What `load` returns: everything needed to sample from a model or to study it."""
+class Loaded:
+    """A checkpoint that was read."""
 
     model: GPT
     tokenizer: Tokenizer
     config: dict[str, Any]
     """The resolved training config; empty where the folder holds none (a Hugging Face folder)."""
-    sampling: dict[str, Any]
-    """generation_config.json: sampling defaults."""
+    stored_sampling: dict[str, Any]
+    """generation_config.json: sampling defaults, as stored."""
     path: Path
     """The checkpoint folder that was read. Of a run in training it may be gone by now; nothing more is read from it."""
     state: dict[str, Any] = field(default_factory=dict)
@@ -101,26 +101,8 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     model: Callable[[GPTConfig], GPT] | None = None,
-) -> Run:
-    """Load a model with its tokenizer from a run, a checkpoint folder, or a Hugging Face GPT-2 or Llama folder.
-
-    Of a run the checkpoint that validated best is taken, where one is recorded and whole, else the newest that is; a
-    notice says so where that is not the newest. The run may be in training: see `runs.read_checkpoint`. A
-    folder with a manifest is verified first. Never touches the network, never runs code from the folder. The model
-    comes back in evaluation mode, on `device`; "auto" is a GPU where there is one (see `minigpt.model.device`). The
-    weights of a run are read at once, as its checkpoints are pruned while it trains. Those of a folder named itself
-    are, on a CPU, the file's pages, read when they are first used and private to the process: training does not write
-    to the file, but the file should not be overwritten in place meanwhile.
-
-    What a Hugging Face folder asks for is done, refused by name, or named in a notice: docs/interop.md.
-
-    A checkpoint whose model has parts of plug-ins needs them registered before (see minigpt.register); it names the
-    modules that the run used and never imports them. A model of classes that its config does not describe, such as a
-    subclass of GPT, needs `model`: a function that makes one from the config. The loaded model must compute the logits
-    that were stored with it.
-
-    Raises CheckpointError for a folder that holds no model, a damaged one, an unknown architecture, or another model.
-    """
+) -> Loaded:
+    """Load a checkpoint; see `minigpt.sampling.run.load`, which returns a `Run`."""
     return read_checkpoint(path, lambda folder: _load(folder, device, dtype, folder == Path(path), model), notice)
 
 
@@ -130,7 +112,7 @@ def _load(
     dtype: torch.dtype,
     lazily: bool,
     make: Callable[[GPTConfig], GPT] | None,
-) -> Run:
+) -> Loaded:
     if (folder / MANIFEST).is_file():
         verify_once(folder)
     if (folder / "adapter_config.json").is_file():
@@ -152,22 +134,14 @@ def _load(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} ids and its model {model.vocab_size}; "
             f"ids from {model.vocab_size} on cannot be read"
         )
-    return Run(
+    return Loaded(
         model=model,
         tokenizer=tokenizer,
         config=read_yaml(folder / "train_config.yaml") if (folder / "train_config.yaml").is_file() else {},
-        sampling=_read_sampling(folder, model.vocab_size),
+        stored_sampling=read_sampling(folder, model.vocab_size),
         path=folder,
         state=read_training_state(folder) if (folder / "training_state.json").is_file() else {},
     )
-
-
-def _read_sampling(folder: Path, vocab_size: int) -> dict[str, Any]:
-    path, values = folder / "generation_config.json", read_json(folder / "config.json")
-    stored = read_json(path) if path.is_file() else None
-    if "minigpt" in values:
-        return stored or {}
-    return sampling_from_huggingface(values, stored, vocab_size, str(folder))
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from minigpt.checkpoint.manifest import read_json
 from minigpt.errors import CheckpointError
 from minigpt.model.config import GPTConfig
 from minigpt.terminal import notice_once
@@ -267,3 +269,16 @@ def sampling_from_huggingface(values: Values, generation: Values | None, vocab_s
         kept = [end for end in listed if end not in beyond]
         sampling["eos_token_id"] = kept if isinstance(ends, list) and kept else None
     return sampling
+
+
+def read_sampling(folder: Path, vocab_size: int | None = None) -> dict[str, Any]:
+    """The sampling defaults of a checkpoint or Hugging Face folder, unchecked; `vocab_size` is that of its model."""
+    path, values = folder / "generation_config.json", read_json(folder / "config.json")
+    stored = read_json(path) if path.is_file() else None
+    if "minigpt" in values:
+        return stored or {}
+    if vocab_size is None:
+        config = config_from_huggingface(values, str(folder / "config.json"))
+        assert config.vocab_size is not None
+        vocab_size = config.vocab_size
+    return sampling_from_huggingface(values, stored, vocab_size, str(folder))

@@ -9,7 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from minigpt.cli.plugins import described, own_settings
+from minigpt.cli.typed import keys_of, read_typed, with_underscores
 from minigpt.durable import json_text, named_path
 from minigpt.errors import ConfigError
 from minigpt.plugins import loaded, table
@@ -84,21 +87,49 @@ def make_parser(command: str, description: str, positional: str = "", folder: st
     return parser
 
 
-def parse(parser: Any, argv: list[str]) -> Any:
-    """Parse arguments. An error becomes a ConfigError of one line that suggests the closest valid name."""
+def parse(parser: Any, argv: list[str], positionals: list[str] | None = None) -> Any:
+    """Parse arguments. Flags override the files of --config, and later files earlier ones.
+
+    Args:
+        parser: from `make_parser`; `parser.given` becomes the set of the settings that were given, and `parser.preset`
+            the set of those that only a shipped config gives.
+        argv: the arguments; typed.py has the forms that they may have.
+        positionals: receives the arguments that are no flags; None if there must be none.
+
+    Raises:
+        ConfigError: of one line, which suggests the closest valid name.
+    """
     import argparse
 
+    argv = with_underscores(argv)
     argv = [
         _shipped_config(previous, item, parser.shipped_folder)
         for previous, item in zip(["", *argv], argv, strict=False)
     ]
     describe_choices(parser)
+    typed = read_typed(parser, own_settings(parser, argv))
+    if typed.positionals and positionals is None:
+        raise ConfigError(f"{typed.positionals[0]}: not a flag; see {parser.prog} --help")
+    if positionals is not None:
+        positionals.extend(typed.positionals)
+    ours = set(shipped_in(parser.shipped_folder))
+    in_files = [(path in ours, set(keys_of(settings))) for path, settings in typed.configs]
+    parser.given = typed.given
+    parser.preset = set().union(*(keys for preset, keys in in_files if preset)) - typed.by_flags
+    parser.preset -= set().union(*(keys for preset, keys in in_files if not preset))
+    configs = [f"--config={yaml.safe_dump(settings, allow_unicode=True)}" for _, settings in typed.configs]
     try:
-        return parser.instantiate(parser.parse_args(own_settings(parser, argv)))
+        return parser.instantiate(parser.parse_args([*configs, *typed.flags]))
     except argparse.ArgumentError as error:
         if isinstance(error.__context__, ConfigError):
             raise error.__context__ from error
-        raise ConfigError(_explain(parser, str(error))) from error
+        message = _explain(parser, str(error))
+        name = re.match(r'"([\w.]+)"|--([\w.]+)', message)
+        for path, settings in typed.configs:
+            if name and (name[1] or name[2]) in set(keys_of(settings)):
+                message = f"--config {path}: {message}"
+                break
+        raise ConfigError(message) from error
 
 
 def describe_choices(parser: Any) -> None:
@@ -141,7 +172,7 @@ def _explain(parser: Any, message: str) -> str:
     if re.search(r": Expected text\b.* Got value: [^ ]+$", message):
         message += "; put it into quotes, so that YAML takes it for text"
     unknown = (
-        re.search(r"unrecognized arguments: --?([\w.]+)", message)
+        re.search(r"unrecognized arguments: --?([\w.-]+)", message)
         or re.search(r"[Oo]ption '([\w.]+)' is not accepted", message)
         or re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>\w+)'", message)
     )

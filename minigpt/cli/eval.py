@@ -24,9 +24,9 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parse(parser, rest)
 
-    from minigpt.checkpoint.checkpoint import load
     from minigpt.evaluation.text import evaluate_run
     from minigpt.model.device import pick_device
+    from minigpt.sampling.run import load
 
     data, folder = values.data, values.data.folder
     if data.source is not None:

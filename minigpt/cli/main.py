@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -13,11 +14,12 @@ from functools import partial
 from minigpt.choices import Row, Table
 from minigpt.cli.plugins import take_plugins
 from minigpt.cli.study.analysis import analyse
-from minigpt.errors import ConfigError, MinigptError, leave
+from minigpt.errors import ConfigError, DiskError, MinigptError, leave
 from minigpt.plugins import loaded, table
 from minigpt.terminal import show_what_can_be_shown, spelled
 
 PROG = "minigpt"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 VERBS = Table(
@@ -75,6 +77,8 @@ def main(argv: Iterable[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
             raise ConfigError(f"{arguments[0]}: no such verb; {hint}")
         verb(arguments[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except MinigptError as error:
         if debug:
             raise
@@ -88,6 +92,12 @@ def main(argv: Iterable[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has closed it (| head): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"{PROG}: the output cannot be written ({error.strerror})", file=sys.stderr)
+        return DiskError.exit_code
     except Exception as error:
         from minigpt.model.device import told
 

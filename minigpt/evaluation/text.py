@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minigpt.checkpoint.checkpoint import Run
 from minigpt.data.batches import ValidationWindows, validation_windows
 from minigpt.data.config import CleanConfig, DataConfig
 from minigpt.data.prepare import prepare
 from minigpt.data.shards import Corpus
 from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation.loss import Evaluation, byte_lengths, evaluate
+from minigpt.sampling.run import Run
 from minigpt.terminal import progress
 from minigpt.tokenizer.config import TokenizerConfig
 

@@ -120,6 +120,15 @@ def _counted(kind: Any, strength: str) -> Callable[[Settings], Any]:
     return lambda given: kind(getattr(given, strength), given.configs[0].penalty_scope, given.window)
 
 
+def _sequences(tokenizer: Any, pairs: Sequence[Any]) -> Any:
+    """Biases of sequences of ids; a text stands for its spellings. Biases of the same sequence add up."""
+    total: dict[tuple[int, ...], float] = {}
+    for what, bias in pairs:
+        for ids in spellings(tokenizer, what) if isinstance(what, str) else [tuple(what)]:
+            total[ids] = total.get(ids, 0.0) + bias
+    return bans.SequenceBias(total)
+
+
 def _ids(kind: Any, name: str) -> Callable[[Settings], Any]:
     return lambda given: kind(getattr(given.configs[0], name))
 
@@ -127,9 +136,7 @@ def _ids(kind: Any, name: str) -> Callable[[Settings], Any]:
 MAKERS: dict[str, Callable[[Settings], Any]] = {  # step -> function that returns its processor, or a list of several
     "vocabulary": lambda given: AllowedVocabulary(given.tokenizer.vocab_size),
     "logit_bias": _ids(bans.LogitBias, "logit_bias"),
-    "sequence_bias": lambda given: bans.SequenceBias(
-        {tuple(ids): bias for ids, bias in given.configs[0].sequence_bias}
-    ),
+    "sequence_bias": lambda given: _sequences(given.tokenizer, given.configs[0].sequence_bias),
     "allowed_token_ids": _ids(bans.AllowedIds, "allowed_token_ids"),
     "encoder_repetition_penalty": lambda given: penalties.PromptRepetitionPenalty(given.encoder_repetition_penalty),
     "repetition_penalty": lambda given: penalties.RepetitionPenalty(

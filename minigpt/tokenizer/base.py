@@ -42,7 +42,8 @@ class Tokenizer(ABC):
         cut: zero-width pattern that matches where a document can be cut without changing its ids; None if no such place
             is known.
         pieces: bytes of each id: the text of special tokens, b"" for unused ids.
-        specials: text of each special token -> its id. Inside a document the same text is ordinary text.
+        specials: text of each special token -> its id. Inside a document the same text is ordinary text, but
+            `encode_special` reads it as the token.
         learns: what a vocabulary is taken from: "train" (the training text), "all" (the whole text) or "" (no text).
         spaces_apart: whether a space is always a token of its own, so that a word has one spelling.
         verbatim: whether the bytes of a text's ids (`token_bytes`) equal the bytes of the text. A tokenizer.json may
@@ -101,9 +102,25 @@ class Tokenizer(ABC):
         """Encode one text to ids. Special tokens inside it are ordinary text."""
         return self.encode_batch([text])[0].tolist()
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """Encode a text as the start of a model's input: `prefix_ids`, then the ids of the text."""
-        return [*self.prefix_ids, *self.encode(text)]
+    def encode_special(self, text: str) -> list[int]:
+        """Encode one text to ids; special tokens inside it become their ids."""
+        texts = sorted(filter(None, self.specials), key=len, reverse=True)
+        if not texts:
+            return self.encode(text)
+        parts = re.split(f"({'|'.join(map(re.escape, texts))})", text)
+        ids = [[self.specials[part]] if i % 2 else self.encode(part) for i, part in enumerate(parts) if part]
+        return [id for part in ids for id in part]
+
+    def prompt_ids(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
+        """Encode a text as the start of a model's input: `prefix_ids`, then the ids of the text.
+
+        Args:
+            text: the text.
+            add_special_tokens: whether `prefix_ids` come first.
+            parse_special: whether special tokens in the text become their ids; see `encode_special`.
+        """
+        ids = self.encode_special(text) if parse_special else self.encode(text)
+        return [*self.prefix_ids, *ids] if add_special_tokens else ids
 
     @property
     def given_ids(self) -> list[int]:

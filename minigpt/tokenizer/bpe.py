@@ -17,13 +17,9 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from minigpt.tokenizer.alphabet import LINE_START
 from minigpt.tokenizer.base import END_OF_TEXT, Tokenizer, well_formed
 from minigpt.tokenizer.config import TokenizerConfig
-
-# A document can be cut between a line end and a letter: every pattern here ends a split there, and none looks back
-# beyond the start of the split or ahead by more than one character. After other whitespace a cut is not safe, because
-# the split of whitespace depends on what follows it.
-LINE_START = re.compile(r"(?<=\S\n)(?=[^\W\d_])")
 
 # tiktoken's regex engine keeps a backtracking entry per whitespace character, and panics at a million.
 MOST_BLANKS = 500_000
@@ -45,10 +41,11 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def build(cls, config: TokenizerConfig, texts: Callable[[], Iterable[str]] | None, show: bool) -> Tokenizer:
         """Train merges on the training text."""
-        from minigpt.tokenizer.train_bpe import train_bpe
+        from minigpt.tokenizer.train_bpe import SPLIT_PATTERN, train_bpe
 
         assert texts is not None
-        return train_bpe(texts(), config.vocab_size, show)
+        tokens = train_bpe(texts(), config.vocab_size, show)
+        return cls("bpe", SPLIT_PATTERN, tokens, {END_OF_TEXT: len(tokens)})
 
     @classmethod
     def asked(cls, config: TokenizerConfig) -> dict[str, Any]:
@@ -113,16 +110,3 @@ def _few_blanks(text: str) -> Iterator[str]:
 def _cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _byte_characters() -> dict[str, int]:
-    """Character -> byte map of GPT-2 and Hugging Face, whose files represent bytes as printable characters.
-
-    Printable Latin-1 characters represent themselves; other bytes are U+0100, U+0101, ... in order. A space is 'Ġ'.
-    """
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_OF = _byte_characters()

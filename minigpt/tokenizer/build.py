@@ -43,6 +43,8 @@ def build_tokenizer(
     """
     if needs_corpus(config) and texts is None:
         raise ConfigError(f"tokenizer.kind '{config.kind}' takes its vocabulary from a corpus, but none was given")
+    if config.path is not None:
+        return load_tokenizer(config.path)  # of any kind
     return KINDS[config.kind].build(config, texts if needs_corpus(config) else None, show)
 
 

@@ -15,12 +15,19 @@ NEEDED = ("encode", "decode", "vocab_size")
 
 
 def as_tokenizer(own: Any) -> Tokenizer:
-    """Return the object itself if it is a `Tokenizer`, else wrap it in a `GivenTokenizer`.
+    """A `Tokenizer`: the object itself, one made of a transformers or `tokenizers` object, or a `GivenTokenizer`.
 
     Raises:
         ConfigError: the object lacks encode (text -> ids), decode (ids -> text) or vocab_size.
     """
-    return own if isinstance(own, Tokenizer) else GivenTokenizer(own)
+    if isinstance(own, Tokenizer):
+        return own
+    engine = getattr(own, "backend_tokenizer", own)  # transformers' fast tokenizers have one
+    if type(engine).__module__.partition(".")[0] == "tokenizers" and hasattr(engine, "to_str"):
+        from minigpt.tokenizer.huggingface import from_engine
+
+        return from_engine(engine, getattr(own, "eos_token_id", None))
+    return GivenTokenizer(own)
 
 
 class GivenTokenizer(Tokenizer):

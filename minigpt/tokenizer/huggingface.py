@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from minigpt.errors import DataError
-from minigpt.tokenizer.base import StreamDecoder, TextStreamDecoder, Tokenizer, well_formed
-from minigpt.tokenizer.bpe import BYTE_OF
+from minigpt.tokenizer.alphabet import BYTE_OF
+from minigpt.tokenizer.base import END_OF_TEXT, StreamDecoder, TextStreamDecoder, Tokenizer, well_formed
 from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.tokenizer.folder import SPACE_MARK, Around, Folder
 
@@ -35,14 +35,6 @@ class HuggingFaceTokenizer(Tokenizer):
         eot: id of the end-of-text token, which the file does not specify; None for none.
         prefix_ids: ids that precede every text.
     """
-
-    @classmethod
-    def build(cls, config: TokenizerConfig, texts: Callable[[], Iterable[str]] | None, show: bool) -> Tokenizer:
-        """Load the tokenizer of any kind that is saved at config.path."""
-        from minigpt.tokenizer.build import load_tokenizer
-
-        assert config.path is not None
-        return load_tokenizer(config.path)
 
     @classmethod
     def asked(cls, config: TokenizerConfig) -> dict[str, Any]:
@@ -69,6 +61,7 @@ class HuggingFaceTokenizer(Tokenizer):
         for token in spec["added_tokens"]:
             token["special"] |= token["id"] == eot  # not marked as special by some chat models
         self._engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._parsing = tokenizers.Tokenizer.from_str(json.dumps(spec))  # recognizes special tokens in a text
         self._engine.encode_special_tokens = True  # encode them as ordinary text
         _hide_specials(self._engine, spec)
         added = self._engine.get_added_tokens_decoder()
@@ -107,6 +100,10 @@ class HuggingFaceTokenizer(Tokenizer):
         encodings = self._engine.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
+    def encode_special(self, text: str) -> list[int]:
+        """Encode one text to ids; special tokens inside it become their ids, as in transformers."""
+        return list(self._parsing.encode(well_formed(text), add_special_tokens=False).ids)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decode ids to bytes, special tokens to their text. Raises DataError for an id outside the vocabulary."""
         if self.decodes_bytes:
@@ -132,6 +129,16 @@ class HuggingFaceTokenizer(Tokenizer):
     def from_dict(cls, description: dict[str, Any]) -> HuggingFaceTokenizer:
         """Rebuild a tokenizer from the output of `to_dict`."""
         return cls(description["tokenizer_json"], description["eot"], description.get("prefix_ids", ()))
+
+
+def from_engine(engine: Any, eot: int | None = None) -> HuggingFaceTokenizer:
+    """Create the tokenizer of a `tokenizers.Tokenizer` object, such as the backend of one of transformers'."""
+    content = engine.to_str()
+    spec = json.loads(content)
+    vocabulary = _vocabulary(spec)
+    if eot is None:
+        eot = next((vocabulary[text] for text in (END_OF_TEXT, "</s>") if text in vocabulary), None)
+    return HuggingFaceTokenizer(content, eot, Around(spec.get("post_processor")).before)
 
 
 def load_hugging_face(path: Path, content: str) -> HuggingFaceTokenizer:

@@ -22,8 +22,9 @@ from typing import Any
 
 from minigpt.errors import DataError
 from minigpt.terminal import notice, progress
+from minigpt.tokenizer.alphabet import BYTE_OF
 from minigpt.tokenizer.base import END_OF_TEXT, Tokenizer
-from minigpt.tokenizer.bpe import BYTE_OF, BPETokenizer
+from minigpt.tokenizer.bpe import BPETokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 
 FOLDER_VARIABLE = "MINIGPT_VOCAB_DIR"

@@ -18,8 +18,8 @@ from tokenizers.trainers import BpeTrainer
 
 from minigpt.errors import DataError
 from minigpt.terminal import notice, progress
-from minigpt.tokenizer.base import END_OF_TEXT, well_formed
-from minigpt.tokenizer.bpe import BYTE_OF, LINE_START, BPETokenizer
+from minigpt.tokenizer.alphabet import BYTE_OF, LINE_START
+from minigpt.tokenizer.base import well_formed
 
 # GPT-4's split pattern with three changes for small vocabularies: numbers are split into two digits, not three (100 ids
 # instead of 1000); combining marks belong to their word (Hindi, Thai, decomposed accents); and 's, 't, 'll are split
@@ -42,8 +42,8 @@ PORTION = 1 << 18  # characters passed to the trainer at a time; it stores offse
 LONGEST = 256
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, show: bool = True) -> BPETokenizer:
-    """Train a tokenizer of kind "bpe". Its ids are the 256 bytes, the learned tokens, and finally <|endoftext|>.
+def train_bpe(texts: Iterable[str], vocab_size: int, show: bool = True) -> list[bytes]:
+    """Learn the tokens of a `BPETokenizer`: the 256 bytes, then the learned tokens; <|endoftext|> follows them.
 
     Args:
         texts: pieces of the corpus; long ones are cut at line starts.
@@ -84,7 +84,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show: bool = True) -> BPETo
             f"the corpus of {read} characters gives {len(tokens) + 1} tokens instead of tokenizer.vocab_size "
             f"{vocab_size}: no further pair of tokens occurs twice"
         )
-    return BPETokenizer("bpe", SPLIT_PATTERN, tokens, {END_OF_TEXT: len(tokens)})
+    return tokens
 
 
 def splitter(pattern: str, longest: int | None = None) -> Sequence:

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.checkpoint import Run, load
 from minigpt.checkpoint.identity import differences
 from minigpt.data.given import documents_file, prepare_ids
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
+from minigpt.sampling.run import Run, load
 from minigpt.tokenizer.base import Tokenizer
 from minigpt.tokenizer.build import save_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig

@@ -50,7 +50,7 @@ def test_what_is_loaded_is_what_was_saved(preset: str, tmp_path: Path) -> None:
         assert torch.equal(run.model(ids), model(ids))
     assert run.model.config == model.config
     assert run.tokenizer.hash == BYTES.hash
-    assert run.sampling == {"temperature": 0.7}
+    assert run.stored_sampling == {"temperature": 0.7}
     assert run.config == {"seed": 1, "data": {"source": "ünïcode"}}
     tied = run.model.unembed.weight is run.model.trunk.embed.weight
     assert tied == model.config.tie_embeddings

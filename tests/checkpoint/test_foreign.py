@@ -260,7 +260,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_named(tmp_path: Path, capsy
 def test_an_end_that_the_model_does_not_have_is_named(tmp_path: Path, capsys: Any) -> None:
     folder = folder_of(tmp_path / "folder", tiny_config("gpt2"))
     (folder / "generation_config.json").write_text('{"eos_token_id": [50256, 5]}')
-    assert minigpt.load(folder).sampling == {"eos_token_id": [5]}
+    assert minigpt.load(folder).stored_sampling == {"eos_token_id": [5]}
     assert "eos_token_id [50256] is beyond the model's 61 tokens" in capsys.readouterr().err
 
 

@@ -145,9 +145,11 @@ def test_json_carries_every_sample(trained: Path, said) -> None:
     )
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["prompt"] for row in rows] == [prompt for prompt in prompts for _ in range(2)]
-    assert all(row["seed"] == 5 and len(row["ids"]) == 4 and row["finish_reason"] == "length" for row in rows)
+    assert all(len(row["ids"]) == 4 and row["finish_reason"] == "length" for row in rows)
+    places = [(row["prompt_index"], row["sample_index"], row["seed"]) for row in rows]
+    assert places == [(0, 0, 5), (0, 1, 5), (1, 0, 6), (1, 1, 6), (2, 0, 7), (2, 1, 7)]
     alone = json.loads(
-        said("sample", str(trained), "--prompt", "the", "--json", "--seed", "5", "--max_new_tokens", "4")[1]
+        said("sample", str(trained), "--prompt", "the", "--json", "--seed", "7", "--max_new_tokens", "4")[1]
     )
     assert alone["ids"] == rows[4]["ids"]
 

@@ -93,9 +93,9 @@ def test_beams_print_the_best_with_their_scores(halves: str, printed) -> None:
     flags = ("--config", "beam", "--num_return_sequences", "3", "--max_new_tokens", "2", "--prompt", "e")
     # aa has (ln 1/2 + ln 1/2) / 2, and ab and ba have (ln 1/2 + ln 1/4) / 2.
     assert printed(halves, *flags).splitlines() == [
-        *("--- 1 of 3 (score -0.6931) ---", "eaa"),
-        *("--- 2 of 3 (score -1.0397) ---", "eab"),
-        *("--- 3 of 3 (score -1.0397) ---", "eba"),
+        *("--- sample 1 of 3 (length, score -0.6931) ---", "eaa"),
+        *("--- sample 2 of 3 (length, score -1.0397) ---", "eab"),
+        *("--- sample 3 of 3 (length, score -1.0397) ---", "eba"),
     ]
     rows = [json.loads(line) for line in printed(halves, *flags, "--json").splitlines()]
     assert [row["text"] for row in rows] == ["aa", "ab", "ba"]
@@ -107,8 +107,8 @@ def test_a_search_that_finds_fewer_texts_than_asked_for_says_so(halves: str, pri
     flags = ("--config", "beam", "--num_return_sequences", "3", "--max_new_tokens", "1", "--prompt", "e")
     flags = (*flags, "--allowed_token_ids", "[0, 1]")
     assert printed(halves, *flags).splitlines() == [
-        *("--- 1 of 2 found, 3 asked for (score -0.6931) ---", "ea"),
-        *("--- 2 of 2 found, 3 asked for (score -1.3863) ---", "eb"),
+        *("--- sample 1 of 3 (length, score -0.6931) ---", "ea"),
+        *("--- sample 2 of 3 (length, score -1.3863) ---", "eb"),
     ]
     assert [json.loads(line)["missing"] for line in printed(halves, *flags, "--json").splitlines()] == [1, 1]
 
@@ -200,7 +200,7 @@ def test_prompts_as_ids_and_as_lines(halves: str, printed, tmp_path: Path, monke
     path.write_text("b\ncc\n")
     flags = ("--prompt_lines", str(path), *greedy, "--seed", "4")
     lines = printed(halves, *flags)
-    assert lines == "--- 1 of 1 (seed 4) ---\nbaa\n--- 1 of 1 (seed 4) ---\nccaa\n"
+    assert lines == ("--- prompt 1 of 2 (length, seed 4) ---\nbaa\n--- prompt 2 of 2 (length, seed 5) ---\nccaa\n")
     assert lines == printed(halves, "--prompt", "b", "--prompt", "cc", *greedy, "--seed", "4")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"b\ncc")))
     assert printed(halves, "--prompt_lines", "-", *flags[2:]) == lines
@@ -269,11 +269,11 @@ def test_flags_lie_over_a_file_that_lies_over_the_checkpoint(printed, tmp_path: 
         (["--prompt_file", "nowhere.txt"], "--prompt_file nowhere.txt: cannot be read"),
         (["--prompt_lines", "EMPTY"], "holds no line; give one prompt a line"),
         (["--prompt_ids", "[1,9]"], "token id 9 at position 1 is outside the vocabulary of 5 tokens"),
-        (["--prompt", "a", "--top_logprobs", "3"], "--top_logprobs: is told in JSON; add --json"),
-        (["--prompt", "a", "--top_logprobs", "3", "--score"], "--top_logprobs: is told in JSON; add --json"),
+        (["--prompt", "a", "--top_logprobs", "3"], "--top_logprobs: is shown in JSON only; add --json"),
+        (["--prompt", "a", "--top_logprobs", "3", "--score"], "--top_logprobs: is shown in JSON only; add --json"),
         (
             ["--prompt", "a", "--top_logprobs", "3", "--continuation", "b"],
-            "--top_logprobs: is told in JSON; add --json",
+            "--top_logprobs: is shown in JSON only; add --json",
         ),
         (["--prompt", "a", "--mirostat", "2", "--top_k", "5"], "mirostat replaces top_k"),
         (["--prompt", "a", "--config", "precise", "--mirostat", "1"], "mirostat replaces top_p"),
@@ -282,15 +282,15 @@ def test_flags_lie_over_a_file_that_lies_over_the_checkpoint(printed, tmp_path: 
         (["--prompt", "a", "--top_p", "1.5"], "top_p is 1.5; expected a number from 0 to 1"),
         (["--prompt", "a", "--stride", "3"], "--stride 3: is for --score"),
         (["--prompt", "a", "--score", "--stride", "0"], "stride is 0; expected a whole number"),
-        (["--prompt", "a", "--score", "--continuation", "b"], "--score: writes nothing"),
-        (["--prompt", "a", "--score", "--show_work"], "--score: writes nothing"),
-        (["--prompt", "a", "--prompt", "b", "--show_work"], "--show_work: shows one text as it is written"),
-        (["--prompt", "a", "--config", "beam", "--show_work"], "--show_work: shows one text as it is written"),
+        (["--prompt", "a", "--score", "--continuation", "b"], "--score: generates nothing"),
+        (["--prompt", "a", "--score", "--show_work"], "--score: generates nothing"),
+        (["--prompt", "a", "--prompt", "b", "--show_work"], "--show_work: shows one text while it is generated"),
+        (["--prompt", "a", "--config", "beam", "--show_work"], "--show_work: shows one text while it is generated"),
         (["--prompt", "a", "--show_work=-2"], "--show_work -2: expected a whole number"),
         (["--prompt", "a", "--suppress_tokens", "[0,1,2,3,4]"], "Suppress left no token to choose from"),
         (["--prompt", "a", "--suppress_tokens", "[0,1,2,3,4]", "--show_work"], "Suppress left no token to choose from"),
         (["--prompt", "a", "--logit_bias", "{9: 1.0}"], "names token 9; expected an id below"),
-        (["--prompt", "a", "--device", "tpu"], "--device tpu: not available"),
+        (["--prompt", "a", "--device", "tpu"], "--device tpu: expected auto, cpu"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2(
@@ -417,5 +417,5 @@ def test_a_prompt_is_the_text_of_its_file_without_the_mark_and_with_its_line_end
 def test_a_text_that_no_model_could_write_is_refused(flag: str, byte_model: str, said) -> None:
     code, _, err = said(byte_model, "--prompt", "a", flag, '["\udce9"]')
     assert (code, err.count("\n")) == (2, 1)
-    with pytest.raises(ConfigError, match="a list of non-empty strings that UTF-8 can encode"):
+    with pytest.raises(ConfigError, match="a non-empty string that UTF-8 can encode"):
         SamplingConfig(**{flag.removeprefix("--"): ["\udce9"]}).validate()

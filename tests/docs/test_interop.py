@@ -171,7 +171,7 @@ def test_an_obeyed_key_of_the_config(file: str, key: str, tmp_path: Path, plain:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         torch.testing.assert_close(logits(run.model, IDS), logits(theirs, IDS), rtol=1e-4, atol=1e-4)
         if key in foreign.GENERATION:
-            assert_same_default(run.sampling, theirs.generation_config, key)
+            assert_same_default(run.stored_sampling, theirs.generation_config, key)
         elif key in DROPOUTS:
             assert getattr(run.model.config, DROPOUTS[key]) == getattr(theirs.config, key) == config[key]
         else:
@@ -225,7 +225,7 @@ def test_keys_of_the_config_without_effect(kind: str, tmp_path: Path, plain: dic
     assert capsys.readouterr().err == ""
     assert torch.equal(logits(run.model, IDS), logits(plain[kind].model, IDS))
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
-    assert (run.sampling, run.tokenizer.hash) == ({}, plain[kind].tokenizer.hash)
+    assert (run.stored_sampling, run.tokenizer.hash) == ({}, plain[kind].tokenizer.hash)
 
 
 # The tokenizer's files.

@@ -9,9 +9,11 @@ import functools
 import importlib
 import inspect
 import io
+import os
 import pkgutil
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +93,7 @@ ASKING_FOR |= {
     filter_class(f).__name__: filter_setting(f) for f in FILTERS if filter_class(f).__name__ not in ASKING_FOR
 }
 # Without a field of their own: for use from Python, or always there.
-WITHOUT_FIELD = {"PrefixAllowed", "AllowedVocabulary", "Plain"}
+WITHOUT_FIELD = {"PrefixAllowed", "AllowedVocabulary", "Plain", "Foreign"}
 
 
 def code(text: str) -> list[str]:
@@ -200,7 +202,7 @@ def test_every_step_is_on_the_page():
 def test_every_processor_and_criterion_has_an_entry():
     found = callable_dataclasses()
     assert {"truncation", "penalties", "bans", "endings", "adaptive", "scaling", "dry", "criteria"} <= set(found)
-    assert set().union(*found.values()) - {name for entry in ENTRIES for name in entry.classes} == {"Plain"}
+    assert set().union(*found.values()) - {name for entry in ENTRIES for name in entry.classes} == {"Plain", "Foreign"}
     assert "Plain" in WORDS
 
 
@@ -347,7 +349,7 @@ def test_every_flag_exists(capsys: pytest.CaptureFixture):
     with contextlib.suppress(SystemExit):
         main(["sample", "--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    flags = set(re.findall(r"(?<![\w-])--\w+", PAGE))
+    flags = {f"--{name.replace('-', '_')}" for name in re.findall(r"(?<![\w-])--(\w[\w-]*)", PAGE)}
     assert len(flags) > 8
     assert flags <= known
 
@@ -358,6 +360,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     model = random_model(tiny_config("llama", vocab_size=257, block_size=64))
     save_checkpoint(folder / "runs" / "mine", model, BYTES)
+    (folder / "prompts.txt").write_text("Once\nTwice\n")
     return folder
 
 
@@ -371,15 +374,25 @@ def test_commands_print_what_the_page_says(folder: Path, capsys: pytest.CaptureF
         assert capsys.readouterr().out == output
 
 
-def test_the_shell_examples_run(folder: Path, capsys: pytest.CaptureFixture):
+def test_the_shell_examples_run(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
     lines = [line for kind, text in FENCED.findall(PAGE) if kind == "bash" for line in text.splitlines()]
-    assert len(lines) == 5
+    assert len(lines) == 9
     for line in lines:
-        python, script, *arguments = shlex.split(line, comments=True)
+        words = shlex.split(line, comments=True)
+        piped = words[: words.index("|")] if "|" in words else []
+        python, script, *arguments = words[len(piped) + bool(piped) :]
         assert (python, script) == ("python", "sample.py")
-        arguments = [str(folder / "runs" / "mine") if word == "RUN" else word for word in arguments]
+        if piped:
+            read, write = os.pipe()
+            os.write(write, f"{piped[1]}\n".encode())
+            os.close(write)
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(os.fdopen(read, "rb")))
+        arguments = ["runs/mine" if word == "RUN" else word for word in arguments]
         assert main(["sample", *arguments, "--max_new_tokens", "3"]) == 0
-        assert capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert out.startswith(piped[1]) if piped else out or (folder / "out.jsonl").is_file()
+    assert len((folder / "out.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_python_examples_run_and_do_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -387,7 +400,7 @@ def test_the_python_examples_run_and_do_what_they_say(folder: Path, monkeypatch:
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"__name__": "page"}
     examples = re.findall(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", PAGE, re.MULTILINE | re.DOTALL)
-    assert [bool(output) for _, output in examples] == [False, True, False, False]
+    assert [bool(output) for _, output in examples] == [False, False, True, False, False]
     for example, output in examples:
         said = io.StringIO()
         with contextlib.redirect_stdout(said):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint.checkpoint import load
 from minigpt.checkpoint.saving import save_checkpoint, state_of
 from minigpt.checkpoint.weights import to_huggingface
 from minigpt.errors import CheckpointError, ConfigError
@@ -23,6 +22,7 @@ from minigpt.model.explicit import explicit_forward
 from minigpt.model.fast import fast
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import MLP
+from minigpt.sampling.run import load
 from minigpt.tokenizer.plain import ByteTokenizer
 from minigpt.training.recipe.loss import plain_loss
 from plugged import forgetting, plugged

@@ -89,7 +89,7 @@ def test_ids_that_only_the_model_has_are_refused_wherever_they_are_asked_for():
     assert "AllowedVocabulary left no token" in done.error
 
 
-@pytest.mark.parametrize("prompt", [5, None, {"a": 1}, iter(["a"]), torch.tensor(3), b"ab", [b"ab"], [["a"]]])
+@pytest.mark.parametrize("prompt", [5, None, {"a": 1}, [1.5], torch.tensor(3), b"ab", [b"ab"], [["a"]], [True]])
 def test_what_is_no_prompt_is_named(prompt):
     sampler = letters()
     for ask in (sampler.generate, sampler.score, lambda given: sampler.replay("a", given)):

@@ -99,10 +99,25 @@ def test_generating_equals_collecting_the_stream(stop):
 def test_one_seed_gives_a_prompt_the_same_text_in_any_company():
     sampler = letters()
     prompts = ["ab", "c", "abcdefg"]
-    together = sampler.generate(prompts)
+    together = sampler.generate(prompts, seed=[1, 1, 1])
     assert [sampler.generate(prompt)[0] for prompt in prompts] == together
-    assert sampler.generate(prompts[::-1]) == together[::-1]
+    assert sampler.generate(prompts[::-1], seed=[1, 1, 1]) == together[::-1]
     assert {completion.seed for (completion,) in together} == {1}
+
+
+def test_one_seed_for_several_prompts_is_counted_up_so_that_no_two_draw_the_same_numbers():
+    sampler = letters(seed=2**64 - 2)
+    together = sampler.generate(["ab"] * 4, num_return_sequences=2)
+    assert [[done.seed for done in samples] for samples in together] == [
+        [2**64 - 2] * 2,
+        [2**64 - 1] * 2,
+        [0] * 2,
+        [1] * 2,
+    ]
+    for samples in together:
+        assert sampler.generate("ab", num_return_sequences=2, seed=samples[0].seed) == [samples]
+    firsts = [done.ids[0] for (done,) in sampler.generate(["ab"] * 200, seed=1, max_new_tokens=1, temperature=1e9)]
+    assert len(set(firsts)) == 8, "one seed for all would draw one token 200 times"
 
 
 def test_seeds_are_reported_and_repeat_the_text():
@@ -117,11 +132,17 @@ def test_seeds_are_reported_and_repeat_the_text():
 def test_ids_and_text_are_the_same_prompt_in_any_form():
     sampler = letters()
     expected = sampler.generate("abc")
-    for prompt in ([1, 2, 3], (1, 2, 3), ["abc"], [[1, 2, 3]], np.array([1, 2, 3]), torch.tensor([[1, 2, 3]])):
+    forms: list = [[1, 2, 3], (1, 2, 3), ["abc"], [[1, 2, 3]], np.array([1, 2, 3]), torch.tensor([[1, 2, 3]])]
+    forms += [range(1, 4), (i for i in (1, 2, 3)), list(torch.tensor([1, 2, 3])), [np.int8(1), 2, torch.tensor(3)]]
+    forms += [iter(["abc"]), (range(1, 4),), [iter([1, 2, 3])], np.array([[1, 2, 3]], dtype=np.uint16)]
+    for prompt in forms:
         assert sampler.generate(prompt) == expected
-    assert sampler.generate(["abc", [1, 2, 3]]) == expected * 2
+    assert sampler.generate(["abc", [1, 2, 3]], seed=[1, 1]) == expected * 2
     assert sampler.generate([]) == []
     assert list(sampler.stream([])) == []
+    empty = sampler.generate([[]])
+    for prompt in (np.array([], dtype=np.int64), torch.tensor([], dtype=torch.int64), [torch.tensor([])]):
+        assert sampler.generate(prompt) == empty, "one prompt without ids"
 
 
 def test_settings_for_each_prompt_are_those_of_single_calls():
@@ -133,7 +154,7 @@ def test_settings_for_each_prompt_are_those_of_single_calls():
         own = {name: values[i] for name, values in each.items()}
         own["seed"] = together[i][0].seed
         assert sampler.generate(prompt, **own)[0] == together[i]
-    assert sampler.generate(prompts, temperature=torch.tensor([0.0, 0.5, 1.0]))[2] == sampler.generate("efg")[0]
+    assert sampler.generate(prompts, temperature=torch.tensor([0.0, 0.5, 1.0]))[2] == sampler.generate("efg", seed=3)[0]
 
 
 def test_neutral_settings_change_nothing():
@@ -277,7 +298,7 @@ def test_an_error_in_one_sample_is_told_in_its_completion():
         ({"num_return_sequences": 0}, "num_return_sequences is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
-        ({"stop": "END"}, "stop is 'END'"),
+        ({"stop": ""}, r"stop is \[''\]"),
         ({"stop": [""]}, r"stop is \[''\]"),
         ({"overflow": "wrap"}, "overflow is 'wrap'; expected 'slide' or 'stop'"),
         ({"eos_token_id": "end"}, "eos_token_id is 'end'"),

@@ -107,10 +107,10 @@ def test_closing_early_frees_the_cache():
     model.new_cache = new_cache
     events = stream_rows(model, [[1], [2]], max_new_tokens=9)
     assert isinstance(next(events), Event)
-    assert caches[0]() is not None
+    assert caches[-1]() is not None
     events.close()
     gc.collect()
-    assert caches[0]() is None
+    assert caches[-1]() is None
 
 
 def test_a_slide_holds_one_cache_at_a_time():

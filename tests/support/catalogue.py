@@ -1,4 +1,4 @@
-"""The parts of docs/sampling.md that the code tells: the table of filters, from their docstrings, and the orders.
+"""The parts of docs/sampling.md that the code tells: the table of filters, from their docstrings, orders, and names.
 
 python tests/support/catalogue.py    # write them into the page
 """
@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 from minigpt.sampling.settings.config import FIELDS
+from minigpt.sampling.settings.names import NAMES
 from minigpt.sampling.settings.orders import ORDERS
 from minigpt.sampling.settings.shape import Shape, row
 
@@ -48,9 +49,18 @@ def orders() -> str:
     return "\n".join([*lines, "```"])
 
 
+def names() -> str:
+    """A row for each name that a setting has in another program."""
+    lines = ["| there | program | here | taken | what differs |", "|---|---|---|---|---|"]
+    for name in NAMES:
+        ours = f"`{name.ours}`" if name.ours else "nothing like it"
+        lines.append(f"| `{name.other}` | {name.library} | {ours} | {'yes' if name.same else ''} | {name.differs} |")
+    return "\n".join(lines)
+
+
 def written(page: str) -> str:
     """The page with these parts between their marks."""
-    for name, text in (("filters", filters()), ("orders", orders())):
+    for name, text in (("filters", filters()), ("orders", orders()), ("names", names())):
         marks = re.compile(rf"(?<=<!-- {name}: by tests/support/catalogue.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
         assert len(marks.findall(page)) == 1, f"docs/sampling.md has no part <!-- {name}: ... --> ... <!-- end -->"
         page = page.replace(marks.findall(page)[0], text + "\n")

@@ -18,7 +18,8 @@ from tokenizers.trainers import BpeTrainer
 
 from minigpt.errors import DataError
 from minigpt.tokenizer import bpe, train_bpe
-from minigpt.tokenizer.bpe import BYTE_OF, BPETokenizer
+from minigpt.tokenizer.alphabet import BYTE_OF
+from minigpt.tokenizer.bpe import BPETokenizer
 from minigpt.tokenizer.build import build_tokenizer, load_tokenizer, save_tokenizer, tokenizer_from_dict
 from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.tokenizer.published import VOCABULARIES

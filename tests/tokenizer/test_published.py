@@ -16,7 +16,8 @@ from tiktoken_ext import openai_public
 
 from minigpt.errors import DataError
 from minigpt.tokenizer import published
-from minigpt.tokenizer.bpe import BYTE_OF, BPETokenizer
+from minigpt.tokenizer.alphabet import BYTE_OF
+from minigpt.tokenizer.bpe import BPETokenizer
 from minigpt.tokenizer.build import build_tokenizer, load_tokenizer, save_tokenizer
 from minigpt.tokenizer.config import TokenizerConfig
 from minigpt.tokenizer.published import VOCABULARIES, published_tokenizer

@@ -23,9 +23,9 @@ def study_parser(verb: str, function: Any, positional: str = "[RUN]") -> Any:
 
 def open_study(path: str | None, values: Any) -> Study:
     """The Study of a run, by default of the one trained last."""
-    from minigpt.checkpoint.checkpoint import load
     from minigpt.internals.study import Study
     from minigpt.model.device import pick_device
+    from minigpt.sampling.run import load
 
     return Study(load(run_or_latest(path), device=pick_device(values.device, float64=True)))
 

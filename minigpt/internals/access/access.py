@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.checkpoint.checkpoint import Run, load
 from minigpt.checkpoint.identity import differences, probe
 from minigpt.choices import Table
 from minigpt.errors import ConfigError
@@ -28,6 +27,7 @@ from minigpt.model.explicit import explicit_forward, explicit_trunk
 from minigpt.model.gpt import GPT
 from minigpt.model.modes import evaluating
 from minigpt.model.precision import widen
+from minigpt.sampling.run import Run, load
 from minigpt.tokenizer.base import Tokenizer
 
 if TYPE_CHECKING:

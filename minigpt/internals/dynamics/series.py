@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from minigpt.checkpoint.checkpoint import load
 from minigpt.checkpoint.runs import checkpoints_of, is_whole, read_metrics, step_of
 from minigpt.durable import named_path
 from minigpt.errors import CheckpointError, DataError
@@ -17,6 +16,7 @@ from minigpt.internals.access.access import Access
 from minigpt.internals.access.result import Axis, Result
 from minigpt.internals.dynamics.context import held_out
 from minigpt.internals.dynamics.snapshot import KINDS, Kind, numbers, snapshot
+from minigpt.sampling.run import load
 from minigpt.terminal import notice
 
 LOSSES = Kind("split", "Loss", "nats", "On the training batches and on the validation split.")

@@ -129,7 +129,7 @@ def _end(study: Access) -> Point:
 
 def next_token(study: Access, logits: Tensor, ids: Tensor) -> dict[str, Any]:
     """The logits (V) after the last token and the run's sampling settings; the page computes the rest."""
-    config = SamplingConfig() if study.run is None else SamplingConfig.from_dict(study.run.sampling)
+    config = SamplingConfig() if study.run is None else study.run.sampling
     tokenizer = tokenizer_of(study)
     size = logits.shape[-1] if tokenizer is None else min(logits.shape[-1], tokenizer.vocab_size)
     falling, order = widen(logits[:size]).cpu().sort(descending=True, stable=True)

@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from minigpt.errors import ConfigError
+
 
 @runtime_checkable
 class Cache(Protocol):
@@ -74,3 +76,20 @@ class Decodable(Protocol):
 def device_of(model: Decodable) -> torch.device:
     """The device of the model's inputs: its `device` attribute, else the CPU."""
     return torch.device(getattr(model, "device", "cpu"))
+
+
+def as_decodable(model: Any) -> Decodable:
+    """The model. Raises ConfigError if it cannot be sampled from."""
+    missing = [name for name in ("vocab_size", "max_context", "new_cache", "next_logits") if not hasattr(model, name)]
+    if not missing:
+        return model
+    kind = type(model).__name__
+    if hasattr(model, "save_pretrained"):
+        raise ConfigError(
+            f"Sampler: {kind} is a model of transformers; save it with save_pretrained(FOLDER), the tokenizer too, and "
+            "use Sampler.of(FOLDER)"
+        )
+    raise ConfigError(
+        f"Sampler: {kind} has no {', '.join(missing)}; expected a GPT, what minigpt.load returns or takes, or a model "
+        "with the methods of Decodable (docs/sampling.md)"
+    )

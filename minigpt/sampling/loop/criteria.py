@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minigpt.errors import ConfigError
+from minigpt.sampling.loop.stopping import Criterion
 from minigpt.sampling.processors.processors import Context
+from minigpt.sampling.settings.config import SamplingConfig
 from minigpt.sampling.settings.rules import COUNT, FUNCTION, POSITIVE, Rule, check, is_id, is_whole
 
 SEQUENCES = Rule(
@@ -117,3 +119,15 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)):
         return tuple(map(_tuples, value))
     return value
+
+
+def criteria_of(config: SamplingConfig) -> list[Criterion]:
+    """The criteria that the settings ask for."""
+    criteria: list[Criterion] = []
+    if config.stop_sequences:
+        criteria.append(StopSequences(config.stop_sequences))
+    if config.repetition_stop is not None:
+        criteria.append(Repeats(config.repetition_stop, config.repetition_stop_length))
+    if config.max_time is not None:
+        criteria.append(MaxTime(config.max_time))
+    return criteria

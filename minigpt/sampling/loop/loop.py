@@ -7,20 +7,24 @@ samples. A row that ends leaves its batch. The result of a row does not depend o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, MemoryExceeded
+from minigpt.model.device import memory_errors, release_memory
 from minigpt.model.modes import evaluating
 from minigpt.sampling.draws.decodable import Decodable
 from minigpt.sampling.draws.noise import fresh_seed
 from minigpt.sampling.loop.batch import Batch, Row
 from minigpt.sampling.loop.pipeline import Pipeline
+from minigpt.sampling.loop.room import Room
 from minigpt.sampling.loop.stopping import Criterion, Reader
 from minigpt.sampling.loop.turn import Choice, Details, Stage, take_turn
 from minigpt.sampling.settings.config import check_field
+
+MEMORY_ADVICE = "set a smaller max_rows, max_new_tokens or num_beams, or free some memory"
 
 
 class Event(NamedTuple):
@@ -66,6 +70,7 @@ def stream_rows(
     show: int = 0,
     max_rows: int | None = None,
     max_tokens: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Event]:
     """Continue token prompts and yield an event for each row and step.
 
@@ -86,35 +91,41 @@ def stream_rows(
         forced: per prompt, the exact tokens to generate; used instead of max_new_tokens.
         top: number of most likely tokens in `Event.details`; None for no details.
         show: number of most likely tokens that `Event.work` shows at every stage; 0 for none.
-        max_rows: maximum number of rows per batch; None for no limit.
+        max_rows: maximum number of rows per batch; None for as many as fit in memory (see room.py).
         max_tokens: maximum number of tokens in the cache of a batch, None for no limit; a batch has at least one row.
+        numbers: the prompts' numbers for events and processors; None for 0, 1, 2, ...
 
     Raises:
         ConfigError: an empty prompt, a token outside the vocabulary, a prompt longer than the context with "stop",
             a seed out of range, or an invalid processor.
+        MemoryExceeded: while iterating, if memory runs out.
     """
-    check_prompts(prompts, model.vocab_size, model.max_context if overflow == "stop" else None)
+    check_prompts(prompts, model.vocab_size, model.max_context if overflow == "stop" else None, numbers)
     if forced is not None:
         check_forced(forced, model.vocab_size)
         room = [len(tokens) for tokens in forced]
     else:
         room = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    rows = []
-    for number, (prompt, seed) in enumerate(zip(prompts, seeds or [None] * len(prompts), strict=True)):
+    called = list(range(len(prompts)) if numbers is None else numbers)
+    own_seeds: list[int] = []
+    for seed in seeds or [None] * len(prompts):
         check_field("seed", seed)
-        seed = fresh_seed() if seed is None else int(seed)
-        rows += [
-            Row(
-                prompt=number,
-                sample=sample,
-                seed=seed,
-                tokens=list(prompt),
-                left=int(room[number]),
-                reader=readers(number) if readers else None,
-                forced=tuple(forced[number]) if forced is not None else (),
-            )
-            for sample in range(samples)
-        ]
+        own_seeds.append(fresh_seed() if seed is None else int(seed))
+    places = {number: place for place, number in enumerate(called)}
+
+    def row(number: int, sample: int) -> Row:
+        """A row at its beginning."""
+        place = places[number]
+        return Row(
+            prompt=number,
+            sample=sample,
+            seed=own_seeds[place],
+            tokens=list(prompts[place]),
+            left=int(room[place]),
+            reader=readers(number) if readers else None,
+            forced=tuple(forced[place]) if forced is not None else (),
+        )
+
     most = model.max_context if overflow == "stop" else None
     pipeline = Pipeline(processors)
 
@@ -122,12 +133,18 @@ def stream_rows(
         batch = Batch(model, batch_rows, pipeline, tuple(end_ids))
         return _write(batch, most, criteria, top, show)
 
-    return _stream(model, rows, most, write, lambda open_rows: divide(open_rows, model, max_rows, max_tokens))
+    rows = [row(number, sample) for number in called for sample in range(samples)]
+    return _stream(rows, most, write, row, lambda open_rows: divide(open_rows, model, max_rows, max_tokens))
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, most: int | None = None) -> None:
-    """Raise ConfigError for a prompt that is empty, longer than `most` tokens, or has an id outside the vocabulary."""
-    for number, prompt in enumerate(prompts):
+def check_prompts(
+    prompts: Sequence[Sequence[int]], vocab_size: int, most: int | None = None, numbers: Sequence[int] | None = None
+) -> None:
+    """Raise ConfigError for a prompt that is empty, longer than `most` tokens, or has an id outside the vocabulary.
+
+    `numbers` are those of the prompts in the message; None for 0, 1, 2, ...
+    """
+    for number, prompt in zip(numbers or range(len(prompts)), prompts, strict=True):
         if not prompt:
             raise ConfigError(f"prompt {number} has no tokens; give at least one token")
         if most is not None and len(prompt) > most:
@@ -155,35 +172,68 @@ def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
     )
 
 
-def divide(rows: list[Row], model: Decodable, max_rows: int | None, max_tokens: int | None) -> Iterator[list[Row]]:
-    """Split rows into batches within the limits, sorted by length, longest last; without limits, one batch."""
-    if max_rows is None and max_tokens is None:
-        yield rows
-        return
-    batch: list[Row] = []
-    longest = 0
+def divide(
+    rows: list[Row], model: Decodable, max_rows: int | None, max_tokens: int | None, beams: int = 1
+) -> list[list[Row]]:
+    """Split rows into batches of similar length, within the limits and the memory that is free.
+
+    The batch that has the first prompt comes first. `beams` is the number of rows that each row stands for.
+    """
+    room = Room(model)
+    batches: list[list[Row]] = [[]]
+    shortest = 0
     for row in sorted(rows, key=lambda row: len(row.tokens) + row.left):
-        longest = max(longest, min(model.max_context, len(row.tokens) + row.left))
-        full = max_rows is not None and len(batch) >= max_rows
-        if batch and (full or (max_tokens is not None and longest * (len(batch) + 1) > max_tokens)):
-            yield batch
-            batch, longest = [], min(model.max_context, len(row.tokens) + row.left)
-        batch.append(row)
-    yield batch
+        total, count = len(row.tokens) + row.left, (len(batches[-1]) + 1) * beams
+        slots = min(model.max_context, total)
+        full = max_rows is not None and count > max_rows
+        full = full or (max_tokens is not None and slots * count > max_tokens)
+        # Tokens beyond the context cost the model nothing, but processors look at all of a row.
+        full = full or len(row.tokens) > 4 * max(shortest, model.max_context)
+        if batches[-1] and (full or not room.fits(count, total)):
+            batches.append([])
+        if not batches[-1]:
+            shortest = len(row.tokens)
+        batches[-1].append(row)
+    return sorted(batches, key=lambda batch: min(row.prompt for row in batch))
 
 
 def _stream(
-    model: Decodable,
     rows: list[Row],
     most: int | None,
     write: Callable[[list[Row]], Iterator[Event]],
-    batches: Callable[[list[Row]], Iterable[list[Row]]],
+    anew: Callable[[int, int], Row],
+    batches: Callable[[list[Row]], list[list[Row]]],
 ) -> Iterator[Event]:
+    """Events of all rows. A batch for which memory runs out is cut in two, and its open rows begin anew: a row's tokens
+    do not depend on its batch, so they are the same, and are not reported twice.
+    """
     yield from [_event(row, reason=_spent(row, most)) for row in rows if _spent(row, most)]
     rows = [row for row in rows if not _spent(row, most)]
-    if rows:
-        for batch_rows in batches(rows):
-            yield from write(batch_rows)
+    waiting = batches(rows)[::-1] if rows else []
+    reported: dict[tuple[int, int], int] = {}  # events of rows that begin anew
+    while waiting:
+        batch = waiting.pop()
+        count, longest = len(batch), max(len(row.tokens) + row.left for row in batch)
+        told = {(row.prompt, row.sample): 0 for row in batch}  # events of the rows that have not ended
+        try:
+            with memory_errors(f"with {count} rows of up to {longest} tokens; {MEMORY_ADVICE}"):
+                for event in write(batch):
+                    place = event.prompt, event.sample
+                    told[place] += 1
+                    if told[place] > reported.get(place, 0):
+                        yield event
+                    if event.finish_reason is not None:
+                        del told[place]
+        except MemoryExceeded:
+            if len(told) < 2:
+                raise
+        rows = [anew(*place) for place in told]
+        if rows:
+            reported.update({place: max(number, reported.get(place, 0)) for place, number in told.items()})
+            half = len(rows) // 2
+            waiting += [rows[half:], rows[:half]]
+        if waiting:
+            release_memory()
 
 
 def _write(

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError
 from minigpt.sampling.draws.choice import is_choosable
-from minigpt.sampling.processors.processors import Context, Plain, Processor
+from minigpt.sampling.processors.processors import Context, Foreign, Plain, Processor
+
+FOREIGN = ("LogitsProcessor", "LogitsProcessorList")  # classes of transformers
 
 
 class Pipeline:
@@ -126,6 +128,8 @@ def gather_state(state: Any, rows: Sequence[int]) -> Any:
 
 def _as_processor(function: Any) -> Any:
     """Return the function itself if it takes (context, logits, state), wrapped if it takes (context, logits)."""
+    if any(kind.__module__.startswith("transformers.") and kind.__name__ in FOREIGN for kind in type(function).__mro__):
+        return Foreign(function)
     for count, wrap in ((3, lambda f: f), (2, Plain)):
         try:
             inspect.signature(function).bind(*range(count))
@@ -136,5 +140,5 @@ def _as_processor(function: Any) -> Any:
 
 
 def _name(processor: Any) -> str:
-    function = processor.function if isinstance(processor, Plain) else processor
+    function = processor.function if isinstance(processor, (Plain, Foreign)) else processor
     return getattr(function, "__name__", type(function).__name__)

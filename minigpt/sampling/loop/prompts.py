@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from numbers import Integral
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import ConfigError, MinigptError
 from minigpt.sampling.loop.loop import check_prompts
-from minigpt.sampling.loop.stopping import TextReader
+from minigpt.sampling.loop.stopping import NOTHING, TextReader
 
 if TYPE_CHECKING:
+    from minigpt.sampling.settings.config import SamplingConfig
     from minigpt.tokenizer.base import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Iterable[int]
 
 
 def plain(value: Any) -> Any:
@@ -21,23 +22,47 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def is_id(value: Any) -> bool:
-    """Whether the value is an integer of any type (True and False are not)."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def as_list(prompts: Any, what: str = "prompt") -> list[Any]:
-    """Wrap one text or list of ids, or several, in a list. Raises ConfigError for any other type."""
+    """One prompt or several as a list of texts and lists of ids. Raises ConfigError for anything else.
+
+    Ids may be integers of any kind in any iterable, such as an array, a tensor, a range or a generator. `[]` is no
+    prompt; an array or tensor without elements is one prompt without ids.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    empty = hasattr(prompts, "tolist") and getattr(prompts, "ndim", 0) == 1 and len(prompts) == 0
     prompts = plain(prompts)
-    if not isinstance(prompts, (str, Sequence)) or isinstance(prompts, (bytes, bytearray)):
+    if isinstance(prompts, (bytes, bytearray, Mapping)) or not isinstance(prompts, Iterable):
         raise ConfigError(f"the {what} is {str(prompts)[:80]}; expected a text, a list of token ids, or a list of them")
-    if isinstance(prompts, str) or (len(prompts) and is_id(prompts[0])):
-        prompts = [prompts]
-    return [plain(prompt) for prompt in prompts]
+    several = list(prompts)
+    if empty or (several and _as_id(several[0]) is not None):
+        several = [several]
+    return [prompt if isinstance(prompt, str) else _ids(prompt, what, n) for n, prompt in enumerate(several)]
+
+
+def _as_id(value: Any) -> int | None:
+    """An integer of any type, tensors of no dimension included, as an int; None for anything else, also a bool."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool") or getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _ids(prompt: Any, what: str, number: int) -> list[int]:
+    prompt = plain(prompt)
+    iterable = isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, Mapping))
+    given = list(prompt) if iterable else []
+    ids = [_as_id(token) for token in given]
+    if not iterable or any(token is None for token in ids):
+        shown = str(given if iterable else prompt)[:80]
+        raise ConfigError(f"{what} {number} is {shown}; expected a text or a list of token ids")
+    return ids  # type: ignore[return-value]
 
 
 def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt", bare: bool = False) -> list[list[int]]:
-    """Encode one prompt or several; a text gets the tokenizer's prefix ids.
+    """Encode one text or several; a text gets the tokenizer's prefix ids.
 
     Args:
         tokenizer: encodes the texts; token ids are used unchanged.
@@ -48,26 +73,34 @@ def encode_all(tokenizer: Tokenizer, prompts: Any, what: str = "prompt", bare: b
     Raises:
         ConfigError: a prompt is neither a text nor a list of token ids.
     """
-    encoded = []
-    for number, prompt in enumerate(as_list(prompts, what)):
-        if isinstance(prompt, str):
-            encoded.append(list(tokenizer.encode(prompt) if bare else tokenizer.prompt_ids(prompt)))
-        elif isinstance(prompt, (list, tuple)) and all(map(is_id, prompt)):
-            encoded.append([int(token) for token in prompt])
-        else:
-            raise ConfigError(f"{what} {number} is {str(prompt)[:80]}; expected a text or a list of token ids")
-    return encoded
+    return [
+        list(tokenizer.prompt_ids(prompt, add_special_tokens=not bare)) if isinstance(prompt, str) else prompt
+        for prompt in as_list(prompts, what)
+    ]
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Any, vocab_size: int) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Any], configs: Sequence[SamplingConfig], vocab_size: int, first: int = 0
+) -> list[list[int]]:
     """Encode prompts to at least one id each. An empty prompt becomes the tokenizer's prefix ids, else its end-of-text
     token, else a newline.
 
+    Args:
+        tokenizer: encodes the texts.
+        prompts: from `as_list`.
+        configs: the settings of each prompt.
+        vocab_size: of the model.
+        first: number of the first prompt, for error messages.
+
     Raises:
-        ConfigError: an invalid prompt, or a token outside the model's or the tokenizer's vocabulary.
+        ConfigError: a token outside the model's or the tokenizer's vocabulary.
     """
-    encoded = [ids or start_ids(tokenizer) for ids in encode_all(tokenizer, prompts)]
-    check_prompts(encoded, min(vocab_size, tokenizer.vocab_size))
+    encoded = []
+    for prompt, config in zip(prompts, configs, strict=True):
+        if isinstance(prompt, str):
+            prompt = list(tokenizer.prompt_ids(prompt, config.add_special_tokens, config.parse_special))
+        encoded.append(prompt or start_ids(tokenizer))
+    check_prompts(encoded, min(vocab_size, tokenizer.vocab_size), numbers=range(first, first + len(encoded)))
     return encoded
 
 
@@ -87,8 +120,19 @@ def start_ids(tokenizer: Tokenizer) -> list[int]:
     return newline
 
 
-def text_reader(tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str], include_stop: bool) -> TextReader:
-    """A reader that turns the tokens after a prompt into text that continues the prompt."""
+def hidden_tokens(tokenizer: Tokenizer, skip_special_tokens: bool) -> dict[int, str]:
+    """The special tokens that are left out of the text, with their texts."""
+    return {id: text for text, id in tokenizer.specials.items()} if skip_special_tokens else {}
+
+
+def text_reader(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    stop: Sequence[str],
+    include_stop: bool,
+    hidden: Mapping[int, str] = NOTHING,
+) -> TextReader:
+    """A reader that turns the tokens after a prompt into text that continues the prompt; see `hidden_tokens`."""
     decoder = tokenizer.stream_decoder()
     tail = _tail(tokenizer, prompt)
     # Some tokenizers drop a leading space at the start of a text. A continuation is not a start, so the decoder first
@@ -97,7 +141,7 @@ def text_reader(tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]
     if not tokenizer.decode(tail).endswith("\ufffd"):
         for token in tail:
             decoder.push(token)
-    return TextReader(decoder, stop, include_stop)
+    return TextReader(decoder, stop, include_stop, hidden)
 
 
 def _tail(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
@@ -122,10 +166,19 @@ def read_all(reader: TextReader, tokens: Sequence[int], end_ids: Sequence[int]) 
     return text + reader.flush()[0]
 
 
-def holds_stop(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[int], stop: Sequence[str]) -> bool:
+def holds_stop(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    written: Sequence[int],
+    stop: Sequence[str],
+    hidden: Mapping[int, str] = NOTHING,
+) -> bool:
     """Whether the last generated tokens contain one of the stop strings."""
     if not stop:
         return False
+    if any(text in hidden.get(written[-1], "") for text in stop):
+        return True
+    written = [token for token in written if token not in hidden] if hidden else written
     # Every token adds at least one byte, except special tokens and parts of characters.
     reach = max(len(text.encode()) for text in stop) + 8
     # The start of a text may lose its leading space, so decode it after the end of the prompt; see `text_reader`.

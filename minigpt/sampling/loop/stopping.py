@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from minigpt.sampling.processors.processors import Context
+
+NOTHING: Mapping[int, str] = {}
 
 Criterion = Callable[[Context], Sequence[str | None]]
 """A stopping criterion, called after each token: a finish reason for every row that ends, None for the others."""
@@ -62,15 +64,22 @@ class TextReader:
         decoder: has push(id) -> str, which returns whole characters only, and flush() -> str.
         stop: strings that end the row; only the generated text is searched.
         include_stop: whether to keep the stop string in the text.
+        hidden: tokens that are left out of the text, with their texts; one whose text contains a stop string still ends
+            the row.
     """
 
-    def __init__(self, decoder: Any, stop: Sequence[str] = (), include_stop: bool = False) -> None:
-        self.decoder = decoder
+    def __init__(
+        self, decoder: Any, stop: Sequence[str] = (), include_stop: bool = False, hidden: Mapping[int, str] = NOTHING
+    ) -> None:
+        self.decoder, self.hidden = decoder, hidden
         self.matcher = StopMatcher(stop, include_stop)
         self.stopped = False
 
     def push(self, token: int) -> tuple[str, bool]:
         """New text, and whether a stop string was completed."""
+        if token in self.hidden:
+            self.stopped = any(stop in self.hidden[token] for stop in self.matcher.stop)
+            return self.matcher.flush() if self.stopped else "", self.stopped
         text, self.stopped = self.matcher.push(self.decoder.push(token))
         return text, self.stopped
 

@@ -21,7 +21,7 @@ class MinP(Filter):
     """Remove `p < min_p * max p`.
 
     Source: Nguyen et al., 2024, arXiv:2407.01082.
-    When: a good single filter: the border follows the likeliest token, so it holds at high temperatures.
+    When: a good filter to use alone. Its threshold follows the most likely token, so it works at high temperatures too.
     """
 
     min_p: Parameter
@@ -43,7 +43,7 @@ class TopA(Filter):
     """Remove `p < a * (max p)^2`.
 
     Source: BlinkDL's RWKV.
-    When: for settings that come from there; it is `min_p` with a share that shrinks where the model is unsure.
+    When: to use settings made for RWKV. It is `min_p` with a threshold that falls as the model is less sure.
     """
 
     a: Parameter
@@ -65,7 +65,7 @@ class Epsilon(Filter):
     """Remove `p < epsilon`.
 
     Source: Hewitt, Manning and Liang, 2022, arXiv:2210.15191.
-    When: seldom; a fixed floor cuts hardest where many words are possible. `eta_cutoff` corrects that.
+    When: rarely. A fixed threshold removes most where many words are possible; `eta_cutoff` corrects that.
     """
 
     epsilon: Parameter
@@ -86,7 +86,7 @@ class Eta(Filter):
     """Remove `p < min(epsilon, sqrt(epsilon) * exp(-H))`, where H is the entropy in nats.
 
     Source: Hewitt, Manning and Liang, 2022, arXiv:2210.15191.
-    When: for a floor that sinks where the model is unsure. Values are small probabilities, unlike those of `min_p`.
+    When: for a threshold that falls as the model is less sure. Values are small probabilities, unlike those of `min_p`.
     """
 
     epsilon: Parameter
@@ -111,7 +111,7 @@ class TopNSigma(Filter):
     Sigma is the population's (divided by their number). A temperature does not change which tokens stay.
 
     Source: Tang et al., 2024, arXiv:2411.07641.
-    When: to raise the temperature freely, as the set of tokens does not depend on it. Bans change sigma.
+    When: with high temperatures, because the set of tokens does not depend on the temperature. Bans change sigma.
     """
 
     n: Parameter
@@ -134,12 +134,12 @@ class TopNSigma(Filter):
 
 @dataclass(frozen=True)
 class PLess(Filter):
-    """Remove `p < the sum of all p^2`, the chance that two draws agree. It has no strength to set.
+    """Remove `p < the sum of all p^2`, the probability that two draws are equal. It has no parameter.
 
     Probabilities (.1, .15, .2, .25, .3) have the sum .225 and keep .25 and .3.
 
     Source: arXiv:2509.23234.
-    When: where nothing is to be tuned. It is strict: a clear favourite stays alone.
+    When: to tune nothing. It is strict: if one token is much more likely than the others, only that one is kept.
     """
 
     keep: int = 1

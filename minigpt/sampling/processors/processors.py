@@ -165,3 +165,23 @@ class Plain:
     def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
         """The function's answer."""
         return self.function(context, logits.clone())
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A LogitsProcessor of transformers, called as (input_ids, scores). Rows of different length are called one by one,
+    as input_ids holds no padding.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, context: Context, logits: Tensor, state: Any = None) -> Tensor:
+        """The processor's scores."""
+        lengths = context.positions.tolist()
+        if len(set(lengths)) == 1:
+            return self.function(context.ids[:, : lengths[0]], logits.clone())
+        rows = [
+            self.function(context.ids[row : row + 1, :length], logits[row : row + 1].clone())
+            for row, length in enumerate(lengths)
+        ]
+        return torch.cat(rows)

@@ -34,11 +34,11 @@ TINY = 1e-300  # a mass that one token reaches
 
 @dataclass(frozen=True)
 class TopK(Filter):
-    """Keep the k likeliest tokens, and every token that ties with the k-th.
+    """Keep the k most likely tokens, and every token as likely as the k-th.
 
     Source: Fan, Lewis and Dauphin, 2018, arXiv:1805.04833.
-    When: as a blunt safety net; it keeps as many candidates where the model is sure as where it is not. Seldom needed
-    beside `top_p` or `min_p`.
+    When: as a simple limit. It keeps the same number of tokens whether the model is sure or not; with `top_p` or
+    `min_p` it is rarely needed.
     """
 
     k: Parameter
@@ -65,9 +65,9 @@ class TopK(Filter):
 
 @dataclass(frozen=True)
 class ExactTopK(Filter):
-    """Keep exactly the k likeliest tokens of `top_k`; of those that tie with the k-th, the first ones.
+    """Keep exactly the k most likely tokens of `top_k`; of tokens as likely as the k-th, those with the lowest ids.
 
-    When: to compare with a library that does so; logits are seldom equal, so it seldom matters.
+    When: to compare with a library that does the same. Logits are rarely equal, so it rarely matters.
     """
 
     k: Parameter
@@ -85,13 +85,13 @@ class ExactTopK(Filter):
 
 @dataclass(frozen=True)
 class TopP(Filter):
-    """Keep the fewest likeliest tokens whose probabilities add up to p, at least one (nucleus sampling).
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least p (nucleus sampling).
 
     Probabilities (.5, .3, .1, .1) with p = .8 keep two. Of equally likely tokens the last ones go; p = 0 keeps the
     likeliest token.
 
     Source: Holtzman et al., 2019, arXiv:1904.09751.
-    When: the usual filter. After a high temperature it lets much of the tail in again; then prefer `min_p`.
+    When: the usual filter. At a high temperature it keeps much of the tail; then prefer `min_p`.
     """
 
     p: Parameter
@@ -134,10 +134,10 @@ def _reached(falling: Tensor, ids: Tensor, p: Tensor, mass: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Typical(Filter):
-    """Keep the tokens whose surprise is closest to the entropy until their probabilities add up to `mass`, with ties.
+    """Keep the tokens whose surprise is closest to the entropy until their probabilities sum to `mass`; ties are kept.
 
     Source: Meister, Pimentel, Wiher and Cotterell, 2022, arXiv:2202.00666.
-    When: for less predictable prose. It may remove the likeliest token, so not where there is one right answer.
+    When: for less predictable prose. It may remove the most likely token, so do not use it for tasks with one answer.
     """
 
     mass: Parameter
@@ -176,13 +176,13 @@ class Typical(Filter):
 
 @dataclass(frozen=True)
 class TailFree(Filter):
-    """Cut where the curve of falling probabilities has spent the share z of its bends.
+    """Cut the sorted probabilities where their second differences reach the share z of their sum.
 
-    The bends are the absolute second differences of p in falling order. Token i + 1 (counted from 0) goes once the
-    bends up to number i make up more than z of all. A row without bends (all equally likely) keeps all.
+    With p sorted in falling order and d its absolute second differences, token i + 1 (counted from 0) is removed once
+    d_0 + ... + d_i is more than z of the sum of all d. If all tokens are equally likely, all are kept.
 
     Source: Phénix and Egan, 2019.
-    When: for settings of older programs; llama.cpp has dropped it. `min_p` has a plainer meaning.
+    When: to use settings of older programs; llama.cpp has removed it. `min_p` is easier to understand.
     """
 
     z: Parameter
@@ -211,13 +211,13 @@ class TailFree(Filter):
 
 @dataclass(frozen=True)
 class TopH(Filter):
-    """Keep the likeliest tokens while the sum of their `-p ln p` stays within the share h of the whole.
+    """Keep the most likely tokens while the sum of their `-p ln p` is at most the share h of the entropy.
 
-    As in transformers, the whole is the distribution of the `top_n` likeliest tokens, beyond which nothing is kept but
-    what `keep` asks for.
+    As in transformers, the entropy is that of the `top_n` most likely tokens, and no other token is kept unless `keep`
+    requires it.
 
     Source: arXiv:2509.02510.
-    When: to bound the entropy in place of the probability mass. Compare it with `top_p` on your own text.
+    When: to limit the entropy instead of the probability mass. Compare it with `top_p` on your own text.
     """
 
     h: Parameter

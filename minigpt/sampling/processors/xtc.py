@@ -15,13 +15,13 @@ from minigpt.sampling.settings.rules import COUNT, FRACTION, check, check_number
 
 @dataclass(frozen=True)
 class XTC(Filter):
-    """Exclude top choices: with `probability`, remove all tokens with `p >= threshold` but the least likely of them.
+    """Exclude top choices: with `probability`, remove all tokens with `p >= threshold` except the least likely of them.
 
-    A row with fewer than two such tokens, as always above a threshold of .5, stays as it is; so does one in which a
-    token of `spare` (an end, a line break) would go, or fewer than `keep` tokens would be left.
+    A row is not changed if it has fewer than two such tokens (always so for a threshold above .5), if a token of
+    `spare` (an end token, a line break) would be removed, or if fewer than `keep` tokens would be left.
 
     Source: p-e-w, 2024.
-    When: against stock phrases in fiction. It throws away the best word on purpose, so not for facts or code.
+    When: against stock phrases in fiction. It removes the most likely word on purpose: do not use it for facts or code.
     """
 
     probability: Parameter

@@ -87,7 +87,7 @@ def search_rows(
             seed out of range, an invalid processor, constraints that cannot be met or do not work with the settings, or
             a temperature of 0 with a method that samples.
     """
-    check_prompts(prompts, model.vocab_size, model.max_context if overflow == "stop" else None)
+    check_prompts(prompts, model.vocab_size, model.max_context if overflow == "stop" else None, numbers)
     end_ids = tuple(map(int, end_ids))
     draws = settings.method != "beam"
     pipeline = Pipeline([p for p in processors if draws or not getattr(p, "shaping", False)])

@@ -64,11 +64,13 @@ class SamplingConfig(Shape, Length):
 
     # Biases and bans.
 
-    logit_bias: dict[int, float] | None = setting(None, rules.BIASES_OR_NONE)
-    """Added to the logits of these token ids: {50256: -5.0}; -inf forbids a token."""
+    logit_bias: dict[Any, Any] | None = setting(None, rules.BIASES_OR_NONE)
+    """Added to the logits of these token ids: {50256: -5.0}; -inf forbids a token. A text, {" the": 2.0}, is treated as
+    in sequence_bias.
+    """
     sequence_bias: list[Any] = setting([], rules.SEQUENCE_BIASES)
     """Added to the logit of the last token of a sequence, when the tokens before it are there: [[[7, 8], -2.0], [[5],
-    1.0]].
+    1.0]]. A text in place of ids, [["word", -2.0]], stands for its spellings alone and after a space.
     """
     bad_words: list[str] = setting([], rules.TEXTS)
     """Texts that are never generated, alone or after a space, as the tokenizer spells them."""
@@ -131,7 +133,27 @@ class SamplingConfig(Shape, Length):
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            object.__setattr__(self, spec.name, rules.plain(getattr(self, spec.name), spec.metadata["rule"].whole))
+            rule, value = spec.metadata["rule"], getattr(self, spec.name)
+            value = [value] if rule.wraps and isinstance(value, str) else rules.plain(value, rule.whole)
+            if spec.name == "logit_bias" and isinstance(value, dict):
+                value = {key: _bias(bias) for key, bias in value.items()}
+            if spec.name == "sequence_bias":
+                value = _pairs(value)
+            object.__setattr__(self, spec.name, value)
+        self._move_texts()
+
+    def _move_texts(self) -> None:
+        """Texts of logit_bias become texts of sequence_bias, which is what they mean."""
+        biases, pairs = self.logit_bias, self.sequence_bias
+        given = biases.items() if isinstance(biases, dict) else ()
+        texts = [key for key, bias in given if rules.is_text(key) and rules.BIAS.accepts(bias)]
+        if biases and texts and isinstance(pairs, list):
+            ids = {key: bias for key, bias in biases.items() if key not in texts}
+            object.__setattr__(self, "logit_bias", ids or None)
+            object.__setattr__(self, "sequence_bias", [*pairs, *([key, biases[key]] for key in texts)])
+
+    def __hash__(self) -> int:
+        return hash(tuple(_hashable(getattr(self, spec.name)) for spec in fields(self)))
 
     def validate(self) -> None:
         """Raise ConfigError for the first field with an invalid value, or for fields that contradict each other."""
@@ -150,22 +172,36 @@ class SamplingConfig(Shape, Length):
         empty = {s.name for s in fields(self) if s.default_factory in (list, dict) and not record[s.name]}
         record = {name: value for name, value in record.items() if value is not None and name not in empty}
         if "logit_bias" in record:
-            record["logit_bias"] = {token: _bias(value) for token, value in record["logit_bias"].items()}
+            record["logit_bias"] = {token: _stored(bias) for token, bias in record["logit_bias"].items()}
         if "sequence_bias" in record:
-            record["sequence_bias"] = [[list(ids), _bias(value)] for ids, value in record["sequence_bias"]]
+            record["sequence_bias"] = [[what, _stored(bias)] for what, bias in record["sequence_bias"]]
         record |= record.pop("extra", {})
         return {"stop_strings" if name == "stop" else name: value for name, value in record.items()}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> SamplingConfig:
+    def from_dict(cls, record: dict[str, Any], where: str = "") -> SamplingConfig:
         """Build a config from generation_config.json, minigpt's or Hugging Face's; a notice lists keys without effect.
 
         A missing field gets minigpt's default, which may differ from transformers'. `do_sample: false` means
         temperature 0.
 
+        Args:
+            record: the content of the file.
+            where: the file, for error messages.
+
         Raises:
             ConfigError: a field has an invalid value.
         """
+        config = cls(**cls.fields_in(record))
+        try:
+            config.validate()
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}; correct or remove it in that file") if where else error from None
+        return config
+
+    @classmethod
+    def fields_in(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """The fields that a generation_config.json sets, unchecked; a notice lists keys without effect."""
         known = {spec.name for spec in fields(cls)}
         own = {name for name in record if name.partition(".")[0] in OWN}
         name_unheard(record, known | own | {"do_sample", "stop_strings"})
@@ -175,25 +211,38 @@ class SamplingConfig(Shape, Length):
         if stop := record.get("stop_strings"):
             values["stop"] = [stop] if isinstance(stop, str) else stop
         if isinstance(bias := values.get("logit_bias"), dict):  # JSON keys are strings
-            values["logit_bias"] = {_number(token): _bias(value) for token, value in bias.items()}
-        if isinstance(pairs := values.get("sequence_bias"), list):
-            values["sequence_bias"] = [
-                [*pair[:-1], _bias(pair[-1])] if isinstance(pair, list) and pair else pair for pair in pairs
-            ]
+            values["logit_bias"] = {_number(token): value for token, value in bias.items()}
         searches = values.get("num_beams", 1) != 1
         if record.get("do_sample") is False and not (searches and "temperature" in values):
             values["temperature"] = 0.0
         if record.get("do_sample") and searches and "beam_method" not in values:
             values["beam_method"] = "sample"
-        config = cls(**values)
-        config.validate()
-        return config
+        return values
 
 
 def _bias(value: Any) -> Any:
-    """Convert an infinite bias to and from a string, since JSON has no infinity."""
-    forms = {float("-inf"): "-inf", "-inf": float("-inf")}
-    return forms.get(value, value) if isinstance(value, (str, float)) else value
+    """A bias of minus infinity may be written "-inf": JSON and YAML have no other word for it that people know."""
+    return float("-inf") if isinstance(value, str) and value.lower() in ("-inf", "-infinity", "-.inf") else value
+
+
+def _stored(value: Any) -> Any:
+    return "-inf" if value == float("-inf") else value
+
+
+def _pairs(value: Any) -> Any:
+    """sequence_bias as pairs of ids, or a text, and a bias; transformers' form is {(7, 8): -2.0}."""
+    if isinstance(value, dict) and all(isinstance(key, (tuple, str)) for key in value):
+        value = [[key if isinstance(key, str) else list(key), bias] for key, bias in value.items()]
+    if not isinstance(value, list):
+        return value
+    return [[*pair[:-1], _bias(pair[-1])] if isinstance(pair, list) and pair else pair for pair in value]
+
+
+def _hashable(value: Any) -> Any:
+    """Equal settings have equal hashes: lists become tuples, dicts sets of pairs."""
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    return frozenset((key, _hashable(item)) for key, item in value.items()) if isinstance(value, dict) else value
 
 
 def _number(key: Any) -> Any:

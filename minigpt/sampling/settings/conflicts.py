@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from minigpt.errors import ConfigError
+from minigpt.sampling.settings.needs import without_effect
 from minigpt.sampling.settings.orders import STEPS, resolve
 from minigpt.sampling.settings.shape import FILTERS, own_steps
 
@@ -75,21 +76,15 @@ def _problems(config: Any) -> Iterator[str]:
     if "forced_eos_token_id" in on and set([last] if isinstance(last, int) else last) <= banned:
         yield f"forced_eos_token_id is {last}, but suppress_tokens forbids it; change one of them"
 
+    for name, need in without_effect(given, on):
+        if need.refused:
+            yield f"{name} is set, but {need.why}; {need.refused}"
     if given.num_beams == 1:
         if given.temperature == 0 and given.num_return_sequences > 1:
             yield (
                 f"temperature is 0 (greedy), so all {given.num_return_sequences} samples of num_return_sequences would "
                 "be identical; set a temperature above 0, or num_beams"
             )
-        for name, off in (
-            ("num_beam_groups", 1),
-            ("diversity_penalty", 0),
-            ("beam_method", "beam"),
-            ("force_words", []),
-            ("force_words_ids", []),
-        ):
-            if getattr(given, name) != off:
-                yield f"{name} is set, but num_beams is 1; set num_beams above 1"
         return
     if given.num_return_sequences > given.num_beams:
         yield f"num_return_sequences is {given.num_return_sequences}; expected at most num_beams ({given.num_beams})"

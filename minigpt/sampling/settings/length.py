@@ -40,13 +40,23 @@ class Length:
     repetition_stop_length: int = setting(32, rules.COUNT)
     """Maximum length, in tokens, of the sequence that repetition_stop looks for."""
     overflow: Literal["slide", "stop"] = setting("slide", rules.one_of("slide", "stop"))
-    """Beyond the context length: 'slide' moves the window on, 'stop' ends the sample."""
+    """Beyond the context length: 'slide' drops the oldest tokens, half a context at a time; 'stop' ends the sample."""
+
+    # Special tokens.
+
+    add_special_tokens: bool = setting(True, rules.YES_OR_NO)
+    """Put the tokenizer's beginning tokens, such as <s>, in front of a prompt given as text."""
+    parse_special: bool = setting(False, rules.YES_OR_NO)
+    """Read special tokens in a prompt's text, such as <|endoftext|>, as these tokens; otherwise they are ordinary text.
+    """
+    skip_special_tokens: bool = setting(True, rules.YES_OR_NO)
+    """Leave special tokens out of the generated text."""
 
     # Samples.
 
     num_return_sequences: int = setting(1, rules.COUNT)
     """Samples per prompt; with beam search, how many of the best beams are returned."""
-    seed: int | None = setting(None, rules.SEED, each=True)
-    """Random seed, 0 .. 2**64 - 1; the same prompt, seed and settings give the same text. null draws one and reports
-    it.
+    seed: int | list[int] | None = setting(None, rules.SEED, each=True)
+    """Random seed, 0 .. 2**64 - 1; the same prompt, seed and settings give the same text. With several prompts, prompt
+    i gets seed + i; a list has one seed per prompt. null draws seeds and reports them.
     """

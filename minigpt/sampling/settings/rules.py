@@ -21,6 +21,8 @@ class Rule(NamedTuple):
     expected: str
     whole: bool = False
     """Whether the value must be a whole number; 3.0 counts as one."""
+    wraps: bool = False
+    """Whether a string stands for a list of one string."""
 
 
 def is_number(value: object) -> bool:
@@ -60,8 +62,13 @@ def plain(value: Any, whole: bool = False) -> Any:
     if is_list(value):
         return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {_key(key): plain(item) for key, item in value.items()}
     return int(value) if whole and isinstance(value, float) and value.is_integer() else value
+
+
+def _key(key: Any) -> Any:
+    key = plain(key)
+    return tuple(key) if isinstance(key, list) else key  # a key cannot be a list
 
 
 def _is_sequence(value: Any) -> bool:
@@ -103,22 +110,32 @@ TEMPERATURE = Rule(
     "0 (greedy) or a number above 0, such as 0.8",
 )
 SEED = Rule(lambda v: v is None or (is_id(v) and v < 2**64), "a whole number from 0 to 2**64 - 1; null draws one")
-TEXTS = Rule(lambda v: is_list(v) and all(map(is_text, v)), "a list of non-empty strings that UTF-8 can encode")
+TEXTS = Rule(
+    lambda v: is_list(v) and all(map(is_text, v)),
+    "a non-empty string that UTF-8 can encode, or a list of them",
+    wraps=True,
+)
 TEXT_OR_TEXTS = Rule(lambda v: is_text(v) or TEXTS.accepts(v), "a name, or a list of names")
 ID_OR_NONE = Rule(lambda v: v is None or is_id(v), "a token id, or None")
 ID_LIST = Rule(lambda v: is_list(v) and all(map(is_id, v)), "a list of token ids")
 IDS_OR_NONE = Rule(lambda v: v is None or is_id(v) or ID_LIST.accepts(v), "a token id or a list of them, or None")
 ID_LISTS = Rule(lambda v: is_list(v) and all(map(_is_sequence, v)), "a list of lists of token ids, none empty")
 BIASES_OR_NONE = Rule(
-    lambda v: v is None or (isinstance(v, dict) and all(map(is_id, v)) and all(map(BIAS.accepts, v.values()))),
-    f"a bias for each token id, such as {{50256: -5.0}}: {BIAS.expected}",
+    lambda v: (
+        v is None
+        or (isinstance(v, dict) and all(is_id(key) or is_text(key) for key in v) and all(map(BIAS.accepts, v.values())))
+    ),
+    f"a bias for each token id or text, such as {{50256: -5.0}} or {{' the': 2.0}}: {BIAS.expected}",
 )
 SEQUENCE_BIASES = Rule(
     lambda v: (
         is_list(v)
-        and all(is_list(one) and len(one) == 2 and _is_sequence(one[0]) and BIAS.accepts(one[1]) for one in v)
+        and all(
+            is_list(one) and len(one) == 2 and (_is_sequence(one[0]) or is_text(one[0])) and BIAS.accepts(one[1])
+            for one in v
+        )
     ),
-    f"a list of pairs of token ids and a bias, such as [[[7, 8], -2.0]]: {BIAS.expected}",
+    f"a list of pairs of token ids, or a text, and a bias, such as [[[7, 8], -2.0]]: {BIAS.expected}",
 )
 DECAY_OR_NONE = Rule(
     lambda v: v is None or (is_list(v) and len(v) == 2 and COUNT_OR_ZERO.accepts(v[0]) and POSITIVE.accepts(v[1])),
@@ -126,7 +143,8 @@ DECAY_OR_NONE = Rule(
 )
 WORDS = Rule(
     lambda v: is_list(v) and all(is_text(one) or (one and TEXTS.accepts(one)) for one in v),
-    "a list of strings, or of lists of alternative strings",
+    "a string, or a list of strings or of lists of alternative strings",
+    wraps=True,
 )
 WORD_IDS = Rule(
     lambda v: is_list(v) and all(_is_sequence(one) or (one and ID_LISTS.accepts(one)) for one in v),

@@ -20,6 +20,7 @@ from minigpt.data.shards import open_corpus
 from minigpt.errors import ConfigError, DistributedError, Interrupted
 from minigpt.evaluation.loss import byte_lengths
 from minigpt.internals.dynamics.context import held_out_windows
+from minigpt.model.device import memory_errors
 from minigpt.model.gpt import GPT
 from minigpt.sampling.settings.config import SamplingConfig
 from minigpt.terminal import hushed
@@ -37,7 +38,7 @@ from minigpt.training.run.metrics import Metrics, rewind_metrics
 from minigpt.training.run.module import TrainingModule
 from minigpt.training.run.observing import Samples, Validation
 from minigpt.training.run.progress import NoProfiler, set_progress, without_signals
-from minigpt.training.run.rehearsal import Rehearsal, memory_errors, training_advice
+from minigpt.training.run.rehearsal import Rehearsal, training_advice
 
 NOTHING = Objects()
 

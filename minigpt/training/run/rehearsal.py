@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from minigpt.data.batches import Batches, ValidationWindows, validation_windows
 from minigpt.errors import MemoryExceeded
 from minigpt.evaluation.loss import TOKENS_AT_ONCE, evaluate
+from minigpt.model.device import memory_errors
 from minigpt.terminal import notice
 from minigpt.training.config import TrainConfig
 from minigpt.training.recipe.health import TOLERANCES, check_compiled, check_gradients, mean_loss
@@ -87,21 +87,6 @@ class Rehearsal(pl.Callback):
         loss = strategy.training_step((ids, targets), 0)
         assert isinstance(loss, torch.Tensor)
         return loss
-
-
-@contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    """Context manager: turn out-of-memory errors of Python and torch into MemoryExceeded.
-
-    Raises:
-        MemoryExceeded: with `advice` in its message.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        raise MemoryExceeded(f"out of memory {advice}") from error
 
 
 def training_advice(config: TrainConfig) -> str:

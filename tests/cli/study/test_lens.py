@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.checkpoint.checkpoint import load
 from minigpt.cli.main import main
 from minigpt.internals.study import Study
+from minigpt.sampling.run import load
 from minigpt.training.launch import train
 from training_runs import tiny_run
 

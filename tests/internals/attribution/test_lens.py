@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt.checkpoint.checkpoint import Run
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.internals.access.result import Axis
 from minigpt.internals.attribution import tuned
@@ -21,6 +20,7 @@ from minigpt.internals.attribution.translators import Translators, fingerprint, 
 from minigpt.internals.attribution.tuned import train_tuned_lens
 from minigpt.internals.study import Study
 from minigpt.model.cache import causal_step
+from minigpt.sampling.run import Run
 from minigpt.terminal import hushed
 from minigpt.tokenizer.plain import CharTokenizer
 from toys import PRESETS, random_ids, random_model, tiny_config

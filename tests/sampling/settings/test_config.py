@@ -34,7 +34,7 @@ POSITIVES = [5, 0.1, np.float64(2)], [0, -1, None, NAN, INF, "5"]
 NOT_NEGATIVES = [0, 0.1, 3], [-0.1, None, NAN, "1", True]
 SWITCH = [True, False], [None, 0, 1, "yes"]
 SCOPES = ["prompt", "output", "both"], ["all", None, 0]
-TEXTS = [[], ["a"], ("a", "b c"), ["\n", "é"]], ["a", [""], [1], None, [["a"]]]
+TEXTS = [[], ["a"], ("a", "b c"), ["\n", "é"], "a"], [[""], [1], None, [["a"]], 3]
 IDS = [[], [5], (5, 0), np.array([5, 6])], [5, [-1], ["a"], None, [1.0], [True]]
 ID_LISTS = [[], [[5]], [[5, 6], [7]], ((5,),)], [[5], [[]], [[-1]], "a", None, [["a"]]]
 ID_OR_NONE = [None, 0, 7, np.int64(7)], [-1, 1.0, "7", True]
@@ -53,6 +53,9 @@ ACCEPTS: dict[str, tuple[list, list]] = {
     "repetition_stop": ([None, 2, 3.0], [0, 1, 2.5, "2"]),
     "repetition_stop_length": FROM_ONE,
     "overflow": (["slide", "stop"], ["wrap", None, 0]),
+    "add_special_tokens": SWITCH,
+    "parse_special": SWITCH,
+    "skip_special_tokens": SWITCH,
     "num_return_sequences": FROM_ONE,
     "seed": ([None, 0, 2**64 - 1, np.uint64(5)], [-1, 2**64, 1.0, True, "7"]),
     "temperature": ([0, 0.0, 1, 1e-30, 50.0, np.float32(0.5)], [-1, 1e-31, INF, NAN, None, "hot", True]),
@@ -94,9 +97,12 @@ ACCEPTS: dict[str, tuple[list, list]] = {
     "dry_window": FROM_ONE_OR_NONE,
     "no_repeat_ngram_size": COUNTS_OR_OFF,
     "encoder_no_repeat_ngram_size": COUNTS_OR_OFF,
-    "logit_bias": ([None, {}, {5: -2.0, 0: 1}, {np.int64(5): -INF}], [{-1: 1.0}, {5: INF}, {5: NAN}, {"a": 1}, [5], 5]),
+    "logit_bias": (
+        [None, {}, {5: -2.0, 0: 1}, {np.int64(5): -INF}, {"a": 1, 5: 2}, {"5": 1}, {5: "-inf"}],
+        [{-1: 1.0}, {5: INF}, {5: NAN}, {(5,): 1}, {5: "x"}, [5], 5],
+    ),
     "sequence_bias": (
-        [[], [[[7, 8], -2.0], [[5], 1]], (((7,), -INF),)],
+        [[], [[[7, 8], -2.0], [[5], 1]], (((7,), -INF),), {(7, 8): -2.0}, [["a", 1]], {"a": "-inf"}],
         [[[7, 8]], [[[], 1.0]], [[[7], "1"]], [[[7], INF]], {7: 1.0}, [[7, 1.0]], None],
     ),
     "bad_words": TEXTS,
@@ -115,7 +121,7 @@ ACCEPTS: dict[str, tuple[list, list]] = {
     "early_stopping": ([True, False, "never"], [1, 0, None, "always"]),
     "num_beam_groups": ([1, 2, 4.0], FROM_ONE[1]),
     "diversity_penalty": NOT_NEGATIVES,
-    "force_words": ([[], ["a"], ["a", ["b", "c"]]], ["a", [""], [[]], [["a", ""]], [1], None]),
+    "force_words": ([[], "a", ["a"], ["a", ["b", "c"]]], [3, [""], [[]], [["a", ""]], [1], None]),
     "force_words_ids": ([[], [[5, 6]], [[5, 6], [[7], [8, 9]]]], [[5], [[]], [[[]]], [[-1]], "a", None]),
     "top_logprobs": ([None, 0, 5, 5.0], [-1, 1.5, "5", True]),
     "max_rows": FROM_ONE_OR_NONE,
@@ -349,7 +355,7 @@ def test_forms_of_another_librarys_file(record, expected):
 
 
 @pytest.mark.parametrize(
-    "record", [{"logit_bias": {"x": 1.0}}, {"top_k": "many"}, {"stop_strings": 3}, {"num_beams": "4"}]
+    "record", [{"logit_bias": {"x": "y"}}, {"top_k": "many"}, {"stop_strings": 3}, {"num_beams": "4"}]
 )
 def test_a_stored_value_that_cannot_be_used_is_named(record):
     with pytest.raises(ConfigError, match=r"sampling: (logit_bias|top_k|stop|num_beams) is"):

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from minigpt.errors import MemoryExceeded
+from minigpt.model.device import memory_errors
 from minigpt.training.launch import train
 from minigpt.training.recipe import loss as training_loss
 from minigpt.training.run import rehearsal
-from minigpt.training.run.rehearsal import Rehearsal, memory_errors, training_advice
+from minigpt.training.run.rehearsal import Rehearsal, training_advice
 from training_runs import losses, run_and_read, tiny_run
 
 
