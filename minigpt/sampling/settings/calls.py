@@ -52,7 +52,8 @@ def as_config(given: Any, own: SamplingConfig | None = None) -> SamplingConfig:
     if isinstance(given, SamplingConfig):
         return given
     if type(given).__name__ == "GenerationConfig" and hasattr(given, "to_diff_dict"):  # transformers'
-        return SamplingConfig(**SamplingConfig.fields_in(given.to_diff_dict()))
+        record = {**given.to_diff_dict(), "do_sample": bool(given.do_sample)}  # its default may be left out
+        return SamplingConfig(**SamplingConfig.fields_in(record))
     if not isinstance(given, Mapping):
         raise ConfigError(
             f"sampling: config is {given!r}; expected a SamplingConfig, or a dict of its fields such as "

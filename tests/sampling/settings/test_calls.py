@@ -64,9 +64,11 @@ def test_a_settings_object_replaces_the_samplers_and_a_dict_only_its_fields():
 def test_a_generation_config_of_transformers_is_a_settings_object():
     from transformers import GenerationConfig
 
-    theirs = GenerationConfig(do_sample=False, max_new_tokens=3, repetition_penalty=1.3)
     ours = {"temperature": 0, "max_new_tokens": 3, "repetition_penalty": 1.3}
-    assert letters().generate("ab", theirs)[0][0].ids == letters().generate("ab", **ours)[0][0].ids
+    expected = letters().generate("ab", **ours)[0][0].ids
+    for asked in ({"do_sample": False}, {}):
+        theirs = GenerationConfig(**asked, max_new_tokens=3, repetition_penalty=1.3)
+        assert letters().generate("ab", theirs)[0][0].ids == expected
 
 
 def test_equal_settings_have_equal_hashes():
